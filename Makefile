@@ -1,0 +1,41 @@
+# `make smoke` shows the whole job on a CPU; `make test` runs the tests. Both set everything up on a fresh clone.
+
+# Any CPython 3.11 or 3.12; `make PYTHON=/path/to/python smoke` chooses another one.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+# The torch to install, with any pip options it needs: see "Choosing a torch" in the README.
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: install smoke test test-long lint format
+
+install: $(INSTALLED)
+
+# torch first and alone, so that no other package chooses it. DS_BUILD_OPS=0: no compiler is needed.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(PIP_ARGS) '$(TORCH)'
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $(INSTALLED)
+
+smoke: $(INSTALLED)
+	$(BIN)/python scripts/smoke.py
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long'
+
+test-long: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+
+lint: $(INSTALLED)
+	$(BIN)/black --check --quiet .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/black --quiet .
+	$(BIN)/ruff check --fix .

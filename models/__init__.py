@@ -1,0 +1,1 @@
+"""Model families. Each knows itself and nothing of the training loop."""

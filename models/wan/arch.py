@@ -1,0 +1,217 @@
+"""The numbers of each Wan 2.2 variant, and reading them from a checkpoint's `config.json` and tensor shapes.
+
+Sources: the published `config.json` files and `wan/configs/*.py` of the official repository. Nothing here knows
+a "tiny" model: sizes come from the checkpoint at hand, and only what the variant itself fixes is a constant.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from utils.errors import UserError
+
+Shape = tuple[int, ...]
+VaeKind = Literal["2.1", "2.2"]
+NUM_TRAIN_TIMESTEPS = 1000
+PATCH_SIZE = (1, 2, 2)
+
+
+@dataclass(frozen=True)
+class VariantInfo:
+    """What a variant fixes, whatever the width of the model.
+
+    `boundary` is on the shifted noise level sigma in [0, 1]; sigma >= boundary belongs to the high-noise expert.
+    """
+
+    name: str
+    model_type: str
+    in_dim: int
+    out_dim: int
+    vae_kind: VaeKind
+    vae_stride: tuple[int, int, int]
+    fps: int
+    boundary: float | None
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Width and height of a clip are multiples of this many px (VAE stride times patch size)."""
+        return self.vae_stride[1] * PATCH_SIZE[1]
+
+    @property
+    def has_experts(self) -> bool:
+        """True where the checkpoint holds a high-noise and a low-noise transformer."""
+        return self.boundary is not None
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Number of latent frames of a clip of 4n+1 frames."""
+        return (num_frames - 1) // self.vae_stride[0] + 1
+
+
+VARIANTS: dict[str, VariantInfo] = {
+    info.name: info
+    for info in (
+        VariantInfo("ti2v-5b", "ti2v", 48, 48, "2.2", (4, 16, 16), 24, None),
+        VariantInfo("t2v-a14b", "t2v", 16, 16, "2.1", (4, 8, 8), 16, 0.875),
+        VariantInfo("i2v-a14b", "i2v", 36, 16, "2.1", (4, 8, 8), 16, 0.900),
+    )
+}
+_BY_MODEL_TYPE = {info.model_type: info for info in VARIANTS.values()}
+
+
+@dataclass(frozen=True)
+class WanArch:
+    """Sizes of one DiT. Everything but `text_dim` stands in the checkpoint's `config.json`."""
+
+    model_type: str
+    dim: int
+    ffn_dim: int
+    freq_dim: int
+    in_dim: int
+    out_dim: int
+    num_heads: int
+    num_layers: int
+    text_len: int
+    eps: float
+    text_dim: int
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def variant(self) -> VariantInfo:
+        """The variant that this model is."""
+        return _BY_MODEL_TYPE[self.model_type]
+
+    def to_config_json(self) -> dict[str, Any]:
+        """The official `config.json` of this model, keys in the published order."""
+        values = asdict(self)
+        keys = (
+            "dim",
+            "eps",
+            "ffn_dim",
+            "freq_dim",
+            "in_dim",
+            "model_type",
+            "num_heads",
+            "num_layers",
+            "out_dim",
+            "text_len",
+        )
+        return {"_class_name": "WanModel", "_diffusers_version": "0.33.0"} | {
+            key: values[key] for key in keys
+        }
+
+
+def load_arch(config_path: Path, shapes: dict[str, Shape]) -> WanArch:
+    """Read `config.json` and check it against the tensor shapes of the weights beside it.
+
+    Args:
+        config_path: the official `config.json`.
+        shapes: official tensor names and shapes, from the files' headers.
+
+    Raises:
+        UserError: the file is missing or unreadable, names no Wan 2.2 variant, or disagrees with the headers.
+    """
+    try:
+        values = json.loads(Path(config_path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{config_path}: missing; a checkpoint in the official layout has it beside the weights"
+        ) from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{config_path}: not readable as JSON ({error}); download it again") from None
+    needed = (
+        "model_type",
+        "dim",
+        "ffn_dim",
+        "freq_dim",
+        "in_dim",
+        "out_dim",
+        "num_heads",
+        "num_layers",
+        "text_len",
+        "eps",
+    )
+    absent = [key for key in needed if not isinstance(values, dict) or key not in values]
+    if absent:
+        raise UserError(
+            f"{config_path}: has no {', '.join(absent)}; it is not the config.json of a Wan 2.2 DiT"
+        )
+    if values["model_type"] not in _BY_MODEL_TYPE:
+        raise UserError(
+            f"{config_path}: model_type {values['model_type']!r} is no Wan 2.2 variant (known: {', '.join(_BY_MODEL_TYPE)})"
+        )
+    text_shape = shapes.get("text_embedding.0.weight", (0, 0))
+    arch = WanArch(text_dim=text_shape[1], **{key: values[key] for key in needed})
+    _check_shapes(arch, shapes, config_path)
+    return arch
+
+
+def expected_shapes(arch: WanArch) -> dict[str, Shape]:
+    """Official names and shapes of every tensor of a DiT with these sizes (825 for TI2V-5B, 1095 for A14B)."""
+    dim, ffn = arch.dim, arch.ffn_dim
+    volume = PATCH_SIZE[0] * PATCH_SIZE[1] * PATCH_SIZE[2]
+    shapes: dict[str, Shape] = {
+        "patch_embedding.weight": (dim, arch.in_dim, *PATCH_SIZE),
+        "patch_embedding.bias": (dim,),
+    }
+
+    def linear(name: str, out_features: int, in_features: int) -> None:
+        shapes[f"{name}.weight"] = (out_features, in_features)
+        shapes[f"{name}.bias"] = (out_features,)
+
+    linear("text_embedding.0", dim, arch.text_dim)
+    linear("text_embedding.2", dim, dim)
+    linear("time_embedding.0", dim, arch.freq_dim)
+    linear("time_embedding.2", dim, dim)
+    linear("time_projection.1", 6 * dim, dim)
+    for index in range(arch.num_layers):
+        block = f"blocks.{index}"
+        shapes[f"{block}.modulation"] = (1, 6, dim)
+        for attention in ("self_attn", "cross_attn"):
+            for projection in "qkvo":
+                linear(f"{block}.{attention}.{projection}", dim, dim)
+            shapes[f"{block}.{attention}.norm_q.weight"] = (dim,)
+            shapes[f"{block}.{attention}.norm_k.weight"] = (dim,)
+        shapes[f"{block}.norm3.weight"] = (dim,)
+        shapes[f"{block}.norm3.bias"] = (dim,)
+        linear(f"{block}.ffn.0", ffn, dim)
+        linear(f"{block}.ffn.2", dim, ffn)
+    shapes["head.modulation"] = (1, 2, dim)
+    linear("head.head", arch.out_dim * volume, dim)
+    return shapes
+
+
+def _check_shapes(arch: WanArch, shapes: dict[str, Shape], config_path: Path) -> None:
+    info = arch.variant
+    if (arch.in_dim, arch.out_dim) != (info.in_dim, info.out_dim):
+        raise UserError(
+            f"{config_path}: in_dim/out_dim {arch.in_dim}/{arch.out_dim} do not fit model_type {arch.model_type!r}, "
+            f"which has {info.in_dim}/{info.out_dim}"
+        )
+    if arch.num_heads < 1 or arch.dim % arch.num_heads or arch.head_dim % 2:
+        raise UserError(
+            f"{config_path}: dim {arch.dim} does not split into {arch.num_heads} heads of even width"
+        )
+    expected = expected_shapes(arch)
+    image_keys = [key for key in shapes if ".k_img." in key or key.startswith("img_emb.")]
+    if image_keys:
+        raise UserError(
+            f"{config_path.parent}: {image_keys[0]} belongs to a Wan 2.1 image-to-video model; this project trains Wan 2.2 only"
+        )
+    wrong = [
+        f"{key} is {list(shapes[key])}, config.json says {list(shape)}"
+        for key, shape in expected.items()
+        if key in shapes and shapes[key] != shape
+    ]
+    missing = [f"{key} is missing" for key in expected if key not in shapes]
+    extra = [f"{key} is not a tensor of this model" for key in shapes if key not in expected]
+    problems = wrong + missing + extra
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(
+            f"{config_path.parent}: weights and config.json disagree: {'; '.join(problems[:3])}{more}"
+        )

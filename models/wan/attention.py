@@ -1,0 +1,64 @@
+"""The two attentions of a Wan block. torch only; shapes: B batch, S video tokens, L text tokens, D width, N heads, K head width."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.wan.rope import apply_rope
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed and returned in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Normalise [..., D]."""
+        return F.rms_norm(states.float(), self.weight.shape, self.weight, self.eps)
+
+
+class WanAttention(nn.Module):
+    """Multi-head attention with RMS-normed queries and keys (over the full width, before the split into heads).
+
+    Projections live in `compute_dtype`, norms in float32. Queries and keys stay in float32 through norm and rotary
+    embedding and are rounded once, just before the product.
+    """
+
+    def __init__(self, dim: int, num_heads: int, eps: float, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.compute_dtype = compute_dtype
+        self.q = nn.Linear(dim, dim, dtype=compute_dtype)
+        self.k = nn.Linear(dim, dim, dtype=compute_dtype)
+        self.v = nn.Linear(dim, dim, dtype=compute_dtype)
+        self.o = nn.Linear(dim, dim, dtype=compute_dtype)
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def forward(self, states_BSD: Tensor, source_BLD: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Attend from `states_BSD` to `source_BLD` (the same tensor in self-attention).
+
+        Args:
+            states_BSD: queries' input, in compute_dtype.
+            source_BLD: keys' and values' input, in compute_dtype.
+            table: rotary table for both sides, or None (cross-attention has no positions).
+
+        Returns:
+            [B, S, D] in compute_dtype.
+        """
+        heads = (self.num_heads, -1)
+        query = self.norm_q(self.q(states_BSD)).unflatten(-1, heads)
+        key = self.norm_k(self.k(source_BLD)).unflatten(-1, heads)
+        value = self.v(source_BLD).unflatten(-1, heads)
+        if table is not None:
+            query = apply_rope(query, table)
+            key = apply_rope(key, table)
+        mixed_BNSK = F.scaled_dot_product_attention(
+            query.to(self.compute_dtype).transpose(1, 2),
+            key.to(self.compute_dtype).transpose(1, 2),
+            value.transpose(1, 2),
+        )
+        return self.o(mixed_BNSK.transpose(1, 2).flatten(2))

@@ -1,0 +1,195 @@
+"""What is encoded once and kept: latents by the VAE, caption states by UMT5; and reading both back.
+
+An item's key names everything that made it (content, preprocessing, weights), so nothing stale is ever read. The
+encoders live only while the cache fills.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.wan.arch import VariantInfo
+from models.wan.checkpoint import CheckpointPaths
+from models.wan.text_encoder import MAX_TEXT_TOKENS, TextEncoder, WanTokenizer
+from models.wan.vae import WanVae, load_vae
+from utils.config.schema import ModelConfig
+from utils.data.buckets import MediaRules
+from utils.data.cache import CacheStore, latent_key, text_key
+from utils.data.fill import Encode, FillItem, FillStats, fill_cache
+from utils.data.manifest import Manifest, SampleRecord
+from utils.data.media import load_clip
+from utils.data.memo import HashMemo
+from utils.distributed import Processes
+
+OnProgress = Callable[[int, int], None]
+EMPTY_CAPTION = ""
+_LENGTH_STEP = 16
+_TEXT_BATCH_SIZE = 16
+_MASK_CHANNELS = 4
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class WeightHashes:
+    """Content hashes of what encodes: part of every cache key."""
+
+    vae: str
+    text_encoder: str
+    tokenizer: str
+
+
+def hash_weights(paths: CheckpointPaths, memo: HashMemo) -> WeightHashes:
+    """Hash VAE, UMT5 and tokenizer files; unchanged files are looked up in `memo` instead of read."""
+    files = [paths.tokenizer_dir / name for name in _TOKENIZER_FILES]
+    tokenizer = "-".join(memo.content_hash(path) for path in files if path.exists())
+    return WeightHashes(memo.content_hash(paths.vae), memo.content_hash(paths.text_encoder), tokenizer)
+
+
+def media_rules(variant: VariantInfo) -> MediaRules:
+    """What clips must look like for this variant."""
+    return MediaRules(
+        fps=variant.fps, pixel_multiple=variant.pixel_multiple, frame_quantum=variant.vae_stride[0]
+    )
+
+
+class WanCache:
+    """Keys of every sample's items, filling what is missing, and reading."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        store: CacheStore,
+        hashes: WeightHashes,
+        config: ModelConfig,
+        variant: VariantInfo,
+    ) -> None:
+        self._samples = manifest.samples
+        self._store = store
+        self._config = config
+        self._variant = variant
+        self._rules = media_rules(variant)
+        self._conditioned = variant.model_type == "i2v"
+        settings = {"first_frame_condition": self._conditioned}
+        self._latent_keys = [
+            latent_key(sample, self._rules, hashes.vae, config.vae_dtype, settings)
+            for sample in self._samples
+        ]
+        self._text_keys = {
+            caption: text_key(
+                caption,
+                hashes.text_encoder,
+                hashes.tokenizer,
+                config.dtype,
+                {"attention": config.text_attn_implementation, "max_tokens": MAX_TEXT_TOKENS},
+            )
+            for caption in sorted({EMPTY_CAPTION, *(sample.caption for sample in self._samples)})
+        }
+
+    def read_latents(self, sample_index: int) -> dict[str, Tensor]:
+        """`latents` [C, F, H, W] float32, and for I2V `cond` [20, F, H, W]: mask and encoded first frame."""
+        return self._store.get(self._latent_keys[sample_index])
+
+    def read_text(self, caption: str) -> Tensor:
+        """States of a caption of the dataset (or the empty one) at its true length, [L, D]."""
+        return self._store.get(self._text_keys[caption])["states"]
+
+    def fill_latents(
+        self, paths: CheckpointPaths, processes: Processes, regenerate: bool, on_progress: OnProgress
+    ) -> FillStats:
+        """Encode this rank's share of the latents: the missing ones, or all with `regenerate`."""
+        items = [
+            FillItem(key=key, group=_bucket_group(sample), payload=sample)
+            for key, sample in zip(self._latent_keys, self._samples, strict=True)
+        ]
+        make = partial(self._latent_encoder, paths.vae, processes.device)
+        return self._fill(items, make, 1, processes, regenerate, on_progress)
+
+    def fill_text(
+        self,
+        paths: CheckpointPaths,
+        tokenizer: WanTokenizer,
+        processes: Processes,
+        regenerate: bool,
+        on_progress: OnProgress,
+    ) -> FillStats:
+        """The same for caption states, captions of like length together."""
+        items = [
+            FillItem(key=key, group=(len(tokenizer(caption)) // _LENGTH_STEP,), payload=caption)
+            for caption, key in self._text_keys.items()
+        ]
+
+        def make() -> Encode:
+            dtype = getattr(torch, self._config.dtype)
+            attention = self._config.text_attn_implementation
+            encoder = TextEncoder(paths.text_encoder, tokenizer, dtype, processes.device, attention)
+            return lambda batch: (
+                {"states": states} for states in encoder.encode([item.payload for item in batch])
+            )
+
+        return self._fill(items, make, _TEXT_BATCH_SIZE, processes, regenerate, on_progress)
+
+    def _fill(
+        self,
+        items: Sequence[FillItem],
+        make_encoder: Callable[[], Encode],
+        batch_size: int,
+        processes: Processes,
+        regenerate: bool,
+        on_progress: OnProgress,
+    ) -> FillStats:
+        # The encoder loads at the first item that is missing, so a warm cache loads nothing.
+        encoder = cache(make_encoder)
+
+        try:
+            return fill_cache(
+                self._store,
+                items,
+                lambda batch: encoder()(batch),
+                rank=processes.rank,
+                world_size=processes.world_size,
+                batch_size=batch_size,
+                regenerate=regenerate,
+                on_progress=on_progress,
+            )
+        finally:
+            encoder.cache_clear()
+            gc.collect()
+            if processes.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _latent_encoder(self, vae_path: Path, device: torch.device) -> Encode:
+        vae = load_vae(vae_path, getattr(torch, self._config.vae_dtype), device)
+
+        def encode(batch: Sequence[FillItem]) -> Iterator[dict[str, Tensor]]:
+            for item in batch:
+                sample: SampleRecord = item.payload
+                video_BCFHW = load_clip(sample, self._rules).unsqueeze(0)
+                encoded = {"latents": vae.encode(video_BCFHW)[0].float().cpu()}
+                if self._conditioned:
+                    encoded["cond"] = first_frame_condition(video_BCFHW, vae)[0].float().cpu()
+                yield encoded
+
+        return encode
+
+
+def _bucket_group(sample: SampleRecord) -> tuple[int, ...]:
+    return (sample.bucket.width, sample.bucket.height, sample.bucket.num_frames)
+
+
+def first_frame_condition(video_BCFHW: Tensor, vae: WanVae) -> Tensor:
+    """I2V's conditioning channels: mask [B, 4, F, H, W] (1 on latent frame 0) over latents of the first frame.
+
+    The frames behind the first are 0 in [-1, 1], which is mid-grey, and go through the VAE with it (official
+    `wan/image2video.py`); zero latents would be something else.
+    """
+    filled = torch.zeros_like(video_BCFHW)
+    filled[:, :, :1] = video_BCFHW[:, :, :1]
+    latents = vae.encode(filled).float()
+    mask = torch.zeros_like(latents[:, :1]).repeat(1, _MASK_CHANNELS, 1, 1, 1)
+    mask[:, :, :1] = 1.0
+    return torch.cat((mask, latents), dim=1)

@@ -1,0 +1,38 @@
+"""FLOPs of each layer's forward pass (a multiply-add counts as two), for balancing stages and for speed figures.
+
+Linear layers cost 2 * rows * in * out; attention 4 * queries * keys * width (both products). The per-block sum agrees
+with torch's FlopCounterMode for both model sizes.
+"""
+
+from models.wan.arch import PATCH_SIZE, WanArch
+from models.wan.checkpoint import Umt5Sizes
+
+
+def dit_block_flops(arch: WanArch, video_tokens: float) -> float:
+    """One DiT block: self-attention, cross-attention to `text_len` tokens, feed-forward."""
+    dim, tokens = arch.dim, video_tokens
+    linear = 2 * (tokens * (6 * dim * dim + 2 * dim * arch.ffn_dim) + arch.text_len * 2 * dim * dim)
+    attention = 4 * tokens * (tokens + arch.text_len) * dim
+    return linear + attention
+
+
+def dit_input_flops(arch: WanArch, video_tokens: float) -> float:
+    """Patch embedding, text embedding over `text_len` rows, time embedding of one row."""
+    volume = PATCH_SIZE[0] * PATCH_SIZE[1] * PATCH_SIZE[2]
+    patches = 2 * video_tokens * arch.in_dim * volume * arch.dim
+    text = 2 * arch.text_len * (arch.text_dim * arch.dim + arch.dim * arch.dim)
+    time = 2 * (arch.freq_dim * arch.dim + 7 * arch.dim * arch.dim)
+    return patches + text + time
+
+
+def dit_head_flops(arch: WanArch, video_tokens: float) -> float:
+    """Projection to patches."""
+    volume = PATCH_SIZE[0] * PATCH_SIZE[1] * PATCH_SIZE[2]
+    return 2 * video_tokens * arch.dim * arch.out_dim * volume
+
+
+def umt5_block_flops(sizes: Umt5Sizes, text_tokens: float) -> float:
+    """One UMT5 encoder block."""
+    inner = sizes.num_heads * sizes.d_kv
+    linear = 2 * text_tokens * (4 * sizes.d_model * inner + 3 * sizes.d_model * sizes.d_ff)
+    return linear + 4 * text_tokens * text_tokens * inner

@@ -1,0 +1,166 @@
+"""From a checked configuration to data that is ready to train on, and the facts that go into every output file."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import xxhash
+
+from models.wan.caching import OnProgress, WanCache, WeightHashes, hash_weights, media_rules
+from models.wan.checkpoint import CheckpointPaths
+from models.wan.model import WanModel
+from utils.config.dump import config_hash
+from utils.config.schema import LoadedConfig
+from utils.data.cache import CacheStore
+from utils.data.fill import FillStats
+from utils.data.manifest import Manifest, build_manifest, default_cache_dir
+from utils.data.memo import HashMemo
+from utils.data.sampler import BatchPlan
+from utils.distributed import Processes, gather_objects, on_every_rank, on_main
+from utils.files import atomic_write_text, quick_fingerprint
+from utils.progress import Progress
+
+Say = Callable[[str], None]
+TARGETS_FILE = "targets.json"
+BASE_KEYS_FILE = "base_keys.csv"
+_MEMO_FILE = "content_hashes.jsonl"
+_MAX_SKIPPED_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Data ready to train on."""
+
+    manifest: Manifest
+    plan: BatchPlan
+    hashes: WeightHashes
+    store_root: Path
+    fingerprint: str
+
+
+def prepare_data(
+    config: LoadedConfig,
+    model: WanModel,
+    paths: CheckpointPaths,
+    processes: Processes,
+    *,
+    regenerate: bool,
+    say: Say,
+) -> PreparedData:
+    """Scan the dataset, fill the cache with what is missing (each rank a share), and attach both to the model.
+
+    Raises:
+        UserError: the dataset is empty or unreadable, on every rank.
+    """
+    dataset = config.dataset
+    assert dataset is not None, "load_config with check_files has read it"
+    root = default_cache_dir(dataset)
+    variant = model.arch.variant
+    memo = HashMemo(root / _MEMO_FILE)
+
+    def scan() -> tuple[Manifest, WeightHashes]:
+        manifest = build_manifest(dataset, media_rules(variant), memo)
+        hashes = hash_weights(paths, memo)
+        memo.save()
+        return manifest, hashes
+
+    manifest, hashes = on_main(scan)
+    _say_manifest(manifest, say)
+    store = CacheStore(root)
+    cache = WanCache(manifest, store, hashes, config.train.model, variant)
+    with_text = config.train.model.cache_text_embeddings
+    _fill(cache, model, paths, processes, with_text=with_text, regenerate=regenerate, say=say)
+    model.attach_data(manifest.samples, cache)
+    plan = BatchPlan(manifest.samples, config.train.micro_batch_size_per_gpu, config.train.seed)
+    return PreparedData(manifest, plan, hashes, root, data_fingerprint(manifest))
+
+
+def _fill(
+    cache: WanCache,
+    model: WanModel,
+    paths: CheckpointPaths,
+    processes: Processes,
+    *,
+    with_text: bool,
+    regenerate: bool,
+    say: Say,
+) -> None:
+    def fill(what: str, work: Callable[[OnProgress], FillStats]) -> None:
+        bars: list[Progress] = []
+
+        def on_progress(done: int, total: int) -> None:
+            if processes.is_main and total:
+                if not bars:
+                    bars.append(Progress(f"caching {what}", total))
+                bars[0].advance(1 if done else 0)
+
+        stats = on_every_rank(lambda: work(on_progress))
+        for bar in bars:
+            bar.close()
+        everything = gather_objects((stats.num_items, stats.num_encoded))
+        total, encoded = (sum(column) for column in zip(*everything, strict=True))
+        say(f"cache of {what}: {total} items, {encoded} encoded now, {total - encoded} there already")
+
+    fill("latents", lambda on_progress: cache.fill_latents(paths, processes, regenerate, on_progress))
+    if with_text:
+        fill(
+            "captions",
+            lambda on_progress: cache.fill_text(paths, model.tokenizer, processes, regenerate, on_progress),
+        )
+
+
+def _say_manifest(manifest: Manifest, say: Say) -> None:
+    counts: dict[str, int] = {}
+    for sample in manifest.samples:
+        counts[str(sample.bucket)] = counts.get(str(sample.bucket), 0) + 1
+    buckets = ", ".join(f"{bucket}: {count}" for bucket, count in sorted(counts.items()))
+    say(f"dataset: {len(manifest.samples)} samples ({buckets}); {len(manifest.skipped)} files skipped")
+    for skipped in manifest.skipped[:_MAX_SKIPPED_SHOWN]:
+        say(f"  skipped {skipped.path}: {skipped.reason}")
+    if len(manifest.skipped) > _MAX_SKIPPED_SHOWN:
+        say(f"  ... and {len(manifest.skipped) - _MAX_SKIPPED_SHOWN} more")
+
+
+def data_fingerprint(manifest: Manifest) -> str:
+    """Names everything about the dataset that the order and content of samples depends on."""
+    rows = sorted(
+        (sample.sample_id, sample.content_hash, sample.caption, str(sample.bucket), sample.num_repeats)
+        for sample in manifest.samples
+    )
+    return xxhash.xxh3_128_hexdigest(json.dumps(rows).encode())
+
+
+def write_base_description(model: WanModel, run_dir: Path) -> None:
+    """Save the base checkpoint's header as `base_keys.csv` and the resolved target list as `targets.json`."""
+    rows = [
+        {"key": name, "shape": "x".join(map(str, shape)), "dtype": model.base_dtypes[name]}
+        for name, shape in model.base_shapes.items()
+    ]
+    atomic_write_text(run_dir / BASE_KEYS_FILE, pd.DataFrame(rows).to_csv(index=False))
+    if model.targets:
+        atomic_write_text(run_dir / TARGETS_FILE, json.dumps(model.targets, indent=1) + "\n")
+
+
+def run_metadata(
+    config: LoadedConfig, model: WanModel, paths: CheckpointPaths, hashes: WeightHashes
+) -> dict[str, str]:
+    """Facts that every exported file carries in its header."""
+    variant = model.arch.variant
+    base = "-".join(quick_fingerprint(path) for path in model.base_files)
+    metadata = {
+        "format": "pt",
+        "project_version": version("ai-model-sandbox"),
+        "variant": variant.name,
+        "expert": config.train.model.expert or "none",
+        "boundary": "none" if variant.boundary is None else str(variant.boundary),
+        "base_hash": xxhash.xxh3_128_hexdigest(base.encode()),
+        "encoder_hash": hashes.text_encoder,
+        "config_hash": config_hash(config.train),
+        "seed": str(config.train.seed),
+    }
+    if config.train.adapter is not None:
+        metadata |= {"rank": str(config.train.adapter.rank), "num_targets": str(len(model.targets))}
+    return metadata

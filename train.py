@@ -1,0 +1,100 @@
+"""Train Wan 2.2's text encoder through the frozen DiT, or a DiT LoRA translator, as a TOML file says.
+
+deepspeed train.py --config configs/wan22_dit_lora_translator.toml
+torchrun --nproc_per_node 2 train.py --config configs/wan22_te_ft.toml
+python train.py --config configs/smoke_dit_lora.toml
+"""
+
+import argparse
+import sys
+
+from utils.cli import run_command
+
+NEWEST = ""
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="TOML", help="what to train; see docs/configuration.md"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a value of the config, e.g. --set adapter.rank=8 (repeatable)",
+    )
+    parser.add_argument("--cache_only", action="store_true", help="fill the cache and exit")
+    parser.add_argument("--regenerate_cache", action="store_true", help="encode this dataset's items anew")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="do everything up to the first step, summarise, exit"
+    )
+    parser.add_argument(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const=NEWEST,
+        default=None,
+        metavar="RUN",
+        help="continue a run (directory, or its name in output_dir; no value: the newest) from its newest checkpoint",
+    )
+    parser.add_argument("--debug", action="store_true", help="show stack traces")
+    launcher = parser.add_argument_group("passed by launchers")
+    launcher.add_argument("--local_rank", type=int, default=None, help="ignored: LOCAL_RANK says it")
+    launcher.add_argument("--deepspeed", action="store_true", help="ignored: DeepSpeed is always the engine")
+    launcher.add_argument("--deepspeed_config", default=None, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Load, check, cache, build and loop."""
+    from models.wan.checkpoint import find_checkpoint, preflight
+    from utils.config.load import load_config
+
+    config = load_config(arguments.config, arguments.set, check_files=True, preflight=preflight)
+
+    from models.wan.model import WanModel
+    from models.wan.setup import prepare_data, run_metadata, write_base_description
+    from utils import distributed
+    from utils import run as runs
+
+    processes = distributed.init_processes(config.train.timeout_minutes)
+    try:
+        runs.check_world_size(config.train, processes.world_size)
+        say = runs.speaker(processes)
+        paths = find_checkpoint(config.train.model)
+        model = WanModel(config.train, paths)
+        data = prepare_data(config, model, paths, processes, regenerate=arguments.regenerate_cache, say=say)
+        if arguments.cache_only:
+            say(f"cache complete: {data.store_root}")
+            return 0
+        if arguments.dry_run:
+            runs.build(config.train, data.plan, model, processes, say)
+            say("dry run: everything is in place; no step was taken and nothing was written to output_dir")
+            return 0
+        run_dir = runs.open_run(config, arguments.resume_from_checkpoint, data.plan, processes, say)
+        if run_dir is None:
+            return 0
+        distributed.on_main(lambda: write_base_description(model, run_dir.path))
+        ready = runs.build(config.train, data.plan, model, processes, say)
+        metadata = distributed.on_main(lambda: run_metadata(config, model, paths, data.hashes))
+        runs.run(ready, run_dir, data.fingerprint, metadata, say)
+        return 0
+    finally:
+        distributed.shutdown()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    arguments = parse_arguments(argv)
+    return run_command(lambda: train(arguments), debug=arguments.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

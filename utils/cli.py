@@ -1,0 +1,61 @@
+"""What every command does with errors: one clear message and an exit status; a stack trace only with --debug."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from utils.errors import EXIT_FAILED, EXIT_USER_ERROR, TrainingStoppedError, UserError
+
+_EXIT_INTERRUPTED = 130
+
+
+def run_command(function: Callable[[], int], *, debug: bool) -> int:
+    """Run a command's body and return its exit status: 2 for what the user can mend, 1 for other failures.
+
+    With several processes, a message that all of them have is printed by rank 0 alone.
+    """
+    # Imported along by other libraries where it is installed, it reports a missing 4-bit kernel that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        return function()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        elif _should_speak(error):
+            _say(f"error: {error}")
+        return EXIT_USER_ERROR
+    except TrainingStoppedError as error:
+        if _rank() == 0:
+            _say(f"stopped: {error}")
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return _EXIT_INTERRUPTED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _say(f"failed: {type(error).__name__}: {first_line} (--debug shows where)")
+        return EXIT_FAILED
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _should_speak(error: UserError) -> bool:
+    """Rank 0 always; others only with what rank 0 does not know: trouble of their own after the group has formed."""
+    if _rank() == 0:
+        return True
+    distributed = sys.modules.get("torch.distributed")
+    formed = distributed is not None and distributed.is_initialized()
+    return bool(formed and not error.on_every_rank)
+
+
+def _say(text: str) -> None:
+    prefix = f"[rank {_rank()}] " if _rank() else ""
+    sys.stderr.write(prefix + text + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,83 @@
+"""Rules over a dataset TOML that need neither its files nor the model."""
+
+from collections.abc import Callable, Iterator
+
+from utils.config.rules import Rule
+from utils.config.schema import DatasetConfig, DirectoryConfig, Problem
+
+FRAME_QUANTUM = 4  # Every Wan VAE packs frame 1 alone and then four at a time.
+
+_OVERRIDABLE = ("resolutions", "frame_buckets", "size_buckets")
+
+
+def check_directories(dataset: DatasetConfig) -> list[Problem]:
+    """There is at least one [[directory]]."""
+    if dataset.directory:
+        return []
+    return [Problem("directory", "is empty", "add a [[directory]] section with path")]
+
+
+def check_aspect_ratios(dataset: DatasetConfig) -> list[Problem]:
+    """min_ar is at most max_ar."""
+    if dataset.min_ar <= dataset.max_ar:
+        return []
+    reason = f"is {dataset.min_ar:g}, above max_ar = {dataset.max_ar:g}"
+    return [Problem("min_ar", reason, "lower min_ar or raise max_ar; both are width / height")]
+
+
+def check_lists(dataset: DatasetConfig) -> list[Problem]:
+    """Lists of sizes, lengths and ratios are not empty."""
+    problems = [] if dataset.ar_buckets != () else [_empty("ar_buckets")]
+    for where, table in _tables(dataset):
+        problems += [_empty(where(name)) for name in _OVERRIDABLE if getattr(table, name) == ()]
+    return problems
+
+
+def check_size_buckets(dataset: DatasetConfig) -> list[Problem]:
+    """Every entry of size_buckets is [width, height, frames]."""
+    problems = []
+    for where, table in _tables(dataset):
+        for size in table.size_buckets or ():
+            if len(size) != 3:
+                reason = f"holds {list(size)}; each entry is [width, height, frames]"
+                problems.append(Problem(where("size_buckets"), reason, "e.g. [832, 480, 49]"))
+    return problems
+
+
+def check_frame_counts(dataset: DatasetConfig) -> list[Problem]:
+    """Clip lengths are 4n+1 frames: 1, 5, 9, ..."""
+    problems = []
+    for where, table in _tables(dataset):
+        lengths = [("frame_buckets", length) for length in table.frame_buckets or ()]
+        lengths += [("size_buckets", size[2]) for size in table.size_buckets or () if len(size) == 3]
+        for name, length in lengths:
+            if (length - 1) % FRAME_QUANTUM:
+                lower = (length - 1) // FRAME_QUANTUM * FRAME_QUANTUM + 1
+                fix = f"use {lower} or {lower + FRAME_QUANTUM}"
+                problems.append(Problem(where(name), f"holds {length} frames; a clip has 4n+1 frames", fix))
+    return problems
+
+
+def _tables(dataset: DatasetConfig) -> Iterator[tuple[Callable[[str], str], DatasetConfig | DirectoryConfig]]:
+    """The top level and each directory, with what turns a key's name into its dotted key."""
+    yield str, dataset
+    for index, directory in enumerate(dataset.directory):
+        yield f"directory[{index}].{{}}".format, directory
+
+
+def _everywhere(*names: str) -> tuple[str, ...]:
+    """Keys that stand at the top level and in each directory."""
+    return names + tuple(f"directory[].{name}" for name in names)
+
+
+def _empty(key: str) -> Problem:
+    return Problem(key, "is empty", "give at least one value, or take the key out")
+
+
+DATASET_RULES = (
+    Rule(check_directories, ("directory",)),
+    Rule(check_aspect_ratios, ("min_ar", "max_ar")),
+    Rule(check_lists, ("ar_buckets", *_everywhere(*_OVERRIDABLE))),
+    Rule(check_size_buckets, _everywhere("size_buckets")),
+    Rule(check_frame_counts, _everywhere("frame_buckets", "size_buckets")),
+)

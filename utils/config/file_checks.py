@@ -1,0 +1,87 @@
+"""The second check of a configuration: that the files and directories it names are there and usable."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from utils.config.schema import AdapterConfig, DatasetConfig, ModelConfig, Problem
+
+
+def can_be_seen(path: str) -> bool:
+    """Whether something is at `path`; False, never an error, also for a path that cannot be looked at (too long)."""
+    return os.access(path, os.F_OK)
+
+
+def check_model_paths(model: ModelConfig) -> list[Problem]:
+    """Every weight file or directory that `[model]` names exists."""
+    names = [field.name for field in fields(model) if field.name.endswith("_path")]
+    named = {name: path for name in names if (path := getattr(model, name)) is not None}
+    return [problem for name, path in named.items() for problem in _check_exists(f"model.{name}", path)]
+
+
+def check_output_path(output_dir: str) -> list[Problem]:
+    """`output_dir` exists and is writable, or can be made; nothing is made."""
+    return _check_can_be_made("output_dir", output_dir)
+
+
+def check_adapter_paths(adapter: AdapterConfig) -> list[Problem]:
+    """The files that `[adapter]` names exist."""
+    problems = []
+    if adapter.include_file is not None:
+        problems += _check_exists("adapter.include_file", adapter.include_file, only_file=True)
+    if adapter.init_from_existing is not None:
+        problems += _check_exists("adapter.init_from_existing", adapter.init_from_existing)
+    return problems
+
+
+def check_dataset_paths(dataset: DatasetConfig) -> list[Problem]:
+    """Every `[[directory]]` is a directory that can be listed, and `cache_dir` can be made."""
+    problems = [] if dataset.cache_dir is None else _check_can_be_made("cache_dir", dataset.cache_dir)
+    for index, directory in enumerate(dataset.directory):
+        problems += _check_directory(f"directory[{index}].path", directory.path)
+    return problems
+
+
+def _check_can_be_made(key: str, path: str) -> list[Problem]:
+    place = next(place for place in _self_and_parents(path) if os.path.lexists(place))
+    if not place.is_dir():
+        return [Problem(key, f'"{path}" cannot be made: {place} is not a directory', "choose another place")]
+    if not os.access(place, os.W_OK | os.X_OK):
+        return [
+            Problem(
+                key,
+                f'"{path}" cannot be written: {place} is not writable',
+                "choose another place or mend its rights",
+            )
+        ]
+    return []
+
+
+def _check_exists(key: str, path: str, only_file: bool = False) -> list[Problem]:
+    if not can_be_seen(path):
+        return [
+            Problem(key, f'"{path}" does not exist', "mend the path; it is relative to the working directory")
+        ]
+    if only_file and not Path(path).is_file():
+        return [Problem(key, f'"{path}" is not a file', "name a text file with one module path per line")]
+    return []
+
+
+def _check_directory(key: str, path: str) -> list[Problem]:
+    missing = _check_exists(key, path)
+    if missing:
+        return missing
+    if not Path(path).is_dir():
+        return [
+            Problem(key, f'"{path}" is not a directory', "name the folder that holds the images and videos")
+        ]
+    if not os.access(path, os.R_OK | os.X_OK):
+        return [Problem(key, f'"{path}" cannot be listed', "mend its rights")]
+    return []
+
+
+def _self_and_parents(path: str) -> Iterator[Path]:
+    place = Path(path).absolute()
+    yield place
+    yield from place.parents

@@ -1,0 +1,158 @@
+"""Loading a training TOML and its dataset TOML: one call, one report of everything that is wrong.
+
+Checking in order: syntax, overrides, the schema, the guardrails, the dataset TOML, and, where asked, files and
+headers. Only a syntax error of the training TOML ends it early. After this nothing reads TOML, and nothing edits the
+configuration.
+"""
+
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from utils.config.dataset_rules import DATASET_RULES
+from utils.config.dump import config_hash, dump_config, dump_dataset
+from utils.config.file_checks import (
+    can_be_seen,
+    check_adapter_paths,
+    check_dataset_paths,
+    check_model_paths,
+    check_output_path,
+)
+from utils.config.guardrails import RULES
+from utils.config.overrides import FLAG, Overridden, apply_overrides
+from utils.config.parse import Parsed, parse_table
+from utils.config.rules import run_rules
+from utils.config.schema import DatasetConfig, LoadedConfig, ModelConfig, Problem, TrainConfig
+from utils.errors import UserError
+
+__all__ = ["ConfigError", "config_hash", "dump_config", "dump_dataset", "load_config", "load_dataset"]
+
+Preflight = Callable[[ModelConfig], list[Problem]]
+
+
+class ConfigError(UserError):
+    """Everything wrong with a configuration. `problems` has them one by one, the message all of them."""
+
+    def __init__(self, path: str, problems: Sequence[Problem]) -> None:
+        self.path = path
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        super().__init__("\n".join([f"{path}: {count}", *(f"  - {problem}" for problem in self.problems)]))
+
+
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    check_files: bool = False,
+    preflight: Preflight | None = None,
+) -> LoadedConfig:
+    """Load and check a training TOML and the dataset TOML it names.
+
+    Args:
+        path: the training TOML.
+        overrides: `key=VALUE` strings of `--set`, the last one winning.
+        check_files: also check that every file and directory exists; without it only the TOMLs are read, and the
+            dataset TOML need not exist.
+        preflight: with `check_files`, checks the headers of the weights that `[model]` names. It is the caller's,
+            because this package knows no model.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    path = str(path)
+    table, unreadable = _read_toml(path)
+    if unreadable is not None:
+        raise ConfigError(path, [unreadable])
+    overridden = apply_overrides(table, overrides)
+    parsed = parse_table(TrainConfig, overridden.table, file=path, others={"the dataset TOML": DatasetConfig})
+    dataset = _load_named_dataset(parsed, path, check_files)
+    problems = [*overridden.problems, *parsed.problems, *run_rules(RULES, parsed.draft, parsed.invalid, path)]
+    problems += dataset.problems if dataset else ()
+    if check_files:
+        problems += [replace(found, file=found.file or path) for found in _check_files(parsed, preflight)]
+    if problems:
+        raise ConfigError(path, [_name_flag(problem, overridden, path) for problem in problems])
+    return LoadedConfig(
+        parsed.draft, dataset.value if dataset else None, path, parsed.draft.dataset, tuple(overrides)
+    )
+
+
+def load_dataset(path: str | Path, *, check_files: bool = False) -> DatasetConfig:
+    """Load and check a dataset TOML alone.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    path = str(path)
+    parsed = _parse_dataset(path, check_files)
+    if parsed.value is None:
+        raise ConfigError(path, parsed.problems)
+    return parsed.value
+
+
+def _read_toml(path: str) -> tuple[dict[str, Any], Problem | None]:
+    """The document at `path`, or an empty one and why it cannot be read."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8")), None
+    except FileNotFoundError:
+        return {}, Problem(path, "does not exist", "mend the path; it is relative to the working directory")
+    except OSError as error:
+        return {}, Problem(path, f"cannot be read ({error.strerror})", "name a readable TOML file")
+    except UnicodeDecodeError as error:
+        return {}, Problem(path, f"is not UTF-8 text (byte {error.start})", "save it as UTF-8")
+    except (ValueError, RecursionError) as error:
+        return {}, Problem(path, f"is not valid TOML: {error}", "mend the syntax there")
+
+
+def _load_named_dataset(
+    parsed: Parsed[TrainConfig], path: str, must_exist: bool
+) -> Parsed[DatasetConfig] | None:
+    """The dataset TOML that the training TOML names; None where that key is unusable or the file may be missing."""
+    if "dataset" in parsed.invalid:
+        return None
+    named = parsed.draft.dataset
+    if can_be_seen(named):
+        return _parse_dataset(named, must_exist)
+    if not must_exist:
+        return None
+    fix = "mend the path; it is relative to the working directory"
+    return _unreadable_dataset(Problem("dataset", f'"{named}" does not exist', fix, path))
+
+
+def _parse_dataset(path: str, check_files: bool) -> Parsed[DatasetConfig]:
+    table, unreadable = _read_toml(path)
+    if unreadable is not None:
+        return _unreadable_dataset(unreadable)
+    parsed = parse_table(DatasetConfig, table, file=path, others={"the training TOML": TrainConfig})
+    problems = [*parsed.problems, *run_rules(DATASET_RULES, parsed.draft, parsed.invalid, path)]
+    if check_files and not parsed.invalid:
+        problems += [replace(found, file=path) for found in check_dataset_paths(parsed.draft)]
+    return Parsed(parsed.draft, tuple(problems), parsed.invalid)
+
+
+def _unreadable_dataset(problem: Problem) -> Parsed[DatasetConfig]:
+    return Parsed(parse_table(DatasetConfig, {}).draft, (problem,), frozenset())
+
+
+def _check_files(parsed: Parsed[TrainConfig], preflight: Preflight | None) -> list[Problem]:
+    """What is wrong with the files of the training TOML, as far as its keys are usable."""
+    config = parsed.draft
+    problems = [] if "output_dir" in parsed.invalid else check_output_path(config.output_dir)
+    if config.adapter is not None:
+        problems += check_adapter_paths(config.adapter)
+    if "model" in parsed.invalid:
+        return problems
+    problems += check_model_paths(config.model)
+    if preflight is not None and not any(key.startswith("model.") for key in parsed.invalid):
+        # A path that does not exist has been reported; the preflight would only say so again.
+        reported = {problem.key for problem in problems}
+        problems += [found for found in preflight(config.model) if found.key not in reported]
+    return problems
+
+
+def _name_flag(problem: Problem, overridden: Overridden, path: str) -> Problem:
+    """Point at `--set` instead of the file where the value at fault came from there."""
+    return replace(problem, file=FLAG) if problem.file == path and problem.key in overridden.keys else problem

@@ -1,0 +1,267 @@
+"""The configuration as typed, frozen dataclasses: the one list of keys, defaults, legal values and help texts.
+
+`option` attaches to each field what the loader checks and what the reference documentation prints. Key names are
+those that users of DeepSpeed diffusion trainers already write.
+"""
+
+# ruff: noqa: RUF009 (`option` is a `dataclasses.field`)
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Literal
+
+DType = Literal["float32", "bfloat16"]
+Expert = Literal["high_noise", "low_noise"]
+Variant = Literal["ti2v-5b", "t2v-a14b", "i2v-a14b"]
+
+
+def option(
+    help: str,
+    default: Any = MISSING,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    alias: str | None = None,
+) -> Any:
+    """Declare a config key: help text, default (none = required) and bounds (of each element, for lists).
+
+    Literal types give the choices. A string may be blank only where its default is.
+    """
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    metadata = {"help": help, "alias": alias, "bounds": {k: v for k, v in bounds.items() if v is not None}}
+    if default is MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """`[model]`: which weights, in which precision, and what is trained."""
+
+    type: Literal["wan"] = option("The model family. Only Wan 2.2 exists here.")
+    variant: Variant | None = option("If given, the checkpoint's headers must agree.", None)
+    ckpt_path: str = option("Checkpoint directory in the official layout.")
+    transformer_path: str | None = option(
+        "DiT weights, if not those of ckpt_path: a directory or a .safetensors file.", None
+    )
+    llm_path: str | None = option(
+        "UMT5 weights, if not those of ckpt_path: official .pth or .safetensors, e.g. one this project tuned.",
+        None,
+        alias="text_encoder_path",
+    )
+    vae_path: str | None = option("VAE weights, if not those of ckpt_path.", None)
+    tokenizer_path: str | None = option("Tokenizer directory, if not that of ckpt_path.", None)
+    expert: Expert | None = option("A14B only: which of the two experts to load. Required there.", None)
+    dtype: DType = option("Compute precision, and storage of frozen weights.", "bfloat16")
+    residual_dtype: DType = option(
+        "Precision of the DiT's residual stream. bfloat16 saves memory and costs exactness.", "float32"
+    )
+    vae_dtype: DType = option(
+        "Precision of the VAE while caching. The official code uses float32.", "float32"
+    )
+    cache_text_embeddings: bool = option(
+        "Encode captions once, before training. Must be true in dit_lora, false in encoder_ft."
+    )
+    train_text_encoder: bool = option("Train UMT5 (encoder_ft) or not (dit_lora).")
+    freeze_transformer: bool = option("Keep the DiT's own weights as they are. True in both modes.")
+    text_train_blocks: int = option(
+        "encoder_ft: train the top N blocks of UMT5; 0 means all of them.", 0, ge=0
+    )
+    train_token_embedding: bool = option("encoder_ft: train the token table too.", False)
+    text_encoder_dropout: float = option(
+        "encoder_ft: dropout inside the trained UMT5 blocks. 0 is off.", 0.0, ge=0.0, lt=1.0
+    )
+    save_text_encoder_full: bool = option(
+        "encoder_ft: save the whole encoder; false saves only trained tensors.", True
+    )
+    text_attn_implementation: Literal["sdpa", "eager"] = option(
+        "Attention of UMT5. eager is bit-equal to the official code.", "sdpa"
+    )
+    timestep_sample_method: Literal["logit_normal", "uniform"] = option(
+        "Law of the noise level before the shift.", "logit_normal"
+    )
+    sigmoid_scale: float = option("logit_normal: standard deviation in logit space.", 1.0, gt=0.0, le=100.0)
+    shift: float = option(
+        "sigma' = shift * sigma / (1 + (shift - 1) * sigma). 1 is off.", 1.0, gt=0.0, le=1000.0
+    )
+    min_t: float = option("Lowest noise level (after the shift) that is trained.", 0.0, ge=0.0, lt=1.0)
+    max_t: float = option("Highest noise level (after the shift) that is trained.", 1.0, gt=0.0, le=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfAttnApproval:
+    """`[adapter.self_attn_approval]`: the written approval without which no adapter touches `self_attn.*`."""
+
+    reason: str = option("Why self-attention has to be adapted, in a sentence.")
+    blocks: tuple[int, ...] = option(
+        "The blocks it is approved for; at most 4. self_attn adapters go nowhere else.", ge=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """`[adapter]`: the LoRA translator (dit_lora only)."""
+
+    type: Literal["lora"] = option("Kind of adapter.", "lora")
+    rank: int = option("Rank of each adapter.", 16, ge=1, le=1024)
+    alpha: float | None = option("Scale is alpha / rank. Default: rank, i.e. scale 1.", None, gt=0.0)
+    dropout: float = option("Dropout on the adapter's input. 0 is off.", 0.0, ge=0.0, lt=1.0)
+    include: tuple[str, ...] = option(
+        "Globs over module paths within a block; {a,b} expands. Each must match something.",
+        ("cross_attn.{k,v}",),
+    )
+    exclude: tuple[str, ...] = option("Globs to leave out; wins over include.", ())
+    include_file: str | None = option(
+        "File with one module path of the whole model per line, instead of the other filters.", None
+    )
+    train_blocks_range: tuple[int, ...] | None = option(
+        "First and last block to adapt, inclusive.", None, ge=0
+    )
+    init_from_existing: str | None = option("Adapter file or directory to start from.", None)
+    self_attn_approval: SelfAttnApproval | None = option("Written approval for self_attn targets.", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """`[budget]`: how far an adapter may move the weights."""
+
+    max_delta_ratio: float = option("Cap on ||dW||_F / ||W||_F of every adapted module.", 0.05, gt=0.0)
+    action: Literal["warn", "stop"] = option("What to do when a module passes the cap.", "warn")
+    every_n_steps: int = option("How often the ratios are computed.", 50, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """`[optimizer]`: how the trained weights follow their gradients."""
+
+    type: Literal["adamw", "adamw8bit", "adamw_kahan"] = option(
+        "adamw keeps trained weights in float32; adamw8bit (bitsandbytes) its moments in 8 bits; "
+        "adamw_kahan (optimi) trained weights in bfloat16 with Kahan summation.",
+        "adamw",
+    )
+    lr: float = option("Peak learning rate.", ge=0.0, le=1.0)
+    betas: tuple[float, ...] = option("Adam's two decay rates.", (0.9, 0.99), ge=0.0, lt=1.0)
+    weight_decay: float = option("Decoupled weight decay.", 0.01, ge=0.0)
+    eps: float = option("Adam's epsilon.", 1e-8, gt=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The top level of a training TOML."""
+
+    output_dir: str = option("Each run makes a time-stamped directory in it.")
+    dataset: str = option("Dataset TOML.")
+    epochs: int = option("Passes over the dataset.", 1, ge=1)
+    max_steps: int | None = option(
+        "Optimizer steps; where given it decides instead of epochs, also upward.", None, ge=1
+    )
+    micro_batch_size_per_gpu: int = option("Samples in one micro-batch.", 1, ge=1)
+    gradient_accumulation_steps: int = option(
+        "Micro-batches per optimizer step and data-parallel rank.", 1, ge=1
+    )
+    pipeline_stages: int = option("Processes that one copy of the model is split over.", 1, ge=1)
+    partition_method: Literal["cost", "uniform", "manual"] = option(
+        "How layers are split over stages.", "cost"
+    )
+    partition_split: tuple[int, ...] = option(
+        "manual: index of the first layer of stages 2, 3, ...", (), ge=1
+    )
+    gradient_clipping: float = option("Largest norm of the gradient over all stages. 0 is off.", 1.0, ge=0.0)
+    activation_checkpointing: bool = option("Recompute activations of each block in the backward pass.", True)
+    uncond_fraction: float = option("Share of visits that see the empty caption.", 0.0, ge=0.0, le=1.0)
+    lr_scheduler: Literal["constant", "linear", "cosine"] = option(
+        "Course of the learning rate after warm-up.", "constant"
+    )
+    warmup_steps: int = option("Steps over which the learning rate rises from 0.", 0, ge=0)
+    save_every_n_epochs: int = option("Write the adapter or encoder every N epochs. 0 is off.", 1, ge=0)
+    save_every_n_steps: int | None = option("Write the adapter or encoder every N steps.", None, ge=1)
+    checkpoint_every_n_epochs: int = option(
+        "Write a checkpoint to resume from every N epochs. 0 is off.", 1, ge=0
+    )
+    checkpoint_every_n_steps: int | None = option("The same every N steps.", None, ge=1)
+    checkpoint_every_n_minutes: float | None = option("The same every N minutes.", None, gt=0.0)
+    keep_checkpoints: int = option("How many checkpoints are kept.", 2, ge=2)
+    seed: int = option("Everything random follows from it.", 0, ge=0)
+    timeout_minutes: float = option(
+        "How long a process waits for a silent peer before it gives up.", 30.0, gt=0.0, le=100_000.0
+    )
+    model: ModelConfig = option("The model.")
+    adapter: AdapterConfig | None = option("The adapter; dit_lora only.", None)
+    budget: BudgetConfig | None = option("Limits on the adapter.", None)
+    optimizer: OptimizerConfig = option("The optimizer.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectoryConfig:
+    """`[[directory]]`: one folder of the dataset. Keys left out are those of the top level."""
+
+    path: str = option("Folder of images and videos.")
+    num_repeats: float = option(
+        "How often each file is seen per epoch; fractions work.", 1.0, gt=0.0, le=10_000.0
+    )
+    caption_prefix: str = option("Put before every caption.", "")
+    resolutions: tuple[int, ...] | None = option("Overrides the top level.", None, ge=16, le=8192)
+    frame_buckets: tuple[int, ...] | None = option("Overrides the top level.", None, ge=1, le=4001)
+    size_buckets: tuple[tuple[int, ...], ...] | None = option("Overrides the top level.", None, ge=1, le=8192)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """A dataset TOML."""
+
+    resolutions: tuple[int, ...] = option(
+        "Side lengths in px; a bucket has about that many squared pixels.", (512,), ge=16, le=8192
+    )
+    enable_ar_bucket: bool = option("Several aspect ratios per resolution; false: square only.", True)
+    min_ar: float = option("Narrowest width / height.", 0.5, ge=0.05, le=20.0)
+    max_ar: float = option("Widest width / height.", 2.0, ge=0.05, le=20.0)
+    num_ar_buckets: int = option("How many aspect ratios between the two.", 7, ge=1, le=100)
+    ar_buckets: tuple[float, ...] | None = option(
+        "The aspect ratios themselves (width / height), instead.", None, ge=0.05, le=20.0
+    )
+    size_buckets: tuple[tuple[int, ...], ...] | None = option(
+        "[width, height, frames] triples, instead of all the above and frame_buckets.", None, ge=1, le=8192
+    )
+    frame_buckets: tuple[int, ...] = option(
+        "Clip lengths in frames, each 4n+1; 1 is for images.", (1, 33), ge=1, le=4001
+    )
+    video_clip_mode: Literal["single_beginning", "single_middle"] = option(
+        "Which part of a longer video is used.", "single_beginning"
+    )
+    missing_caption: Literal["skip", "empty", "error"] = option(
+        "What becomes of a file without a caption.", "skip"
+    )
+    on_bad_file: Literal["skip", "error"] = option("What becomes of a file that cannot be read.", "skip")
+    cache_dir: str | None = option(
+        "Where latents and embeddings are kept. Default: .wan_cache in the first directory.", None
+    )
+    directory: tuple[DirectoryConfig, ...] = option("The folders.")
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """What `load_config` returns: both documents, checked together, and where they came from.
+
+    `dataset` is None only where the dataset TOML does not exist and files were not checked.
+    """
+
+    train: TrainConfig
+    dataset: DatasetConfig | None
+    path: str
+    dataset_path: str
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration: dotted key, reason, what to do about it, and the file (or flag) it is in."""
+
+    key: str
+    reason: str
+    fix: str = ""
+    file: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.file}: {self.key}" if self.file else self.key
+        return f"{place}: {self.reason}" + (f" -> {self.fix}" if self.fix else "")

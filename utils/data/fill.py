@@ -1,0 +1,102 @@
+"""Filling the cache: each rank encodes its share of what is missing, in homogeneous batches."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from utils.data.cache import CacheStore
+
+
+@dataclass(frozen=True)
+class FillItem:
+    """One item to have in the cache.
+
+    Attributes:
+        key: of the cache.
+        group: items of equal group may be encoded in one batch (a bucket's sides and length; a token count).
+        payload: what `encode` needs; nothing here looks into it.
+        metadata: text to keep with the item.
+    """
+
+    key: str
+    group: tuple[int, ...]
+    payload: Any
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FillStats:
+    """What a rank found and did: its share in items, those that were there, those it encoded."""
+
+    num_items: int
+    num_present: int
+    num_encoded: int
+
+
+Encode = Callable[[Sequence[FillItem]], Iterable[Mapping[str, torch.Tensor]]]
+
+
+def fill_cache(
+    store: CacheStore,
+    work: Sequence[FillItem],
+    encode: Encode,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 1,
+    regenerate: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> FillStats:
+    """Encode this rank's share of `work` that is not in the store, putting each batch there at once.
+
+    A rank's share depends on `work` alone, not on what is missing, so that ranks which start at different moments
+    and see different parts of the cache filled still cover everything between them. Killed and started again, it
+    goes on where it was.
+
+    Args:
+        store: the cache.
+        work: all items of all ranks; the same on each, in any order. Equal keys count once.
+        encode: gives the tensors of each item of a batch, in order; they are put as they come.
+        rank: this process.
+        world_size: number of processes that fill.
+        batch_size: items in a batch, at most.
+        regenerate: encode also what is there.
+        on_progress: called with (done, total) before the first batch and after each item.
+
+    Raises:
+        UserError: from `encode` (a file that cannot be decoded), or the disk is full.
+    """
+    share = rank_share(work, rank, world_size)
+    missing = set(store.missing(item.key for item in share))
+    to_do = [item for item in share if regenerate or item.key in missing]
+    num_encoded = 0
+    if on_progress is not None:
+        on_progress(0, len(to_do))
+    for batch in make_batches(to_do, batch_size):
+        for item, tensors in zip(batch, encode(batch), strict=True):
+            store.put(item.key, tensors, item.metadata)
+            num_encoded += 1
+            if on_progress is not None:
+                on_progress(num_encoded, len(to_do))
+    return FillStats(num_items=len(share), num_present=len(share) - len(to_do), num_encoded=num_encoded)
+
+
+def rank_share(work: Iterable[FillItem], rank: int, world_size: int) -> list[FillItem]:
+    """Every `world_size`-th of the distinct items sorted by group and key, so that each rank gets all groups alike."""
+    distinct = {item.key: item for item in work}
+    return sorted(distinct.values(), key=_group_and_key)[rank::world_size]
+
+
+def make_batches(items: Iterable[FillItem], batch_size: int) -> Iterator[list[FillItem]]:
+    """Batches of at most `batch_size` items of one group."""
+    for _, members in groupby(sorted(items, key=_group_and_key), key=lambda item: item.group):
+        group = list(members)
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def _group_and_key(item: FillItem) -> tuple[tuple[int, ...], str]:
+    return item.group, item.key

@@ -1,0 +1,73 @@
+"""Still images: any file Pillow reads, as upright 8-bit RGB."""
+
+import warnings
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from utils.errors import UserError
+
+# Formats in which several pictures in a file are an animation (in others they are pages or previews; the first counts).
+_ANIMATION_FORMATS = frozenset({"GIF", "PNG", "WEBP", "AVIF", "FLI"})
+# Not pictures with pixels of their own (an interpreter or a handler draws them), or really a video.
+_UNWANTED_FORMATS = frozenset({"EPS", "WMF", "PDF", "MPEG", "GRIB", "BUFR", "HDF5"})
+_WHITE_16_BIT = 65535
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Lower-case file name endings of the image formats that are read."""
+    return frozenset(
+        suffix
+        for suffix, name in Image.registered_extensions().items()
+        if name in Image.OPEN and name not in _UNWANTED_FORMATS
+    )
+
+
+def load_image(path: Path) -> Image.Image:
+    """Read an image as upright RGB: EXIF orientation applied, alpha over white, 16 bits scaled to 8.
+
+    Raises:
+        OSError: there is no such file.
+        UserError: the file cannot be read, is damaged or animated, or has more pixels than Pillow's
+            `MAX_IMAGE_PIXELS`. The message names the file and the reason.
+    """
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.format in _ANIMATION_FORMATS and getattr(image, "is_animated", False):
+                    raise UserError(f"{path}: is an animated image; convert it to a video such as .mp4")
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except UserError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller") from error
+    except Exception as error:  # Pillow's readers answer damaged bytes with almost any exception
+        raise UserError(f"{path}: not readable as an image ({type(error).__name__}: {error})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips everything above 255 to white.
+        return _from_16_bit(image)
+    if image.mode == "F":
+        raise ValueError("float pixels have no defined white; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        backdrop = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(backdrop, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    pixels_HW = np.asarray(image).astype(np.int64)
+    if pixels_HW.min() < 0 or pixels_HW.max() > _WHITE_16_BIT:
+        raise ValueError("32-bit pixels have no defined white; save it with 8 or 16 bits")
+    pixels_HW = (pixels_HW * 255 + _WHITE_16_BIT // 2) // _WHITE_16_BIT
+    return Image.fromarray(pixels_HW.astype(np.uint8)).convert("RGB")

@@ -1,0 +1,140 @@
+"""Processes: how this one learns its rank, how the group starts, and small collectives of plain objects."""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from utils.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all: its rank, its number on this machine, how many there are, and its device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that speaks and writes for all."""
+        return self.rank == 0
+
+
+def launched_world_size() -> int:
+    """World size that the launcher announced; 1 when started as plain `python`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """Rank that the launcher announced; 0 when started as plain `python`."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def init_processes(timeout_minutes: float) -> Processes:
+    """Join the process group that the launcher describes; plain `python` is a group of one.
+
+    Raises:
+        UserError: the port is in use or the peers cannot be reached.
+    """
+    single = "WORLD_SIZE" not in os.environ
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    if single:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    os.environ.setdefault("MASTER_PORT", "29500")
+    rank, local_rank, world_size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; start at most "
+                "one process per GPU"
+            )
+        torch.cuda.set_device(local_rank)
+        device, backend = torch.device("cuda", local_rank), "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    try:
+        dist.init_process_group(
+            backend, timeout=timedelta(minutes=timeout_minutes), rank=rank, world_size=world_size
+        )
+    except (RuntimeError, dist.DistError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise UserError(
+                f"port {address} is in use by another program or another training run; choose another one "
+                "(deepspeed --master_port N, torchrun --master-port N)"
+            ) from error
+        raise UserError(
+            f"the {world_size} processes did not find each other at {address} within {timeout_minutes:g} minutes: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return Processes(rank, local_rank, world_size, device)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value`, on every rank. Every rank must call it."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Run `function` on rank 0 and return its result on every rank; a UserError is raised on every rank.
+
+    So that a mistake that only rank 0 sees ends all processes with one message, instead of leaving the others
+    waiting. Every rank must call it.
+    """
+    result, problem = _attempt(function) if dist.get_rank() == 0 else (None, None)
+    result, problem = broadcast_object((result, problem))
+    _raise_everywhere(problem)
+    return cast(T, result)
+
+
+def on_every_rank(function: Callable[[], T]) -> T:
+    """Run `function` on every rank, wait for all, and raise everywhere the UserError of the first rank that had one."""
+    result, problem = _attempt(function)
+    _raise_everywhere(next((other for other in gather_objects(problem) if other is not None), None))
+    return cast(T, result)
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
+    try:
+        return function(), None
+    except UserError as error:
+        return None, str(error)
+
+
+def _raise_everywhere(problem: str | None) -> None:
+    if problem is not None:
+        error = UserError(problem)
+        error.on_every_rank = True
+        raise error
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one. Never waits for peers."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

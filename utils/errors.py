@@ -1,0 +1,24 @@
+"""Errors that a person can mend, and the exit statuses of every command of the project."""
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_INCONCLUSIVE = 3
+EXIT_UNEXPECTED = 70
+
+
+class UserError(Exception):
+    """A problem the user can mend. The message says what, where (file or key), why and what to do.
+
+    Commands print the message without a stack trace and exit with status 2. `on_every_rank` is set where all
+    processes raise the same error, so that one of them speaks for all.
+    """
+
+    on_every_rank = False
+
+
+class TrainingStoppedError(Exception):
+    """Training cannot or must not go on; the message says why and what is left on disk. Exit status 1.
+
+    Raised alike on every rank.
+    """

@@ -1,0 +1,79 @@
+"""Flow matching as Wan trains it: the law of the noise level, noising, target and loss.
+
+Words: sigma in (0, 1] is the noise level (1 = pure noise), timestep = 1000 * sigma is what the model is told,
+noisy = (1 - sigma) * latents + sigma * noise, target velocity = noise - latents.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+NUM_SIGMA_BINS = 10
+_NORMAL = NormalDist()
+
+
+@dataclass(frozen=True)
+class SigmaLaw:
+    """Distribution of sigma: a base law, shifted, then restricted to [min_t, max_t].
+
+    The restriction truncates the shifted law (quantiles are drawn between those of the two ends), so that inside the
+    range the shape of the law is kept and no draw is rejected.
+    """
+
+    method: Literal["logit_normal", "uniform"] = "logit_normal"
+    sigmoid_scale: float = 1.0
+    shift: float = 1.0
+    min_t: float = 0.0
+    max_t: float = 1.0
+
+    def quantile(self, probability: float) -> float:
+        """Sigma below which `probability` of the unrestricted, shifted law lies."""
+        if self.method == "uniform":
+            base = probability
+        else:
+            normal = _NORMAL.inv_cdf(min(max(probability, 1e-12), 1 - 1e-12))
+            base = 1 / (1 + math.exp(-self.sigmoid_scale * normal))
+        return self.shift * base / (1 + (self.shift - 1) * base)
+
+    def probability_below(self, sigma: float) -> float:
+        """Share of the unrestricted, shifted law below `sigma`; the inverse of `quantile`."""
+        if sigma <= 0:
+            return 0.0
+        if sigma >= 1:
+            return 1.0
+        base = sigma / (self.shift - (self.shift - 1) * sigma)
+        if self.method == "uniform":
+            return base
+        return _NORMAL.cdf(math.log(base / (1 - base)) / self.sigmoid_scale)
+
+    def sample(self, generator: torch.Generator) -> float:
+        """Draw one sigma inside [min_t, max_t]."""
+        uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
+        low, high = self.probability_below(self.min_t), self.probability_below(self.max_t)
+        sigma = self.quantile(low + (high - low) * uniform)
+        return min(max(sigma, self.min_t, 1e-6), self.max_t)
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+    """Noisy latents at level sigma (scalar, or broadcastable to the latents)."""
+    return (1 - sigma) * latents + sigma * noise
+
+
+def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
+    """What the model is asked to predict."""
+    return noise - latents
+
+
+def per_sample_loss(velocity_BCFHW: Tensor, target_BCFHW: Tensor) -> Tensor:
+    """Mean squared error of each sample, float32 [B]."""
+    return (velocity_BCFHW.float() - target_BCFHW.float()).square().flatten(1).mean(1)
+
+
+def sigma_bin(sigma: Tensor) -> Tensor:
+    """Index of the tenth of [0, 1] that each sigma falls into; 1.0 belongs to the last."""
+    return (sigma * NUM_SIGMA_BINS).long().clamp(0, NUM_SIGMA_BINS - 1)

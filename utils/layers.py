@@ -1,0 +1,118 @@
+"""What a model has to offer so that the loop can train it: a list of layers, micro-batches and an export.
+
+The loop and the engine know models only through this module; any model that implements `TrainableModel` trains.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from utils.data.sampler import MicroBatch
+
+Wire = tuple[Tensor, ...]
+
+
+class PipelineLayer(nn.Module):
+    """One layer of the pipeline: a wire (tuple of tensors) in, a wire (or, for the last layer, a tensor) out.
+
+    Parameters live in `self.inner`, so that their global name is the layer's name plus the name inside `inner`.
+    Subclasses implement `run`. With `recompute`, activations inside `run` are recomputed in the backward pass.
+    """
+
+    def __init__(self, inner: nn.Module, recompute: bool = False) -> None:
+        super().__init__()
+        self.inner = inner
+        self.recompute = recompute
+
+    def forward(self, wire: Wire) -> Any:
+        """Run the layer. Without gradients nothing is recomputed, because nothing is stored."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.run, *wire, use_reentrant=False)
+        return self.run(*wire)
+
+    def run(self, *wire: Tensor) -> Any:
+        """The layer's computation."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A layer that is not built yet.
+
+    Attributes:
+        name: global name; parameters are called `<name>.<name inside inner>` in checkpoints.
+        build: builds the layer with its weights on the given device; called only by the stage that owns it.
+        forward_flops: multiply-adds times two of one forward pass at the dataset's mean sample.
+        trainable: whether any of its parameters trains.
+        trains_weights: whether its full weights train (not only an adapter), which adds a weight-gradient pass.
+        recompute: whether it recomputes its forward pass in the backward pass.
+    """
+
+    name: str
+    build: Callable[[torch.device], PipelineLayer]
+    forward_flops: float
+    trainable: bool = False
+    trains_weights: bool = False
+    recompute: bool = False
+
+
+def global_names(spec_name: str, layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of a built layer by global name."""
+    prefix = f"{spec_name}." if spec_name else ""
+    return {prefix + name.removeprefix("inner."): parameter for name, parameter in layer.named_parameters()}
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """One micro-batch as tensors on the CPU.
+
+    Attributes:
+        inputs: the first layer's wire; None on ranks whose stage is not the first.
+        labels: (target, sigma_B, weight_B, sample_index_B); None on ranks whose stage is not the last.
+    """
+
+    inputs: Wire | None
+    labels: Wire | None
+
+
+class TrainableModel(Protocol):
+    """A model as the loop sees it."""
+
+    def layer_specs(self) -> Sequence[LayerSpec]:
+        """All layers, first to last, without building any."""
+        ...
+
+    def prepare(
+        self, batch: MicroBatch, weight: float, *, need_inputs: bool, need_labels: bool
+    ) -> PreparedBatch:
+        """Read one micro-batch and noise it. `weight` multiplies each sample's loss."""
+        ...
+
+    def num_tokens(self, batch: MicroBatch) -> int:
+        """Tokens that the model processes for this micro-batch (for tokens per second)."""
+        ...
+
+    def describe_sample(self, sample_index: int) -> str:
+        """A sample's name for messages, e.g. its file."""
+        ...
+
+    def export(
+        self, trained: Mapping[str, Tensor], directory: Path, metadata: Mapping[str, str]
+    ) -> list[Path]:
+        """Write what other programs load (adapter or encoder) into `directory`.
+
+        Args:
+            trained: every trained parameter by global name.
+            directory: exists and is empty; it becomes visible only after this returns.
+            metadata: goes into each file.
+        """
+        ...
+
+    def deltas(self, parameters: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """||dW||_F / ||W||_F of each adapted module among one stage's parameters; empty without an adapter."""
+        ...

@@ -1,0 +1,197 @@
+"""LoRA adapters: which modules get one, putting them in, starting from a file, and writing one. The only importer of peft."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils.config.guardrails import check_targets
+from utils.config.schema import AdapterConfig, BudgetConfig
+from utils.config.targets import select
+from utils.errors import UserError
+from utils.files import atomic_write_text
+from utils.lora_names import AdapterFile, adapter_key, read_adapter
+from utils.rng import generator
+
+_ADAPTER_NAME = "default"
+_BLOCK_PATH = re.compile(r"^blocks\.(\d+)\.(.+)$")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def split_block_path(module: str) -> tuple[int, str]:
+    """`blocks.3.cross_attn.k` -> (3, "cross_attn.k").
+
+    Raises:
+        UserError: the module is not inside a block.
+    """
+    match = _BLOCK_PATH.match(module)
+    if match is None:
+        raise UserError(f"{module}: adapters go on linear layers inside blocks (blocks.N.path) only")
+    return int(match[1]), match[2]
+
+
+def resolve_targets(linears: Sequence[str], adapter: AdapterConfig, budget: BudgetConfig | None) -> list[str]:
+    """The modules that get an adapter, in model order.
+
+    Args:
+        linears: every linear layer inside the blocks of the base checkpoint, e.g. `blocks.3.cross_attn.k`.
+        adapter: include/exclude globs or `include_file`, block range, and the self-attention approval.
+        budget: guardrails ask whether there is one.
+
+    Raises:
+        UserError: a pattern or line matches nothing, a block is out of range, or a guardrail forbids a target.
+    """
+    num_blocks = 1 + max(split_block_path(name)[0] for name in linears)
+    if adapter.include_file is not None:
+        chosen = _read_include_file(Path(adapter.include_file), set(linears))
+    else:
+        paths = sorted({split_block_path(name)[1] for name in linears})
+        selected = set(select(paths, adapter.include, adapter.exclude))
+        chosen = {name for name in linears if split_block_path(name)[1] in selected}
+    if adapter.train_blocks_range is not None:
+        first, last = adapter.train_blocks_range
+        if last >= num_blocks:
+            raise UserError(
+                f"adapter.train_blocks_range = [{first}, {last}]: the checkpoint's blocks are 0 .. {num_blocks - 1}"
+            )
+        chosen = {name for name in chosen if first <= split_block_path(name)[0] <= last}
+    if adapter.self_attn_approval is not None:
+        approved = set(adapter.self_attn_approval.blocks)
+        chosen = {
+            name
+            for name in chosen
+            if not split_block_path(name)[1].startswith("self_attn.") or split_block_path(name)[0] in approved
+        }
+    if not chosen:
+        raise UserError("[adapter]: no module is left to adapt after include, exclude and train_blocks_range")
+    targets = [name for name in linears if name in chosen]
+    problems = check_targets(targets, adapter, budget)
+    if problems:
+        raise UserError("; ".join(map(str, problems)))
+    return targets
+
+
+def _read_include_file(path: Path, known: set[str]) -> set[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"adapter.include_file = {str(path)!r}: cannot be read ({error})") from None
+    wanted = [line.removesuffix(".weight") for line in lines if line and not line.startswith("#")]
+    absent = [line for line in wanted if line not in known]
+    if absent:
+        raise UserError(
+            f"{path}: {len(absent)} of {len(wanted)} lines name no linear layer of this checkpoint, e.g. {absent[0]!r}; "
+            "make the list anew from this checkpoint's keys"
+        )
+    return set(wanted)
+
+
+def add_lora(
+    block: nn.Module,
+    block_index: int,
+    paths: Sequence[str],
+    adapter: AdapterConfig,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """Put adapters on the linear layers `paths` of one block, in place, and freeze everything else in it.
+
+    B starts at zero, so the block computes what it did before. A is drawn by the module's name, so it does not depend
+    on which stage builds the block.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=scale_of(adapter) * adapter.rank,
+        lora_dropout=adapter.dropout,
+        target_modules=list(paths),
+    )
+    inject_adapter_in_model(config, block, adapter_name=_ADAPTER_NAME)
+    for path in paths:
+        module = block.get_submodule(path)
+        down = module.get_submodule(f"lora_A.{_ADAPTER_NAME}")
+        up = module.get_submodule(f"lora_B.{_ADAPTER_NAME}")
+        random = generator(seed, "lora_A", f"blocks.{block_index}.{path}")
+        with torch.no_grad():
+            initial = torch.empty(down.get_parameter("weight").shape, dtype=torch.float32)
+            nn.init.kaiming_uniform_(initial, a=math.sqrt(5), generator=random)
+            down.weight = nn.Parameter(initial.to(dtype))
+            up.weight = nn.Parameter(torch.zeros(up.get_parameter("weight").shape, dtype=dtype))
+
+
+def scale_of(adapter: AdapterConfig) -> float:
+    """alpha / rank; 1 where alpha is not given."""
+    return 1.0 if adapter.alpha is None else adapter.alpha / adapter.rank
+
+
+def parameter_names(module: str) -> tuple[str, str]:
+    """Names of A and B of one adapted module among the model's parameters."""
+    return f"{module}.lora_A.{_ADAPTER_NAME}.weight", f"{module}.lora_B.{_ADAPTER_NAME}.weight"
+
+
+def load_initial_adapter(path: Path, targets: Sequence[str], adapter: AdapterConfig) -> dict[str, Tensor]:
+    """Read an adapter to start from: {parameter name: tensor}, its scale folded into B for this run's scale.
+
+    Raises:
+        UserError: other targets or another rank than this run's.
+    """
+    existing: AdapterFile = read_adapter(path)
+    missing = [name for name in targets if name not in existing.modules]
+    extra = [name for name in existing.modules if name not in set(targets)]
+    if missing or extra:
+        raise UserError(
+            f"adapter.init_from_existing = {str(path)!r}: its targets are not this run's "
+            f"(missing there: {missing[:3]}, only there: {extra[:3]}); use the same include and train_blocks_range"
+        )
+    parameters = {}
+    for name in targets:
+        pair = existing.modules[name]
+        if pair.down.shape[0] != adapter.rank:
+            raise UserError(
+                f"adapter.init_from_existing = {str(path)!r}: {name} has rank {pair.down.shape[0]}, adapter.rank is "
+                f"{adapter.rank}"
+            )
+        down_name, up_name = parameter_names(name)
+        parameters[down_name] = pair.down.float()
+        parameters[up_name] = pair.up.float() * (pair.scale / scale_of(adapter))
+    return parameters
+
+
+def save_adapter(
+    trained: Mapping[str, Tensor],
+    targets: Sequence[str],
+    adapter: AdapterConfig,
+    directory: Path,
+    metadata: Mapping[str, str],
+) -> list[Path]:
+    """Write `adapter_model.safetensors` and `adapter_config.json` into `directory`.
+
+    Keys are `diffusion_model.<module>.lora_A.weight` and `lora_B`. The scale is folded into B and alpha set to the
+    rank, because loaders disagree on what a missing or different alpha means; at scale 1 they all agree.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for module in targets:
+        down_name, up_name = parameter_names(module)
+        tensors[adapter_key(module, "A")] = trained[down_name].contiguous()
+        tensors[adapter_key(module, "B")] = (trained[up_name] * scale_of(adapter)).contiguous()
+    weights = directory / ADAPTER_WEIGHTS
+    save_file(tensors, weights, metadata=dict(metadata))
+    config = LoraConfig(r=adapter.rank, lora_alpha=adapter.rank, target_modules=list(targets)).to_dict()
+    config["inference_mode"] = True
+    description = directory / ADAPTER_CONFIG
+    atomic_write_text(description, json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n")
+    return [weights, description]
+
+
+def _plain(value: object) -> object:
+    """JSON form of the sets and enumerations in a PEFT config."""
+    return sorted(value) if isinstance(value, set) else str(value)

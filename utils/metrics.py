@@ -1,0 +1,58 @@
+"""One JSON object per optimizer step in `metrics.jsonl`, and the same numbers as TensorBoard events."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from utils.files import atomic_write_text, disk_errors_as_user_errors
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All steps of a run, in order. A last line torn by a kill is left out."""
+    path = run_dir / METRICS_FILE
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` and TensorBoard. After a resume each step stands there once."""
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        """Drop what an earlier process wrote from `first_step` on, then append."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run_dir / METRICS_FILE
+        kept = [row for row in read_metrics(run_dir) if row["step"] < first_step]
+        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(run_dir), purge_step=first_step)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write one step; the line is on disk (not only in a buffer of this process) when this returns."""
+        with disk_errors_as_user_errors(self._path):
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        for key, value in row.items():
+            if isinstance(value, dict):
+                for name, number in value.items():
+                    self._tensorboard.add_scalar(f"{key}/{name}", number, row["step"])
+            elif isinstance(value, (int, float)) and key != "step":
+                self._tensorboard.add_scalar(f"train/{key}", value, row["step"])
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._tensorboard.close()

@@ -1,0 +1,64 @@
+"""Optimizers and learning-rate schedules."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from utils.config.schema import OptimizerConfig
+from utils.errors import UserError
+
+
+def trainable_dtype(config: OptimizerConfig) -> torch.dtype:
+    """Storage precision of trained weights: float32, except where the optimizer compensates bfloat16 rounding."""
+    return torch.bfloat16 if config.type == "adamw_kahan" else torch.float32
+
+
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The configured optimizer over one stage's trainable parameters; there may be none.
+
+    Norms, biases and other vectors get no weight decay.
+
+    Raises:
+        UserError: the optimizer's library is not installed.
+    """
+    decayed = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
+    plain = [parameter for parameter in parameters.values() if parameter.dim() < 2]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    arguments = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    if config.type == "adamw" or not parameters:
+        return torch.optim.AdamW(groups, **arguments)  # type: ignore[arg-type]
+    if config.type == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise UserError(
+                "optimizer.type = 'adamw8bit' needs bitsandbytes, which is not installed: pip install "
+                "'ai-model-sandbox[8bit]', or use type = 'adamw'"
+            ) from error
+        return AdamW8bit([group for group in groups if group["params"]], **arguments)
+    from optimi import AdamW as KahanAdamW
+
+    return KahanAdamW([group for group in groups if group["params"]], kahan_sum=True, **arguments)
+
+
+def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmup_steps: int) -> float:
+    """Learning rate of optimizer step `step` (0-based): linear warm-up, then constant, or down to 0 at `total_steps`."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if schedule == "linear":
+        return peak * (1 - progress)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value

@@ -1,0 +1,83 @@
+"""What every probe's command line has in common: shared flags, one-line errors and exit statuses.
+
+Statuses: 0 pass, 1 fail, 3 inconclusive, 2 wrong use (whatever the user can mend), 70 unexpected error, and 130 where
+the user stopped it.
+"""
+
+import argparse
+import math
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from utils.errors import EXIT_FAILED, EXIT_OK, EXIT_USER_ERROR, UserError
+from utils.report_summary import Verdict
+
+EXIT_INCONCLUSIVE = 3
+EXIT_UNEXPECTED = 70
+EXIT_INTERRUPTED = 130
+EXIT_BY_VERDICT: dict[Verdict, int] = {
+    "pass": EXIT_OK,
+    "fail": EXIT_FAILED,
+    "inconclusive": EXIT_INCONCLUSIVE,
+}
+_EPILOG = "Exit status: 0 pass, 1 fail, 3 inconclusive, 2 wrong use, 70 unexpected error."
+
+
+def probe_parser(tool: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that all probes share: --run_tag, --reports_dir, --debug."""
+    parser = argparse.ArgumentParser(
+        prog=f"{tool}.py",
+        description=description,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run_tag", metavar="TAG", help="name of the report (default: UTC time stamp)")
+    parser.add_argument(
+        "--reports_dir", metavar="DIR", default="reports", help="where all reports lie (default: %(default)s)"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    return parser
+
+
+def positive_float(text: str) -> float:
+    """An argparse `type` for limits: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def run_probe(
+    parser: argparse.ArgumentParser,
+    probe: Callable[[argparse.Namespace], Verdict],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse the command line, run the probe and return the exit status.
+
+    Errors become one line on stderr; `--debug` adds the stack trace. argparse itself exits with 2 for a flag that it
+    does not know and with 0 for `--help`.
+    """
+    args = parser.parse_args(argv)
+    try:
+        return EXIT_BY_VERDICT[probe(args)]
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return EXIT_INTERRUPTED
+    except UserError as error:
+        _show(args.debug, f"error: {error}")
+        return EXIT_USER_ERROR
+    except Exception as error:
+        hint = "" if args.debug else " (--debug shows the trace)"
+        _show(args.debug, f"unexpected error: {type(error).__name__}: {' '.join(str(error).split())}{hint}")
+        return EXIT_UNEXPECTED
+
+
+def _show(debug: bool, line: str) -> None:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"{line}\n")

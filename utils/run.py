@@ -1,0 +1,179 @@
+"""The steps of a run around the loop: world size, run directory, pipeline, resume, closing summary."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from utils import partition
+from utils.checkpoint import LoopState, load_checkpoint, read_state
+from utils.config.schema import LoadedConfig, TrainConfig
+from utils.data.sampler import BatchPlan
+from utils.distributed import Processes, gather_objects, on_every_rank, on_main
+from utils.errors import UserError
+from utils.layers import TrainableModel
+from utils.metrics import read_metrics
+from utils.optim import build_optimizer
+from utils.pipeline import Pipeline, build_pipeline
+from utils.progress import announce
+from utils.run_dir import RunDir, create_run_dir, find_run_dir
+from utils.trainer import LossRecorder, Trainer, initial_state, total_steps
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Everything that has to stand before the first step."""
+
+    config: TrainConfig
+    plan: BatchPlan
+    model: TrainableModel
+    pipeline: Pipeline
+    recorder: LossRecorder
+    processes: Processes
+
+
+def speaker(processes: Processes) -> Say:
+    """A function that prints on rank 0 and is silent elsewhere."""
+    return announce if processes.is_main else lambda text: None
+
+
+def check_world_size(config: TrainConfig, world_size: int) -> None:
+    """The number of processes must be a multiple of `pipeline_stages`.
+
+    Raises:
+        UserError: it is not.
+    """
+    stages = config.pipeline_stages
+    if world_size % stages:
+        fits = world_size // stages * stages
+        advice = f"start {fits or stages} or {fits + stages}" if fits else f"start {stages} (or a multiple)"
+        error = UserError(
+            f"pipeline_stages = {stages} does not divide the {world_size} processes that were started; {advice} processes, "
+            "e.g. with deepspeed --num_gpus N, or change pipeline_stages"
+        )
+        error.on_every_rank = True
+        raise error
+
+
+def micro_batches_per_step(config: TrainConfig, world_size: int) -> int:
+    """Micro-batches of one optimizer step over all copies of the model."""
+    return config.gradient_accumulation_steps * (world_size // config.pipeline_stages)
+
+
+def open_run(
+    config: LoadedConfig, resume: str | None, plan: BatchPlan, processes: Processes, say: Say
+) -> RunDir | None:
+    """Make the run's directory, or find the one to continue. None where that run has already finished.
+
+    Raises:
+        UserError: the directory cannot be written, or the run to continue does not fit this configuration.
+    """
+    if resume is None:
+        run = on_main(lambda: create_run_dir(config))
+        say(f"run directory: {run.path}")
+        return run
+    found = on_main(lambda: find_run_dir(config, resume))
+    if found is None:
+        run = on_main(lambda: create_run_dir(config))
+        say(f"no run to continue in {config.train.output_dir}: starting at step 0 in {run.path}")
+        return run
+    if found.checkpoint is None:
+        say(f"{found.path} has no checkpoint yet: starting at step 0")
+        return found
+    state = on_main(lambda: read_state(Path(str(found.checkpoint))))
+    total = total_steps(config.train, plan, micro_batches_per_step(config.train, processes.world_size))
+    if state.step >= total:
+        say(f"{found.path} is finished ({state.step} of {total} steps); nothing to do")
+        return None
+    say(f"continuing {found.path} from {found.checkpoint.name} ({state.step} of {total} steps done)")
+    return found
+
+
+def build(
+    config: TrainConfig, plan: BatchPlan, model: TrainableModel, processes: Processes, say: Say
+) -> Ready:
+    """Build this process's stage of the model and say how the model was split.
+
+    Raises:
+        UserError: more stages than layers, or weights that cannot be read.
+    """
+    specs = model.layer_specs()
+    stages = partition.plan_stages(specs, config)
+    recorder = LossRecorder()
+    pipeline = on_every_rank(
+        lambda: build_pipeline(
+            specs,
+            stages.bounds,
+            recorder,
+            lambda trainables: build_optimizer(trainables, config.optimizer),
+            micro_batch_size=config.micro_batch_size_per_gpu,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            gradient_clipping=config.gradient_clipping,
+            processes=processes,
+        )
+    )
+    own = (pipeline.stage_id, sum(p.numel() for p in pipeline.trainables.values()))
+    trained = dict(gather_objects(own))
+    total_cost = sum(stages.layer_costs)
+    say(
+        f"{pipeline.num_stages} stage(s) x {pipeline.dp_size} data-parallel; {config.gradient_accumulation_steps} "
+        f"micro-batch(es) of {config.micro_batch_size_per_gpu} per step and copy; {sum(trained.values()):,} trained parameters"
+    )
+    for stage, cost in enumerate(stages.stage_costs):
+        first, last = stages.bounds[stage], stages.bounds[stage + 1] - 1
+        say(
+            f"  stage {stage}: layers {first}-{last} ({specs[first].name or 'input'} .. {specs[last].name or 'input'}), "
+            f"{cost / total_cost:.0%} of the work, {trained[stage]:,} trained parameters"
+        )
+    return Ready(config, plan, model, pipeline, recorder, processes)
+
+
+def run(ready: Ready, run_dir: RunDir, data_fingerprint: str, metadata: Mapping[str, str], say: Say) -> None:
+    """Train to the end, from the run's checkpoint where it has one, and say what was made.
+
+    Raises:
+        UserError: the checkpoint does not fit this run.
+        TrainingStoppedError: see `Trainer.run`.
+    """
+    per_step = micro_batches_per_step(ready.config, ready.processes.world_size)
+    state = replace(initial_state(per_step), data_fingerprint=data_fingerprint)
+    if run_dir.checkpoint is not None:
+        checkpoint = run_dir.checkpoint
+        stored = on_main(lambda: read_state(checkpoint))
+        _check_fits(stored, state, checkpoint)
+        on_every_rank(lambda: load_checkpoint(checkpoint, ready.pipeline))
+        state = stored
+    trainer = Trainer(
+        ready.config,
+        ready.plan,
+        ready.model,
+        ready.pipeline,
+        ready.recorder,
+        ready.processes,
+        run_dir.path,
+        metadata,
+    )
+    final = trainer.run(state)
+    rows = read_metrics(run_dir.path) if ready.processes.is_main else []
+    if rows:
+        say(
+            f"done: {final.step} steps, {final.samples_seen} samples, {final.train_seconds:.1f} s; loss "
+            f"{rows[0]['loss']:.4f} at step 1, {rows[-1]['loss']:.4f} at step {rows[-1]['step']}"
+        )
+        for path in sorted(run_dir.path.glob("epoch*/*.safetensors")):
+            say(f"  {path}")
+
+
+def _check_fits(stored: LoopState, fresh: LoopState, checkpoint: Path) -> None:
+    if stored.micro_batches_per_step != fresh.micro_batches_per_step:
+        raise UserError(
+            f"{checkpoint}: was made with {stored.micro_batches_per_step} micro-batches per step, this run has "
+            f"{fresh.micro_batches_per_step}; choose gradient_accumulation_steps so that accumulation times data-parallel "
+            "copies stays the same"
+        )
+    if stored.data_fingerprint != fresh.data_fingerprint:
+        raise UserError(
+            f"{checkpoint}: the dataset has changed since (files, captions, buckets or repeats), so the order of samples "
+            "would not be continued; put it back, or start a new run"
+        )

@@ -1,0 +1,131 @@
+"""The directory of one run: made new, or found again to be continued."""
+
+import shutil
+import tomllib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from utils.checkpoint import latest_checkpoint
+from utils.config.dump import dump_config
+from utils.config.load import load_config
+from utils.config.schema import LoadedConfig, TrainConfig
+from utils.errors import UserError
+from utils.files import atomic_write_text, disk_errors_as_user_errors
+
+CONFIG_FILE = "config.toml"
+NEWEST = ""
+
+# What may differ between a run and its continuation: it changes when things happen, not what is computed.
+_FREE_KEYS = frozenset(
+    {
+        "output_dir",
+        "dataset",
+        "epochs",
+        "max_steps",
+        "pipeline_stages",
+        "partition_method",
+        "partition_split",
+        "gradient_accumulation_steps",
+        "save_every_n_epochs",
+        "save_every_n_steps",
+        "checkpoint_every_n_epochs",
+        "checkpoint_every_n_steps",
+        "checkpoint_every_n_minutes",
+        "keep_checkpoints",
+        "timeout_minutes",
+        "activation_checkpointing",
+    }
+)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Where a run writes, and the checkpoint it continues from, if any."""
+
+    path: Path
+    checkpoint: Path | None = None
+    is_resumed: bool = False
+
+
+def create_run_dir(config: LoadedConfig) -> RunDir:
+    """Make `output_dir/<UTC time stamp>/` with the resolved config and copies of the input TOML files.
+
+    Raises:
+        UserError: output_dir is not writable.
+    """
+    parent = Path(config.train.output_dir)
+    stamp = datetime.now(UTC).strftime("%Y%m%d_%H%M%S")
+    with disk_errors_as_user_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1000):
+            path = parent / (stamp if attempt == 0 else f"{stamp}_{attempt}")
+            try:
+                path.mkdir()
+                break
+            except FileExistsError:
+                continue
+        inputs = path / "inputs"
+        inputs.mkdir()
+        for source in (Path(config.path), Path(config.dataset_path)):
+            shutil.copyfile(source, inputs / source.name)
+        atomic_write_text(path / CONFIG_FILE, dump_config(config.train))
+    return RunDir(path)
+
+
+def find_run_dir(config: LoadedConfig, wanted: str) -> RunDir | None:
+    """The run to continue: the directory `wanted`, a name inside output_dir, or (`NEWEST`) the newest run there.
+
+    Returns None where output_dir holds no run yet.
+
+    Raises:
+        UserError: `wanted` names no run, or the run was made with another configuration.
+    """
+    parent = Path(config.train.output_dir)
+    if wanted == NEWEST:
+        runs = sorted(path.parent for path in parent.glob(f"*/{CONFIG_FILE}"))
+        if not runs:
+            return None
+        path = runs[-1]
+    else:
+        candidates = [Path(wanted), parent / wanted]
+        found = [path for path in candidates if (path / CONFIG_FILE).is_file()]
+        if not found:
+            raise UserError(
+                f"--resume_from_checkpoint {wanted}: neither {candidates[0]} nor {candidates[1]} is a run directory "
+                f"(with a {CONFIG_FILE}); give no value for the newest run of output_dir"
+            )
+        path = found[0]
+    _check_same_config(path, config.train)
+    return RunDir(path, latest_checkpoint(path), is_resumed=True)
+
+
+def _check_same_config(path: Path, config: TrainConfig) -> None:
+    saved = load_config(path / CONFIG_FILE).train
+    before, now = _flatten(dump_config(saved)), _flatten(dump_config(config))
+    changed = [
+        f"  {key}: {before.get(key, '(not set)')} -> {now.get(key, '(not set)')}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in _FREE_KEYS
+    ]
+    if changed:
+        raise UserError(
+            f"{path}: the run was made with another configuration, so it cannot be continued with this one:\n"
+            + "\n".join(changed)
+            + "\nput these back, or start a new run without --resume_from_checkpoint"
+        )
+
+
+def _flatten(toml: str) -> dict[str, str]:
+    """Dotted keys and their values as text."""
+    flat: dict[str, str] = {}
+
+    def visit(prefix: str, table: dict[str, object]) -> None:
+        for key, value in table.items():
+            if isinstance(value, dict):
+                visit(f"{prefix}{key}.", value)
+            else:
+                flat[f"{prefix}{key}"] = repr(value)
+
+    visit("", tomllib.loads(toml))
+    return flat

@@ -1,0 +1,300 @@
+"""The training loop. It knows data order, steps, metrics and files, and nothing of the model it trains."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.checkpoint import LoopState, latest_checkpoint, save_checkpoint
+from utils.config.schema import TrainConfig
+from utils.data.sampler import BatchPlan, MicroBatch, rank_slice
+from utils.distributed import Processes, broadcast_object, gather_objects
+from utils.errors import TrainingStoppedError
+from utils.flow_matching import NUM_SIGMA_BINS, per_sample_loss, sigma_bin
+from utils.layers import PreparedBatch, TrainableModel
+from utils.metrics import MetricsWriter
+from utils.optim import learning_rate, set_learning_rate
+from utils.pipeline import NonFiniteGradientsError, Pipeline
+from utils.progress import Progress, announce
+from utils.saver import export_trained
+
+
+@dataclass(frozen=True)
+class _Record:
+    losses_B: Tensor
+    sigma_B: Tensor
+    weight_B: Tensor
+    sample_index_B: Tensor
+
+
+class LossRecorder:
+    """The loss function of the last stage; remembers each sample's loss for the metrics of the step."""
+
+    def __init__(self) -> None:
+        self._records: list[_Record] = []
+
+    def __call__(self, velocity_BCFHW: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
+        """Sum of weight * mean squared error over the micro-batch, a scalar."""
+        target_BCFHW, sigma_B, weight_B, sample_index_B = labels
+        losses_B = per_sample_loss(velocity_BCFHW, target_BCFHW)
+        self._records.append(_Record(losses_B.detach(), sigma_B, weight_B, sample_index_B))
+        return (losses_B * weight_B).sum()
+
+    def clear(self) -> None:
+        """Forget the last step."""
+        self._records.clear()
+
+    def totals(self) -> np.ndarray:
+        """Sums and counts over samples with weight: [loss, count, loss per sigma bin..., count per bin...], float64."""
+        totals = np.zeros(2 + 2 * NUM_SIGMA_BINS)
+        for record in self._records:
+            counted = record.weight_B.cpu() > 0
+            losses = record.losses_B.cpu().double().numpy()[counted.numpy()]
+            bins = sigma_bin(record.sigma_B.cpu()).numpy()[counted.numpy()]
+            totals[0] += losses.sum()
+            totals[1] += len(losses)
+            np.add.at(totals, 2 + bins, losses)
+            np.add.at(totals, 2 + NUM_SIGMA_BINS + bins, 1.0)
+        return totals
+
+    def non_finite_samples(self) -> list[int]:
+        """Indices of samples of this step whose loss is not finite."""
+        found: list[int] = []
+        for record in self._records:
+            bad = ~torch.isfinite(record.losses_B.cpu())
+            found += record.sample_index_B.cpu()[bad].tolist()
+        return found
+
+
+class Trainer:
+    """Runs a configured training to its end."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        plan: BatchPlan,
+        model: TrainableModel,
+        pipeline: Pipeline,
+        recorder: LossRecorder,
+        processes: Processes,
+        run_dir: Path,
+        metadata: Mapping[str, str],
+    ) -> None:
+        self._config = config
+        self._plan = plan
+        self._model = model
+        self._pipeline = pipeline
+        self._recorder = recorder
+        self._processes = processes
+        self._run_dir = run_dir
+        self._metadata = metadata
+        self._per_step = config.gradient_accumulation_steps * pipeline.dp_size
+        self.total_steps = total_steps(config, plan, self._per_step)
+        self._last_checkpoint_time = time.monotonic()
+        self._warned: set[str] = set()
+
+    def run(self, state: LoopState) -> LoopState:
+        """Train from `state` to the end, saving on the way. Every rank must call it.
+
+        Raises:
+            TrainingStoppedError: a loss or gradient is not finite, or the budget says stop.
+        """
+        main = self._processes.is_main
+        writer = MetricsWriter(self._run_dir, state.step + 1) if main else None
+        bar = Progress("training", self.total_steps, state.step) if main else None
+        try:
+            while state.step < self.total_steps:
+                state, row = self._step(state)
+                self._check_budget(row)
+                if writer is not None and bar is not None:
+                    writer.write(row)
+                    bar.advance(
+                        1,
+                        loss=f"{row['loss']:.4f}",
+                        lr=f"{row['lr']:.2e}",
+                        grad=f"{row['grad_norm']:.3g}",
+                        speed=f"{row['step_seconds']:.2f} s/step",
+                    )
+                self._save_if_due(state)
+        finally:
+            if writer is not None:
+                writer.close()
+            if bar is not None:
+                bar.close()
+        return state
+
+    # ------------------------------------------------------------------ one step
+
+    def _step(self, state: LoopState) -> tuple[LoopState, dict[str, Any]]:
+        started = time.perf_counter()
+        batches = self._step_batches(state.step)
+        num_samples = sum(len(batch.visits) for batch in batches)
+        lr = learning_rate(
+            state.step,
+            self.total_steps,
+            self._config.optimizer.lr,
+            self._config.lr_scheduler,
+            self._config.warmup_steps,
+        )
+        set_learning_rate(self._pipeline.optimizer, lr)
+        self._recorder.clear()
+        try:
+            self._pipeline.train_step(self._prepared(batches, num_samples))
+        except NonFiniteGradientsError:
+            self._stop_non_finite(state.step, batches)
+        totals = self._reduced_totals()
+        loss = float(np.float32(totals[0] / totals[1]))
+        seconds = time.perf_counter() - started
+        state = replace(
+            state,
+            step=state.step + 1,
+            samples_seen=state.samples_seen + num_samples,
+            train_seconds=state.train_seconds + seconds,
+        )
+        row = {
+            "step": state.step,
+            "epoch": batches[-1].epoch + 1,
+            "loss": loss,
+            "loss_by_timestep": _loss_by_bin(totals),
+            "lr": lr,
+            "grad_norm": self._pipeline.gradient_norm,
+            "samples_seen": state.samples_seen,
+            "step_seconds": round(seconds, 4),
+            "tokens_per_second": round(sum(map(self._model.num_tokens, batches)) / seconds, 1),
+        }
+        return state, row
+
+    def _step_batches(self, step: int) -> list[MicroBatch]:
+        limit = None if self._config.max_steps is not None else self._plan.batches_before(self._config.epochs)
+        return list(self._plan.step_micro_batches(step, self._per_step, limit))
+
+    def _prepared(self, batches: list[MicroBatch], num_samples: int) -> Iterator[PreparedBatch]:
+        """This rank's share of the step. Weights make the step's loss the mean over its samples, however ragged.
+
+        A step at the very end of the run may lack micro-batches; repeats of weight 0 fill the schedule.
+        """
+        weight = self._per_step / num_samples
+        weighted = [(batch, weight) for batch in batches]
+        weighted += [(batches[-1], 0.0)] * (self._per_step - len(batches))
+        pipeline = self._pipeline
+        for batch, batch_weight in rank_slice(weighted, pipeline.dp_rank, pipeline.dp_size):
+            yield self._model.prepare(
+                batch, batch_weight, need_inputs=pipeline.is_first, need_labels=pipeline.is_last
+            )
+
+    def _reduced_totals(self) -> np.ndarray:
+        """Totals of the step over all ranks; only last stages contribute."""
+        totals = torch.from_numpy(self._recorder.totals()).to(self._processes.device)
+        dist.all_reduce(totals)
+        return totals.cpu().numpy()
+
+    def _stop_non_finite(self, step: int, batches: list[MicroBatch]) -> None:
+        bad = sorted(
+            {index for indices in gather_objects(self._recorder.non_finite_samples()) for index in indices}
+        )
+        everything = sorted({visit.sample_index for batch in batches for visit in batch.visits})
+        what = "the loss of" if bad else "the gradient (every loss is finite) of the step with"
+        files = ", ".join(self._model.describe_sample(index) for index in (bad or everything)[:8])
+        raise TrainingStoppedError(
+            f"step {step + 1}: {what} {files} is not finite. The step was not applied; {self._what_is_left()}. Check these "
+            "files, lower optimizer.lr, or set gradient_clipping"
+        )
+
+    def _what_is_left(self) -> str:
+        newest = latest_checkpoint(self._run_dir)
+        return "there is no checkpoint yet" if newest is None else f"the last good checkpoint is {newest}"
+
+    # ------------------------------------------------------------------ budget
+
+    def _check_budget(self, row: dict[str, Any]) -> None:
+        """Every `every_n_steps` and at the end: log the largest ratio; warn or stop over the cap."""
+        budget = self._config.budget
+        step = row["step"]
+        if budget is None or (step % budget.every_n_steps and step != self.total_steps):
+            return
+        ratios: dict[str, float] = {}
+        for part in gather_objects(dict(self._model.deltas(self._pipeline.parameters))):
+            ratios |= part
+        if not ratios:
+            return
+        row["max_delta_ratio"] = max(ratios.values())
+        row["mean_delta_ratio"] = sum(ratios.values()) / len(ratios)
+        over = {name: ratio for name, ratio in ratios.items() if ratio > budget.max_delta_ratio}
+        if not over:
+            return
+        worst = max(over, key=lambda name: over[name])
+        message = (
+            f"step {step}: {len(over)} of {len(ratios)} adapted modules move their weights by more than "
+            f"budget.max_delta_ratio = {budget.max_delta_ratio:g}; the most is {worst} with {over[worst]:.4f}"
+        )
+        if budget.action == "stop":
+            raise TrainingStoppedError(
+                f"{message}. budget.action = 'stop'; {self._what_is_left()}. Lower optimizer.lr or adapter.rank, or "
+                "raise the cap on purpose"
+            )
+        if self._processes.is_main and set(over) - self._warned:
+            self._warned |= set(over)
+            announce(f"warning: {message}")
+
+    # ------------------------------------------------------------------ saving
+
+    def _save_if_due(self, state: LoopState) -> None:
+        config, step = self._config, state.step
+        at_end = step == self.total_steps
+        completed = self._plan.epochs_completed(step, self._per_step)
+        ended = completed > self._plan.epochs_completed(step - 1, self._per_step)
+        number = completed if ended else completed + 1
+
+        def every(interval: int | None, count: int) -> bool:
+            return interval is not None and count % interval == 0
+
+        if (ended and every(config.save_every_n_epochs, number)) or at_end:
+            self._export(f"epoch{number}", state, number)
+        if every(config.save_every_n_steps, step):
+            self._export(f"step{step}", state, number)
+        due = (ended and every(config.checkpoint_every_n_epochs, number)) or every(
+            config.checkpoint_every_n_steps, step
+        )
+        if due or at_end or self._minutes_are_up():
+            save_checkpoint(self._run_dir, self._pipeline, state, config.keep_checkpoints)
+            self._last_checkpoint_time = time.monotonic()
+
+    def _minutes_are_up(self) -> bool:
+        minutes = self._config.checkpoint_every_n_minutes
+        if minutes is None:
+            return False
+        return bool(broadcast_object(time.monotonic() - self._last_checkpoint_time >= 60 * minutes))
+
+    def _export(self, name: str, state: LoopState, epoch: int) -> None:
+        metadata = {**self._metadata, "step": str(state.step), "epoch": str(epoch)}
+        export_trained(self._pipeline, self._run_dir / name, self._model.export, metadata)
+
+
+def total_steps(config: TrainConfig, plan: BatchPlan, micro_batches_per_step: int) -> int:
+    """Optimizer steps of the whole run: `max_steps` where given, else all of `epochs`."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return plan.steps_for_epochs(config.epochs, micro_batches_per_step)
+
+
+def initial_state(micro_batches_per_step: int) -> LoopState:
+    """State of a run that has not begun."""
+    return LoopState(step=0, samples_seen=0, micro_batches_per_step=micro_batches_per_step, train_seconds=0.0)
+
+
+def _loss_by_bin(totals: np.ndarray) -> dict[str, float]:
+    """Mean loss of each tenth of the noise range that the step visited."""
+    sums, counts = totals[2 : 2 + NUM_SIGMA_BINS], totals[2 + NUM_SIGMA_BINS :]
+    return {
+        f"{index / NUM_SIGMA_BINS:.1f}-{(index + 1) / NUM_SIGMA_BINS:.1f}": float(
+            np.float32(sums[index] / counts[index])
+        )
+        for index in range(NUM_SIGMA_BINS)
+        if counts[index] > 0
+    }
