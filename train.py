@@ -7,6 +7,7 @@ python train.py --config configs/smoke_dit_lora.toml
 
 import argparse
 import sys
+from functools import partial
 
 from utils.cli import run_command
 
@@ -48,7 +49,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     launcher = parser.add_argument_group("passed by launchers")
     launcher.add_argument("--local_rank", type=int, default=None, help="ignored: LOCAL_RANK says it")
     launcher.add_argument("--deepspeed", action="store_true", help="ignored: DeepSpeed is always the engine")
-    launcher.add_argument("--deepspeed_config", default=None, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -60,16 +60,17 @@ def train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.set, check_files=True, preflight=preflight)
 
     from models.wan.model import WanModel
-    from models.wan.setup import prepare_data, run_metadata, write_base_description
+    from models.wan.setup import prepare_data, run_metadata, say_targets, write_base_description
     from utils import distributed
     from utils import run as runs
 
-    processes = distributed.init_processes(config.train.timeout_minutes)
     try:
+        processes = distributed.init_processes(config.train.timeout_minutes)
         runs.check_world_size(config.train, processes.world_size)
         say = runs.speaker(processes)
         paths = find_checkpoint(config.train.model)
         model = WanModel(config.train, paths)
+        say_targets(model.targets, say)
         data = prepare_data(config, model, paths, processes, regenerate=arguments.regenerate_cache, say=say)
         if arguments.cache_only:
             say(f"cache complete: {data.store_root}")
@@ -78,12 +79,12 @@ def train(arguments: argparse.Namespace) -> int:
             runs.build(config.train, data.plan, model, processes, say)
             say("dry run: everything is in place; no step was taken and nothing was written to output_dir")
             return 0
-        run_dir = runs.open_run(config, arguments.resume_from_checkpoint, data.plan, processes, say)
-        if run_dir is None:
+        found = runs.find_run(config, arguments.resume_from_checkpoint, data.plan, processes, say)
+        if found is not None and found.is_finished:
             return 0
-        distributed.on_main(lambda: write_base_description(model, run_dir.path))
         ready = runs.build(config.train, data.plan, model, processes, say)
         metadata = distributed.on_main(lambda: run_metadata(config, model, paths, data.hashes))
+        run_dir = found or runs.begin_run(config, partial(write_base_description, model), say)
         runs.run(ready, run_dir, data.fingerprint, metadata, say)
         return 0
     finally:

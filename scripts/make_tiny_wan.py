@@ -34,6 +34,8 @@ NUM_SHARDS = {"ti2v-5b": 3, "t2v-a14b": 6, "i2v-a14b": 6}
 UMT5 = Umt5Sizes(vocab_size=384, d_model=64, num_heads=4, d_kv=16, d_ff=128, num_layers=3, num_buckets=32)
 NUM_PIECES = 320
 NUM_SENTINELS = 8
+# On query and key. At 1, a caption of ten tokens would drown in the zero padding up to 512.
+CROSS_ATTENTION_GAIN = 1.7
 # Mean of silu(x)^2 for a standard normal x: what a convolution after "normalise, silu" sees.
 SILU_POWER = 0.3556
 # The residual branches add up; this keeps the sum of a whole VAE near 1.
@@ -147,7 +149,8 @@ def dit_weights(arch: WanArch, seed: int, component: str) -> dict[str, torch.Ten
         if "modulation" in name:
             weights[name] = random_tensor(seed, key, shape, std=arch.dim**-0.5)
         elif "norm" in name and name.endswith("weight"):
-            weights[name] = random_tensor(seed, key, shape, std=0.1, mean=1.0)
+            mean = CROSS_ATTENTION_GAIN if "cross_attn" in name else 1.0
+            weights[name] = random_tensor(seed, key, shape, std=0.1, mean=mean)
         elif name.endswith("bias"):
             weights[name] = random_tensor(seed, key, shape, std=0.02)
         else:

@@ -6,9 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from utils.errors import EXIT_FAILED, EXIT_USER_ERROR, TrainingStoppedError, UserError
-
-_EXIT_INTERRUPTED = 130
+from utils.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingStoppedError, UserError
 
 
 def run_command(function: Callable[[], int], *, debug: bool) -> int:
@@ -32,7 +30,7 @@ def run_command(function: Callable[[], int], *, debug: bool) -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         _say("interrupted")
-        return _EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -43,16 +41,17 @@ def run_command(function: Callable[[], int], *, debug: bool) -> int:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    announced = os.environ.get("RANK", "0")
+    return int(announced) if announced.isdigit() else 0
 
 
 def _should_speak(error: UserError) -> bool:
     """Rank 0 always; others only with what rank 0 does not know: trouble of their own after the group has formed."""
     if _rank() == 0:
         return True
-    distributed = sys.modules.get("torch.distributed")
-    formed = distributed is not None and distributed.is_initialized()
-    return bool(formed and not error.on_every_rank)
+    distributed = sys.modules.get("utils.distributed")  # not imported here: a config error needs no torch
+    has_joined = distributed is not None and distributed.has_joined()
+    return has_joined and not error.on_every_rank
 
 
 def _say(text: str) -> None:

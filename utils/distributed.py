@@ -13,6 +13,8 @@ import torch.distributed as dist
 from utils.errors import UserError
 
 T = TypeVar("T")
+_own_environment: list[str] = []
+_has_joined: list[bool] = []
 
 
 @dataclass(frozen=True)
@@ -30,29 +32,14 @@ class Processes:
         return self.rank == 0
 
 
-def launched_world_size() -> int:
-    """World size that the launcher announced; 1 when started as plain `python`."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launched_rank() -> int:
-    """Rank that the launcher announced; 0 when started as plain `python`."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def init_processes(timeout_minutes: float) -> Processes:
     """Join the process group that the launcher describes; plain `python` is a group of one.
 
     Raises:
         UserError: the port is in use or the peers cannot be reached.
     """
-    single = "WORLD_SIZE" not in os.environ
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(key, value)
-    if single:
-        os.environ["MASTER_PORT"] = str(_free_port())
-    os.environ.setdefault("MASTER_PORT", "29500")
-    rank, local_rank, world_size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    _complete_environment()
+    rank, local_rank, world_size = map(_read_number, ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -78,7 +65,34 @@ def init_processes(timeout_minutes: float) -> Processes:
             f"the {world_size} processes did not find each other at {address} within {timeout_minutes:g} minutes: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    _has_joined.append(True)
     return Processes(rank, local_rank, world_size, device)
+
+
+def has_joined() -> bool:
+    """Whether this process has been in a group; it stays true after `shutdown`."""
+    return bool(_has_joined)
+
+
+def _complete_environment() -> None:
+    """Set what no launcher has set, where DeepSpeed looks for it; `shutdown` takes it out again."""
+    missing = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    if "WORLD_SIZE" not in os.environ:
+        missing |= {"WORLD_SIZE": "1", "MASTER_PORT": str(_free_port())}
+    for key, value in missing.items():
+        if key not in os.environ:
+            os.environ[key] = value
+            _own_environment.append(key)
+
+
+def _read_number(key: str) -> int:
+    try:
+        return int(os.environ[key])
+    except ValueError as error:
+        raise UserError(
+            f"the environment variable {key} is {os.environ[key]!r} and not a number; unset it, or start with a launcher "
+            "(deepspeed, torchrun), which sets it"
+        ) from error
 
 
 def broadcast_object(value: Any) -> Any:
@@ -129,9 +143,11 @@ def _raise_everywhere(problem: str | None) -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one. Never waits for peers."""
+    """Leave the process group, if there is one, and the environment as it was. Never waits for peers."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _own_environment:
+        os.environ.pop(_own_environment.pop(), None)
 
 
 def _free_port() -> int:

@@ -2,9 +2,10 @@
 
 import errno
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import xxhash
 
 from utils.errors import UserError
 
+TEMPORARY_SUFFIX = ".tmp"
 _READ_CHUNK_BYTES = 8 << 20
+# Libraries written in Rust raise an error type of their own whose text ends so.
+_ERRNO_IN_TEXT = re.compile(r"\(os error (\d+)\)")
 _QUICK_BLOCK_BYTES = 64 << 10
 _QUICK_NUM_BLOCKS = 256
 
@@ -37,19 +41,37 @@ def fsync_file(path: Path) -> None:
 
 @contextmanager
 def disk_errors_as_user_errors(target: Path) -> Iterator[None]:
-    """Turn "disk full" and "not writable" while writing `target` into a UserError that names it."""
+    """Turn "disk full" and "not writable" while writing `target` into a UserError that names it.
+
+    Also where a library (safetensors) wraps the system's error into one of its own.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except UserError:
+        raise
+    except Exception as error:
+        number = _errno_of(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"{target}: the disk is full; free some space and run the same command again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if number == errno.EFBIG:
             raise UserError(
-                f"{target}: not writable ({error.strerror}); choose another place or mend its rights"
+                f"{target}: larger than a file may be there (ulimit -f, or the kind of file system); raise the limit or "
+                "choose another place"
+            ) from error
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(
+                f"{target}: not writable ({os.strerror(number)}); choose another place or mend its rights"
             ) from error
         raise
+
+
+def _errno_of(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    match = _ERRNO_IN_TEXT.search(str(error))
+    return int(match[1]) if match else None
 
 
 @contextmanager
@@ -64,7 +86,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
     target = Path(target)
     with disk_errors_as_user_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        descriptor, name = tempfile.mkstemp(
+            dir=target.parent, prefix=f".{target.name}.", suffix=TEMPORARY_SUFFIX
+        )
         os.close(descriptor)
         temporary = Path(name)
         try:
@@ -103,7 +127,9 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         )
     with disk_errors_as_user_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+        temporary = Path(
+            tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=TEMPORARY_SUFFIX)
+        )
         try:
             temporary.chmod(0o777 & ~_umask())
             yield temporary
@@ -155,3 +181,8 @@ def quick_fingerprint(path: Path) -> str:
                 file.seek((size - _QUICK_BLOCK_BYTES) * block // (_QUICK_NUM_BLOCKS - 1))
                 digest.update(file.read(_QUICK_BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def combined_fingerprint(paths: Iterable[Path]) -> str:
+    """One fingerprint of several files in order (the shards of a checkpoint), from `quick_fingerprint` of each."""
+    return xxhash.xxh3_128_hexdigest("-".join(quick_fingerprint(path) for path in paths).encode())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from utils.data.sampler import MicroBatch
+from utils.delta_budget import ModuleDelta
 
 Wire = tuple[Tensor, ...]
 
@@ -113,6 +114,6 @@ class TrainableModel(Protocol):
         """
         ...
 
-    def deltas(self, parameters: Mapping[str, Tensor]) -> Mapping[str, float]:
-        """||dW||_F / ||W||_F of each adapted module among one stage's parameters; empty without an adapter."""
+    def deltas(self, parameters: Mapping[str, Tensor]) -> list[ModuleDelta]:
+        """How far each adapted module among one stage's parameters moves its weight; empty without an adapter."""
         ...

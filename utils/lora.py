@@ -14,7 +14,7 @@ from utils.config.schema import AdapterConfig, BudgetConfig
 from utils.config.targets import select
 from utils.errors import UserError
 from utils.files import atomic_write_text
-from utils.lora_names import AdapterFile, adapter_key, read_adapter
+from utils.lora_names import AdapterFile, adapter_key, kohya_aliases, read_adapter
 from utils.rng import generator
 
 _ADAPTER_NAME = "default"
@@ -60,7 +60,8 @@ def resolve_targets(linears: Sequence[str], adapter: AdapterConfig, budget: Budg
                 f"adapter.train_blocks_range = [{first}, {last}]: the checkpoint's blocks are 0 .. {num_blocks - 1}"
             )
         chosen = {name for name in chosen if first <= split_block_path(name)[0] <= last}
-    if adapter.self_attn_approval is not None:
+    # A glob is narrowed to the approved blocks; an explicit line outside them is refused below.
+    if adapter.self_attn_approval is not None and adapter.include_file is None:
         approved = set(adapter.self_attn_approval.blocks)
         chosen = {
             name
@@ -74,6 +75,26 @@ def resolve_targets(linears: Sequence[str], adapter: AdapterConfig, budget: Budg
     if problems:
         raise UserError("; ".join(map(str, problems)))
     return targets
+
+
+def describe_targets(targets: Sequence[str]) -> list[str]:
+    """The target list for people, a line per path: `cross_attn.k in blocks 20-29`."""
+    blocks: dict[str, list[int]] = {}
+    for target in targets:
+        block, path = split_block_path(target)
+        blocks.setdefault(path, []).append(block)
+    return [f"{path} in blocks {_ranges(numbers)}" for path, numbers in blocks.items()]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3, 7` for 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _read_include_file(path: Path, known: set[str]) -> set[str]:
@@ -135,13 +156,18 @@ def parameter_names(module: str) -> tuple[str, str]:
     return f"{module}.lora_A.{_ADAPTER_NAME}.weight", f"{module}.lora_B.{_ADAPTER_NAME}.weight"
 
 
+def base_weight_name(module: str) -> str:
+    """Name of the frozen weight under one adapted module among the model's parameters."""
+    return f"{module}.base_layer.weight"
+
+
 def load_initial_adapter(path: Path, targets: Sequence[str], adapter: AdapterConfig) -> dict[str, Tensor]:
     """Read an adapter to start from: {parameter name: tensor}, its scale folded into B for this run's scale.
 
     Raises:
         UserError: other targets or another rank than this run's.
     """
-    existing: AdapterFile = read_adapter(path)
+    existing: AdapterFile = read_adapter(path, kohya_aliases(targets))
     missing = [name for name in targets if name not in existing.modules]
     extra = [name for name in existing.modules if name not in set(targets)]
     if missing or extra:

@@ -1,5 +1,6 @@
 """One JSON object per optimizer step in `metrics.jsonl`, and the same numbers as TensorBoard events."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -35,24 +36,37 @@ class MetricsWriter:
         kept = [row for row in read_metrics(run_dir) if row["step"] < first_step]
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
         self._tensorboard = SummaryWriter(str(run_dir), purge_step=first_step)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Write one step; the line is on disk (not only in a buffer of this process) when this returns."""
+        """Write one step; the line has left this process when this returns, so that a kill does not lose it.
+
+        Raises:
+            UserError: the disk is full; the file ends with the last whole line.
+        """
+        line = json.dumps(row, allow_nan=False) + "\n"
         with disk_errors_as_user_errors(self._path):
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
-        for key, value in row.items():
-            if isinstance(value, dict):
-                for name, number in value.items():
-                    self._tensorboard.add_scalar(f"{key}/{name}", number, row["step"])
-            elif isinstance(value, (int, float)) and key != "step":
-                self._tensorboard.add_scalar(f"train/{key}", value, row["step"])
+            self._append(line.encode())
+            for key, value in row.items():
+                if isinstance(value, dict):
+                    for name, number in value.items():
+                        self._tensorboard.add_scalar(f"{key}/{name}", number, row["step"])
+                elif isinstance(value, (int, float)) and key != "step":
+                    self._tensorboard.add_scalar(f"train/{key}", value, row["step"])
+
+    def _append(self, line: bytes) -> None:
+        end = self._file.tell()
+        try:
+            written = self._file.write(line)
+            if written != len(line):  # what a disk that is almost full does
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._file.truncate(end)
+            raise
 
     def close(self) -> None:
-        """Flush and close both files."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._tensorboard.close()
+        """Close both files, with everything on disk."""
+        with disk_errors_as_user_errors(self._path), self._file:
+            os.fsync(self._file.fileno())
+            self._tensorboard.close()

@@ -10,12 +10,17 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from utils.errors import EXIT_FAILED, EXIT_OK, EXIT_USER_ERROR, UserError
+from utils.errors import (
+    EXIT_FAILED,
+    EXIT_INCONCLUSIVE,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_UNEXPECTED,
+    EXIT_USER_ERROR,
+    UserError,
+)
 from utils.report_summary import Verdict
 
-EXIT_INCONCLUSIVE = 3
-EXIT_UNEXPECTED = 70
-EXIT_INTERRUPTED = 130
 EXIT_BY_VERDICT: dict[Verdict, int] = {
     "pass": EXIT_OK,
     "fail": EXIT_FAILED,

@@ -15,7 +15,7 @@ from utils.metrics import read_metrics
 from utils.optim import build_optimizer
 from utils.pipeline import Pipeline, build_pipeline
 from utils.progress import announce
-from utils.run_dir import RunDir, create_run_dir, find_run_dir
+from utils.run_dir import RunDir, create_run_dir, find_run_dir, remove_leftovers
 from utils.trainer import LossRecorder, Trainer, initial_state, total_steps
 
 Say = Callable[[str], None]
@@ -47,10 +47,11 @@ def check_world_size(config: TrainConfig, world_size: int) -> None:
     stages = config.pipeline_stages
     if world_size % stages:
         fits = world_size // stages * stages
-        advice = f"start {fits or stages} or {fits + stages}" if fits else f"start {stages} (or a multiple)"
+        number = f"{fits} or {fits + stages}" if fits else f"{stages} (or a multiple)"
+        started = "process that was" if world_size == 1 else "processes that were"
         error = UserError(
-            f"pipeline_stages = {stages} does not divide the {world_size} processes that were started; {advice} processes, "
-            "e.g. with deepspeed --num_gpus N, or change pipeline_stages"
+            f"pipeline_stages = {stages} does not divide the {world_size} {started} started. Start {number} processes, "
+            "e.g. with deepspeed --num_gpus N or torchrun --nproc_per_node N, or change pipeline_stages"
         )
         error.on_every_rank = True
         raise error
@@ -61,23 +62,20 @@ def micro_batches_per_step(config: TrainConfig, world_size: int) -> int:
     return config.gradient_accumulation_steps * (world_size // config.pipeline_stages)
 
 
-def open_run(
+def find_run(
     config: LoadedConfig, resume: str | None, plan: BatchPlan, processes: Processes, say: Say
 ) -> RunDir | None:
-    """Make the run's directory, or find the one to continue. None where that run has already finished.
+    """The run to continue, which may be finished. None where a new one begins.
 
     Raises:
-        UserError: the directory cannot be written, or the run to continue does not fit this configuration.
+        UserError: the run to continue does not fit this configuration.
     """
     if resume is None:
-        run = on_main(lambda: create_run_dir(config))
-        say(f"run directory: {run.path}")
-        return run
+        return None
     found = on_main(lambda: find_run_dir(config, resume))
     if found is None:
-        run = on_main(lambda: create_run_dir(config))
-        say(f"no run to continue in {config.train.output_dir}: starting at step 0 in {run.path}")
-        return run
+        say(f"no run to continue in {config.train.output_dir}: starting at step 0")
+        return None
     if found.checkpoint is None:
         say(f"{found.path} has no checkpoint yet: starting at step 0")
         return found
@@ -85,9 +83,20 @@ def open_run(
     total = total_steps(config.train, plan, micro_batches_per_step(config.train, processes.world_size))
     if state.step >= total:
         say(f"{found.path} is finished ({state.step} of {total} steps); nothing to do")
-        return None
+        return replace(found, is_finished=True)
     say(f"continuing {found.path} from {found.checkpoint.name} ({state.step} of {total} steps done)")
     return found
+
+
+def begin_run(config: LoadedConfig, describe: Callable[[Path], None], say: Say) -> RunDir:
+    """Make the directory of a new run; `describe` writes into it what only the model knows.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    run = on_main(lambda: create_run_dir(config, describe))
+    say(f"run directory: {run.path}")
+    return run
 
 
 def build(
@@ -112,6 +121,11 @@ def build(
             gradient_clipping=config.gradient_clipping,
             processes=processes,
         )
+    )
+    per_step = micro_batches_per_step(config, processes.world_size)
+    say(
+        f"{total_steps(config, plan, per_step)} steps of {per_step} micro-batch(es); "
+        f"{plan.batches_before(1)} micro-batches in the first epoch"
     )
     own = (pipeline.stage_id, sum(p.numel() for p in pipeline.trainables.values()))
     trained = dict(gather_objects(own))
@@ -138,6 +152,7 @@ def run(ready: Ready, run_dir: RunDir, data_fingerprint: str, metadata: Mapping[
     """
     per_step = micro_batches_per_step(ready.config, ready.processes.world_size)
     state = replace(initial_state(per_step), data_fingerprint=data_fingerprint)
+    on_main(lambda: remove_leftovers(run_dir.path))
     if run_dir.checkpoint is not None:
         checkpoint = run_dir.checkpoint
         stored = on_main(lambda: read_state(checkpoint))

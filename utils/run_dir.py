@@ -2,6 +2,7 @@
 
 import shutil
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from utils.config.dump import dump_config
 from utils.config.load import load_config
 from utils.config.schema import LoadedConfig, TrainConfig
 from utils.errors import UserError
-from utils.files import atomic_write_text, disk_errors_as_user_errors
+from utils.files import TEMPORARY_SUFFIX, atomic_directory, atomic_write_text
 
 CONFIG_FILE = "config.toml"
 NEWEST = ""
@@ -41,36 +42,51 @@ _FREE_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class RunDir:
-    """Where a run writes, and the checkpoint it continues from, if any."""
+    """Where a run writes, the checkpoint it continues from, if any, and whether there is nothing left to do."""
 
     path: Path
     checkpoint: Path | None = None
     is_resumed: bool = False
+    is_finished: bool = False
 
 
-def create_run_dir(config: LoadedConfig) -> RunDir:
+def create_run_dir(config: LoadedConfig, describe: Callable[[Path], None]) -> RunDir:
     """Make `output_dir/<UTC time stamp>/` with the resolved config and copies of the input TOML files.
 
+    It appears whole or not at all, so that what is left of a start that failed is never taken for a run.
+
+    Args:
+        config: of the run.
+        describe: writes what else belongs to the run from its start into the directory that it is given.
+
     Raises:
-        UserError: output_dir is not writable.
+        UserError: output_dir is not writable, or the disk is full.
     """
-    parent = Path(config.train.output_dir)
-    stamp = datetime.now(UTC).strftime("%Y%m%d_%H%M%S")
-    with disk_errors_as_user_errors(parent):
-        parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1000):
-            path = parent / (stamp if attempt == 0 else f"{stamp}_{attempt}")
-            try:
-                path.mkdir()
-                break
-            except FileExistsError:
-                continue
-        inputs = path / "inputs"
+    path = _free_name(Path(config.train.output_dir))
+    with atomic_directory(path) as temporary:
+        inputs = temporary / "inputs"
         inputs.mkdir()
-        for source in (Path(config.path), Path(config.dataset_path)):
-            shutil.copyfile(source, inputs / source.name)
-        atomic_write_text(path / CONFIG_FILE, dump_config(config.train))
+        shutil.copyfile(config.path, inputs / f"train_{Path(config.path).name}")
+        shutil.copyfile(config.dataset_path, inputs / f"dataset_{Path(config.dataset_path).name}")
+        atomic_write_text(temporary / CONFIG_FILE, dump_config(config.train))
+        describe(temporary)
     return RunDir(path)
+
+
+def _free_name(parent: Path) -> Path:
+    """A time stamp, with a number behind it where another run began in the same second."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d_%H%M%S")
+    names = (stamp, *(f"{stamp}_{number}" for number in range(1, 1000)))
+    return next(path for path in map(parent.joinpath, names) if not path.exists())
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Delete what a killed process was in the middle of writing."""
+    for path in run_dir.glob(f".*{TEMPORARY_SUFFIX}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def find_run_dir(config: LoadedConfig, wanted: str) -> RunDir | None:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.distributed import on_every_rank, on_main
-from utils.files import disk_errors_as_user_errors, fsync_directory, fsync_file
+from utils.files import TEMPORARY_SUFFIX, disk_errors_as_user_errors, fsync_directory, fsync_file
 from utils.pipeline import Pipeline
 
 
@@ -23,7 +23,7 @@ def write_together(target: Path, write_share: Callable[[Path], None], finish: Ca
     Raises:
         UserError: the disk is full or not writable, on every rank.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
 
     def begin() -> None:
         with disk_errors_as_user_errors(target):

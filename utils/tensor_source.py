@@ -126,7 +126,9 @@ class _SafetensorsSource(TensorSource):
                 self._handles[path] = safe_open(path, framework="pt", device="cpu")
             return self._handles[path].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: {name} cannot be read ({_first_line(error)}); download or copy it again") from error
+            raise UserError(
+                f"{path}: {name} cannot be read ({_first_line(error)}); download or copy it again"
+            ) from error
 
     def metadata(self) -> dict[str, str]:
         return dict(self._metadata)

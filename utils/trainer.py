@@ -1,7 +1,8 @@
 """The training loop. It knows data order, steps, metrics and files, and nothing of the model it trains."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from utils.checkpoint import LoopState, latest_checkpoint, save_checkpoint
 from utils.config.schema import TrainConfig
 from utils.data.sampler import BatchPlan, MicroBatch, rank_slice
+from utils.delta_budget import ModuleDelta, over_cap, summarise
 from utils.distributed import Processes, broadcast_object, gather_objects
 from utils.errors import TrainingStoppedError
 from utils.flow_matching import NUM_SIGMA_BINS, per_sample_loss, sigma_bin
@@ -106,27 +108,25 @@ class Trainer:
             TrainingStoppedError: a loss or gradient is not finite, or the budget says stop.
         """
         main = self._processes.is_main
-        writer = MetricsWriter(self._run_dir, state.step + 1) if main else None
-        bar = Progress("training", self.total_steps, state.step) if main else None
-        try:
+        with ExitStack() as stack:
+            writer, bar = None, None
+            if main:
+                writer = stack.enter_context(closing(MetricsWriter(self._run_dir, state.step + 1)))
+                bar = stack.enter_context(closing(Progress("training", self.total_steps, state.step)))
             while state.step < self.total_steps:
                 state, row = self._step(state)
-                self._check_budget(row)
+                over_budget = self._measure_budget(row)
                 if writer is not None and bar is not None:
                     writer.write(row)
                     bar.advance(
                         1,
                         loss=f"{row['loss']:.4f}",
+                        speed=f"{row['step_seconds']:.2f} s/step",
                         lr=f"{row['lr']:.2e}",
                         grad=f"{row['grad_norm']:.3g}",
-                        speed=f"{row['step_seconds']:.2f} s/step",
                     )
+                self._act_on_budget(over_budget, state.step)
                 self._save_if_due(state)
-        finally:
-            if writer is not None:
-                writer.close()
-            if bar is not None:
-                bar.close()
         return state
 
     # ------------------------------------------------------------------ one step
@@ -150,6 +150,8 @@ class Trainer:
             self._stop_non_finite(state.step, batches)
         totals = self._reduced_totals()
         loss = float(np.float32(totals[0] / totals[1]))
+        if not np.isfinite(loss):  # an overflow in the loss may leave the gradient finite
+            self._stop_non_finite(state.step, batches)
         seconds = time.perf_counter() - started
         state = replace(
             state,
@@ -202,7 +204,7 @@ class Trainer:
         what = "the loss of" if bad else "the gradient (every loss is finite) of the step with"
         files = ", ".join(self._model.describe_sample(index) for index in (bad or everything)[:8])
         raise TrainingStoppedError(
-            f"step {step + 1}: {what} {files} is not finite. The step was not applied; {self._what_is_left()}. Check these "
+            f"step {step + 1}: {what} {files} is not finite. Nothing of this step is saved; {self._what_is_left()}. Check these "
             "files, lower optimizer.lr, or set gradient_clipping"
         )
 
@@ -212,34 +214,37 @@ class Trainer:
 
     # ------------------------------------------------------------------ budget
 
-    def _check_budget(self, row: dict[str, Any]) -> None:
-        """Every `every_n_steps` and at the end: log the largest ratio; warn or stop over the cap."""
+    def _measure_budget(self, row: dict[str, Any]) -> Sequence[ModuleDelta]:
+        """Every `every_n_steps` and at the end: put the ratios into `row`; returns the modules over the cap, worst first."""
         budget = self._config.budget
         step = row["step"]
         if budget is None or (step % budget.every_n_steps and step != self.total_steps):
+            return []
+        shares = gather_objects(self._model.deltas(self._pipeline.parameters))
+        deltas = list({delta.module: delta for share in shares for delta in share}.values())
+        if not deltas:
+            return []
+        overall = summarise(deltas).overall
+        row["max_delta_ratio"], row["mean_delta_ratio"] = overall.max_ratio, overall.mean_ratio
+        return over_cap(deltas, budget.max_delta_ratio)
+
+    def _act_on_budget(self, over: Sequence[ModuleDelta], step: int) -> None:
+        """Warn once per module, or stop."""
+        budget = self._config.budget
+        if budget is None or not over:
             return
-        ratios: dict[str, float] = {}
-        for part in gather_objects(dict(self._model.deltas(self._pipeline.parameters))):
-            ratios |= part
-        if not ratios:
-            return
-        row["max_delta_ratio"] = max(ratios.values())
-        row["mean_delta_ratio"] = sum(ratios.values()) / len(ratios)
-        over = {name: ratio for name, ratio in ratios.items() if ratio > budget.max_delta_ratio}
-        if not over:
-            return
-        worst = max(over, key=lambda name: over[name])
         message = (
-            f"step {step}: {len(over)} of {len(ratios)} adapted modules move their weights by more than "
-            f"budget.max_delta_ratio = {budget.max_delta_ratio:g}; the most is {worst} with {over[worst]:.4f}"
+            f"step {step}: {len(over)} adapted module(s) move their weights by more than "
+            f"budget.max_delta_ratio = {budget.max_delta_ratio:g}; the most is {over[0].module} with {over[0].ratio:.4f}"
         )
         if budget.action == "stop":
             raise TrainingStoppedError(
                 f"{message}. budget.action = 'stop'; {self._what_is_left()}. Lower optimizer.lr or adapter.rank, or "
                 "raise the cap on purpose"
             )
-        if self._processes.is_main and set(over) - self._warned:
-            self._warned |= set(over)
+        modules = {delta.module for delta in over}
+        if self._processes.is_main and modules - self._warned:
+            self._warned |= modules
             announce(f"warning: {message}")
 
     # ------------------------------------------------------------------ saving
@@ -252,7 +257,7 @@ class Trainer:
         number = completed if ended else completed + 1
 
         def every(interval: int | None, count: int) -> bool:
-            return interval is not None and count % interval == 0
+            return interval is not None and interval > 0 and count % interval == 0
 
         if (ended and every(config.save_every_n_epochs, number)) or at_end:
             self._export(f"epoch{number}", state, number)

@@ -43,6 +43,24 @@ class VariantInfo:
         """True where the checkpoint holds a high-noise and a low-noise transformer."""
         return self.boundary is not None
 
+    def sigma_range(self, expert: str | None, min_t: float, max_t: float) -> tuple[float, float]:
+        """The part of [min_t, max_t] that this expert is responsible for; sigma >= boundary is the high-noise one's.
+
+        Raises:
+            UserError: nothing is left of the range.
+        """
+        if self.boundary is None or expert is None:
+            return min_t, max_t
+        low = max(min_t, self.boundary) if expert == "high_noise" else min_t
+        high = max_t if expert == "high_noise" else min(max_t, self.boundary)
+        if low >= high:
+            raise UserError(
+                f"model.min_t = {min_t:g} and model.max_t = {max_t:g} leave nothing to the {expert} expert of {self.name}, "
+                f"whose noise levels are {'at least' if expert == 'high_noise' else 'below'} {self.boundary:g}; leave "
+                "min_t and max_t out"
+            )
+        return low, high
+
     def latent_frames(self, num_frames: int) -> int:
         """Number of latent frames of a clip of 4n+1 frames."""
         return (num_frames - 1) // self.vae_stride[0] + 1
@@ -140,12 +158,23 @@ def load_arch(config_path: Path, shapes: dict[str, Shape]) -> WanArch:
         raise UserError(
             f"{config_path}: has no {', '.join(absent)}; it is not the config.json of a Wan 2.2 DiT"
         )
-    if values["model_type"] not in _BY_MODEL_TYPE:
+    sizes = [key for key in needed if key not in ("model_type", "eps")]
+    wrong = [key for key in sizes if type(values[key]) is not int or values[key] < 1]
+    # No DiT has more blocks than tensors; a mistyped number must not make us list a million names.
+    wrong += ["num_layers"] if not wrong and shapes and values["num_layers"] > len(shapes) else []
+    wrong += ["eps"] if type(values["eps"]) is not float else []
+    if wrong:
+        raise UserError(
+            f"{config_path}: {wrong[0]} = {values[wrong[0]]!r} cannot be right; download the file again"
+        )
+    if not isinstance(values["model_type"], str) or values["model_type"] not in _BY_MODEL_TYPE:
         raise UserError(
             f"{config_path}: model_type {values['model_type']!r} is no Wan 2.2 variant (known: {', '.join(_BY_MODEL_TYPE)})"
         )
-    text_shape = shapes.get("text_embedding.0.weight", (0, 0))
-    arch = WanArch(text_dim=text_shape[1], **{key: values[key] for key in needed})
+    text_shape = shapes.get("text_embedding.0.weight", ())
+    arch = WanArch(
+        text_dim=text_shape[1] if len(text_shape) == 2 else 0, **{key: values[key] for key in needed}
+    )
     _check_shapes(arch, shapes, config_path)
     return arch
 
@@ -163,6 +192,12 @@ def expected_shapes(arch: WanArch) -> dict[str, Shape]:
         shapes[f"{name}.weight"] = (out_features, in_features)
         shapes[f"{name}.bias"] = (out_features,)
 
+    def attention(name: str) -> None:
+        for projection in "qkvo":
+            linear(f"{name}.{projection}", dim, dim)
+        shapes[f"{name}.norm_q.weight"] = (dim,)
+        shapes[f"{name}.norm_k.weight"] = (dim,)
+
     linear("text_embedding.0", dim, arch.text_dim)
     linear("text_embedding.2", dim, dim)
     linear("time_embedding.0", dim, arch.freq_dim)
@@ -171,13 +206,10 @@ def expected_shapes(arch: WanArch) -> dict[str, Shape]:
     for index in range(arch.num_layers):
         block = f"blocks.{index}"
         shapes[f"{block}.modulation"] = (1, 6, dim)
-        for attention in ("self_attn", "cross_attn"):
-            for projection in "qkvo":
-                linear(f"{block}.{attention}.{projection}", dim, dim)
-            shapes[f"{block}.{attention}.norm_q.weight"] = (dim,)
-            shapes[f"{block}.{attention}.norm_k.weight"] = (dim,)
+        attention(f"{block}.self_attn")
         shapes[f"{block}.norm3.weight"] = (dim,)
         shapes[f"{block}.norm3.bias"] = (dim,)
+        attention(f"{block}.cross_attn")
         linear(f"{block}.ffn.0", ffn, dim)
         linear(f"{block}.ffn.2", dim, ffn)
     shapes["head.modulation"] = (1, 2, dim)

@@ -1,7 +1,7 @@
 """From a checked configuration to data that is ready to train on, and the facts that go into every output file."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +12,7 @@ import xxhash
 from models.wan.caching import OnProgress, WanCache, WeightHashes, hash_weights, media_rules
 from models.wan.checkpoint import CheckpointPaths
 from models.wan.model import WanModel
+from models.wan.text_encoder import MAX_TEXT_TOKENS, WanTokenizer
 from utils.config.dump import config_hash
 from utils.config.schema import LoadedConfig
 from utils.data.cache import CacheStore
@@ -20,14 +21,15 @@ from utils.data.manifest import Manifest, build_manifest, default_cache_dir
 from utils.data.memo import HashMemo
 from utils.data.sampler import BatchPlan
 from utils.distributed import Processes, gather_objects, on_every_rank, on_main
-from utils.files import atomic_write_text, quick_fingerprint
+from utils.files import atomic_write_text, combined_fingerprint
+from utils.lora import split_block_path
 from utils.progress import Progress
 
 Say = Callable[[str], None]
 TARGETS_FILE = "targets.json"
 BASE_KEYS_FILE = "base_keys.csv"
 _MEMO_FILE = "content_hashes.jsonl"
-_MAX_SKIPPED_SHOWN = 10
+_MAX_LINES_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -71,23 +73,29 @@ def prepare_data(
     _say_manifest(manifest, say)
     store = CacheStore(root)
     cache = WanCache(manifest, store, hashes, config.train.model, variant)
-    with_text = config.train.model.cache_text_embeddings
-    _fill(cache, model, paths, processes, with_text=with_text, regenerate=regenerate, say=say)
+    tokenizer = on_every_rank(lambda: WanTokenizer(paths.tokenizer_dir))
+    if processes.is_main:
+        _say_long_captions(manifest, tokenizer, say)
+    texts = tokenizer if config.train.model.cache_text_embeddings else None
+    _fill(cache, paths, processes, texts, regenerate=regenerate, say=say)
     model.attach_data(manifest.samples, cache)
+    for line in model.describe():
+        say(line)
     plan = BatchPlan(manifest.samples, config.train.micro_batch_size_per_gpu, config.train.seed)
     return PreparedData(manifest, plan, hashes, root, data_fingerprint(manifest))
 
 
 def _fill(
     cache: WanCache,
-    model: WanModel,
     paths: CheckpointPaths,
     processes: Processes,
+    tokenizer: WanTokenizer | None,
     *,
-    with_text: bool,
     regenerate: bool,
     say: Say,
 ) -> None:
+    """Encode what is missing; captions only with a tokenizer."""
+
     def fill(what: str, work: Callable[[OnProgress], FillStats]) -> None:
         bars: list[Progress] = []
 
@@ -105,10 +113,10 @@ def _fill(
         say(f"cache of {what}: {total} items, {encoded} encoded now, {total - encoded} there already")
 
     fill("latents", lambda on_progress: cache.fill_latents(paths, processes, regenerate, on_progress))
-    if with_text:
+    if tokenizer is not None:
         fill(
             "captions",
-            lambda on_progress: cache.fill_text(paths, model.tokenizer, processes, regenerate, on_progress),
+            lambda on_progress: cache.fill_text(paths, tokenizer, processes, regenerate, on_progress),
         )
 
 
@@ -118,10 +126,53 @@ def _say_manifest(manifest: Manifest, say: Say) -> None:
         counts[str(sample.bucket)] = counts.get(str(sample.bucket), 0) + 1
     buckets = ", ".join(f"{bucket}: {count}" for bucket, count in sorted(counts.items()))
     say(f"dataset: {len(manifest.samples)} samples ({buckets}); {len(manifest.skipped)} files skipped")
-    for skipped in manifest.skipped[:_MAX_SKIPPED_SHOWN]:
-        say(f"  skipped {skipped.path}: {skipped.reason}")
-    if len(manifest.skipped) > _MAX_SKIPPED_SHOWN:
-        say(f"  ... and {len(manifest.skipped) - _MAX_SKIPPED_SHOWN} more")
+    # Damaged files first: the others are left out by rules, these by accident.
+    by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code != "unreadable")
+    _say_some([f"  skipped {skipped.path}: {skipped.reason}" for skipped in by_urgency], say)
+
+
+def _say_long_captions(manifest: Manifest, tokenizer: WanTokenizer, say: Say) -> None:
+    """Name every caption of which the model does not see the end."""
+    counts = {caption: tokenizer.count(caption) for caption in {s.caption for s in manifest.samples}}
+    too_long = [
+        f"warning: {sample.path}: its caption has {counts[sample.caption]} tokens, and UMT5 reads {MAX_TEXT_TOKENS} here: "
+        "the rest is cut off; shorten it"
+        for sample in manifest.samples
+        if counts[sample.caption] > MAX_TEXT_TOKENS
+    ]
+    _say_some(too_long, say)
+
+
+def _say_some(lines: Sequence[str], say: Say) -> None:
+    for line in lines[:_MAX_LINES_SHOWN]:
+        say(line)
+    if len(lines) > _MAX_LINES_SHOWN:
+        say(f"  ... and {len(lines) - _MAX_LINES_SHOWN} more")
+
+
+def say_targets(targets: Sequence[str], say: Say) -> None:
+    """Print the resolved target list, blocks with the same modules together."""
+    paths_by_block: dict[int, list[str]] = {}
+    for block, path in map(split_block_path, targets):
+        paths_by_block.setdefault(block, []).append(path)
+    blocks_by_paths: dict[str, list[int]] = {}
+    for block in sorted(paths_by_block):
+        blocks_by_paths.setdefault(", ".join(sorted(paths_by_block[block])), []).append(block)
+    if targets:
+        say(f"adapter on {len(targets)} modules:")
+    for paths, blocks in blocks_by_paths.items():
+        say(f"  {paths} of block(s) {_ranges(blocks)}")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text: 0-3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def data_fingerprint(manifest: Manifest) -> str:
@@ -136,8 +187,8 @@ def data_fingerprint(manifest: Manifest) -> str:
 def write_base_description(model: WanModel, run_dir: Path) -> None:
     """Save the base checkpoint's header as `base_keys.csv` and the resolved target list as `targets.json`."""
     rows = [
-        {"key": name, "shape": "x".join(map(str, shape)), "dtype": model.base_dtypes[name]}
-        for name, shape in model.base_shapes.items()
+        {"key": name, "shape": "x".join(map(str, shape)), "dtype": model.base.dtypes[name]}
+        for name, shape in model.base.shapes.items()
     ]
     atomic_write_text(run_dir / BASE_KEYS_FILE, pd.DataFrame(rows).to_csv(index=False))
     if model.targets:
@@ -149,14 +200,13 @@ def run_metadata(
 ) -> dict[str, str]:
     """Facts that every exported file carries in its header."""
     variant = model.arch.variant
-    base = "-".join(quick_fingerprint(path) for path in model.base_files)
     metadata = {
         "format": "pt",
         "project_version": version("ai-model-sandbox"),
         "variant": variant.name,
         "expert": config.train.model.expert or "none",
         "boundary": "none" if variant.boundary is None else str(variant.boundary),
-        "base_hash": xxhash.xxh3_128_hexdigest(base.encode()),
+        "base_hash": combined_fingerprint(model.base.files),
         "encoder_hash": hashes.text_encoder,
         "config_hash": config_hash(config.train),
         "seed": str(config.train.seed),

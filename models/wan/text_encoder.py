@@ -120,11 +120,13 @@ def load_umt5(
     config = umt5_config(text_encoder_sizes(source.shapes), attn_implementation)
     with torch.device("meta"):
         model = UMT5EncoderModel._from_config(config, attn_implementation=attn_implementation)
-    state = {}
-    for name in model.state_dict():
-        official = umt5_to_official("shared.weight" if name == "encoder.embed_tokens.weight" else name)
-        state[name] = source.get(official).to(device=device, dtype=dtype)
-    state["encoder.embed_tokens.weight"] = state["shared.weight"]
+    tied = "encoder.embed_tokens.weight"
+    state = {
+        name: source.get(umt5_to_official(name)).to(device=device, dtype=dtype)
+        for name in model.state_dict()
+        if name != tied
+    }
+    state[tied] = state["shared.weight"]
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 

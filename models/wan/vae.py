@@ -6,16 +6,16 @@ F frames, H height, W width; a video has 4n+1 frames of 3 channels in [-1, 1], i
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+import torch
+from torch import Tensor
 
 from models.wan.arch import VaeKind
 from models.wan.component_shapes import VaeSizes, vae_sizes
 from models.wan.names import vae_to_diffusers
 from utils.errors import UserError
 from utils.tensor_source import open_weights
-
-if TYPE_CHECKING:
-    import torch
 
 _FRAME_STRIDE = 4
 _PIXEL_STRIDES: dict[VaeKind, int] = {"2.1": 8, "2.2": 16}
@@ -67,9 +67,7 @@ LATENT_STATS: dict[VaeKind, LatentStats] = {
 class WanVae:
     """Videos to normalised latents and back, without gradients. Weights and convolutions are in `dtype`, statistics in float32."""
 
-    def __init__(self, module: Any, kind: VaeKind, dtype: "torch.dtype", device: "torch.device") -> None:
-        import torch
-
+    def __init__(self, module: Any, kind: VaeKind, dtype: torch.dtype, device: torch.device) -> None:
         self._module = module
         self._dtype = dtype
         self._device = torch.device(device)
@@ -80,7 +78,7 @@ class WanVae:
         self._mean_C = torch.tensor(stats.mean, dtype=torch.float32, device=device)
         self._std_C = torch.tensor(stats.std, dtype=torch.float32, device=device)
 
-    def encode(self, video_BCFHW: "torch.Tensor") -> "torch.Tensor":
+    def encode(self, video_BCFHW: Tensor) -> Tensor:
         """Normalised latents of a video: the posterior's mean (never a sample), minus the mean, over the deviation.
 
         Args:
@@ -92,8 +90,6 @@ class WanVae:
         Raises:
             ValueError: a shape that the VAE would cut or refuse.
         """
-        import torch
-
         self._check_video(tuple(video_BCFHW.shape))
         with torch.no_grad():
             posterior = self._module.encode(video_BCFHW.to(self._device, self._dtype)).latent_dist
@@ -101,14 +97,12 @@ class WanVae:
                 self._std_C
             )
 
-    def decode(self, latents_BCFHW: "torch.Tensor") -> "torch.Tensor":
+    def decode(self, latents_BCFHW: Tensor) -> Tensor:
         """Video of normalised latents, float32, clamped to [-1, 1]: [B, 3, 4 * (F - 1) + 1, H * stride, W * stride].
 
         Raises:
             ValueError: the latents have the wrong number of channels or dimensions.
         """
-        import torch
-
         shape = tuple(latents_BCFHW.shape)
         if len(shape) != 5 or shape[1] != self.latent_channels:
             raise ValueError(
@@ -119,16 +113,14 @@ class WanVae:
             latents = latents * self._per_channel(self._std_C) + self._per_channel(self._mean_C)
             return self._module.decode(latents.to(self._dtype)).sample.float().clamp(-1.0, 1.0)
 
-    def to(self, device: "torch.device") -> Self:
+    def to(self, device: torch.device) -> Self:
         """Move weights and statistics; returns itself."""
-        import torch
-
         self._device = torch.device(device)
         self._module.to(device)
         self._mean_C, self._std_C = self._mean_C.to(device), self._std_C.to(device)
         return self
 
-    def _per_channel(self, values_C: "torch.Tensor") -> "torch.Tensor":
+    def _per_channel(self, values_C: Tensor) -> Tensor:
         return values_C.view(1, -1, 1, 1, 1)
 
     def _check_video(self, shape: tuple[int, ...]) -> None:
@@ -143,14 +135,13 @@ class WanVae:
             )
 
 
-def load_vae(path: Path, dtype: "torch.dtype", device: "torch.device") -> WanVae:
+def load_vae(path: Path, dtype: torch.dtype, device: torch.device) -> WanVae:
     """Load a VAE from its official names (`.pth` or `.safetensors`); kind and sizes follow from the tensor shapes.
 
     Raises:
         UserError: the file is missing or damaged, or its tensors are not those of a Wan 2.1 or 2.2 VAE.
     """
-    import torch
-    from diffusers import AutoencoderKLWan
+    from diffusers import AutoencoderKLWan  # takes seconds, and only the cache needs it
 
     source = open_weights(path)
     try:

@@ -19,10 +19,11 @@ from utils.adapter_runs import find_adapter_file, last_save, newest_adapter_run,
 from utils.config.load import load_config
 from utils.config.schema import BudgetConfig, Expert, TrainConfig
 from utils.errors import UserError
+from utils.files import combined_fingerprint
 from utils.lora_names import AdapterFile, kohya_aliases, read_adapter
 from utils.probe_cli import positive_float, probe_parser, run_probe
 from utils.report import Report, Verdict
-from utils.tensor_source import TensorSource, open_sharded
+from utils.tensor_source import TensorSource, open_safetensors, open_sharded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,10 +110,10 @@ def probe(args: argparse.Namespace) -> Verdict:
     """Measure, write the report, and return the verdict."""
     subject = choose_subject(args)
     report = Report(TOOL, QUESTION, args.reports_dir, args.run_tag)
-    for remark in subject.remarks:
+    source = open_sharded(subject.transformer)
+    for remark in (*subject.remarks, *base_remarks(subject.adapter, source)):
         print(remark)
         report.note(remark)
-    source = open_sharded(subject.transformer)
     adapter, base_keys = read_fitting_adapter(subject, source)
     deltas = measure(adapter, source, base_keys)
     verdict, explanation = judge(deltas, subject.cap)
@@ -142,11 +143,26 @@ def choose_subject(args: argparse.Namespace) -> Subject:
             )
         base = Path(config.model.transformer_path or config.model.ckpt_path)
         remarks.append(f"base: {base} (from {config_path})")
-    configured = config.model.expert if config else None
-    transformer = choose_transformer(base, args.expert, configured)
+    saved_for = expert_of_adapter(adapter)
+    expert = args.expert or (config.model.expert if config else None) or saved_for
+    if saved_for not in (None, expert):
+        remarks.append(
+            f"{adapter} says that it is for the expert {saved_for}, but it is held against {expert}"
+        )
+    transformer = choose_transformer(base, expert, is_asked_for=args.expert is not None)
     cap, cap_source = choose_cap(args.max_delta_ratio, config, config_path)
-    expert = args.expert or configured
     return Subject(adapter, transformer, config_path, expert, cap, cap_source, tuple(remarks))
+
+
+def base_remarks(adapter: Path, source: TensorSource) -> list[str]:
+    """A warning where the file says that it was trained on other weights than these."""
+    trained_on = open_safetensors([adapter]).metadata().get("base_hash")
+    if trained_on in (None, combined_fingerprint(source.files)):
+        return []
+    return [
+        f"warning: {adapter} was trained on other base weights than those in {source.files[0].parent} "
+        "(fingerprints differ); the ratios below are against the latter"
+    ]
 
 
 def choose_adapter(args: argparse.Namespace, remarks: list[str]) -> Path:
@@ -167,7 +183,13 @@ def choose_adapter(args: argparse.Namespace, remarks: list[str]) -> Path:
     return adapter
 
 
-def choose_transformer(base: Path, asked: Expert | None, configured: Expert | None) -> Path:
+def expert_of_adapter(adapter: Path) -> Expert | None:
+    """The expert that the file's metadata name, if they do: this project writes them, others may not."""
+    value = open_safetensors([adapter]).metadata().get("expert")
+    return next((expert for expert in get_args(Expert) if expert == value), None)
+
+
+def choose_transformer(base: Path, expert: Expert | None, *, is_asked_for: bool) -> Path:
     """The directory or file of the DiT itself: in an A14B checkpoint, that of one expert.
 
     Raises:
@@ -175,14 +197,13 @@ def choose_transformer(base: Path, asked: Expert | None, configured: Expert | No
     """
     if not base.exists():
         raise UserError(f"{base}: no such checkpoint; check --base or the config's ckpt_path")
-    expert = asked or configured
     if any((base / folder).is_dir() for folder in EXPERT_DIRS.values()):
         if expert is None:
             raise UserError(f"{base}: is an A14B checkpoint with two experts; say which with --expert")
         return base / EXPERT_DIRS[expert]
-    if asked is not None and base.is_dir() and base.name != EXPERT_DIRS[asked]:
+    if is_asked_for and expert is not None and base.is_dir() and base.name != EXPERT_DIRS[expert]:
         raise UserError(
-            f"{base}: holds no {EXPERT_DIRS[asked]}/, which --expert {asked} asks for; check both"
+            f"{base}: holds no {EXPERT_DIRS[expert]}/, which --expert {expert} asks for; check both"
         )
     return base
 
@@ -357,7 +378,7 @@ def draw(deltas: "Sequence[ModuleDelta]", cap: float) -> "Figure":
         axes.plot(blocks, ratios, marker="o", markersize=4, linewidth=1.2, label=kind)
     axes.axhline(cap, color="black", linestyle="--", linewidth=1, label=f"cap {cap:g}")
     shown = [cap, *(ratio for points in lines.values() for _, ratio in points)]
-    if 0 < min(shown) and max(shown) > _LOG_SPREAD * min(shown) and max(shown) < math.inf:
+    if min(shown) > 0 and max(shown) > _LOG_SPREAD * min(shown) and max(shown) < math.inf:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)

@@ -126,7 +126,9 @@ class AdapterConfig:
 class BudgetConfig:
     """`[budget]`: how far an adapter may move the weights."""
 
-    max_delta_ratio: float = option("Cap on ||dW||_F / ||W||_F of every adapted module.", 0.05, gt=0.0)
+    max_delta_ratio: float = option(
+        "Cap on ||dW||_F / ||W||_F of every adapted module.", 0.05, gt=0.0, le=1.0
+    )
     action: Literal["warn", "stop"] = option("What to do when a module passes the cap.", "warn")
     every_n_steps: int = option("How often the ratios are computed.", 50, ge=1)
 

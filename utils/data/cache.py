@@ -22,7 +22,7 @@ STORE_FORMAT = 1
 
 Setting = str | int | float | bool | None
 
-_KEY = re.compile(r"(?P<kind>[a-z_]+)/(?P<digest>[0-9a-f]{32})")
+_KEY = re.compile(r"([a-z_]+)/([0-9a-f]{32})")
 _SUFFIX = ".safetensors"
 _CHECKSUM, _KEY_FIELD = "checksum", "key"
 
@@ -100,6 +100,9 @@ class CacheStore:
     def __init__(self, root: Path) -> None:
         """Open the store at `root`, making it if it is not there.
 
+        With the default place, inside a directory of the dataset, build the manifest first: it says so if the
+        directory is missing, where this would make it.
+
         Raises:
             UserError: it was made by a newer version, or cannot be written.
         """
@@ -113,11 +116,7 @@ class CacheStore:
         Raises:
             ValueError: `key` is not of the form `<kind>/<32 hex digits>`.
         """
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(f"{key!r} is not a cache key")
-        digest = match["digest"]
-        return self.root / "items" / match["kind"] / digest[:2] / f"{digest}{_SUFFIX}"
+        return self.root / "items" / "/".join(_place(key))
 
     def has(self, key: str) -> bool:
         """Whether the item is there (see `verify` for whether it is whole)."""
@@ -125,13 +124,13 @@ class CacheStore:
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of `keys` that are not there, in order, each once. Lists folders instead of asking for each file."""
-        wanted_by_folder: dict[Path, dict[str, str]] = defaultdict(dict)
+        wanted_by_folder: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
         order = dict.fromkeys(keys)
         for key in order:
-            path = self.path(key)
-            wanted_by_folder[path.parent][path.name] = key
-        for folder, wanted in wanted_by_folder.items():
-            for name in _file_names(folder):
+            kind, prefix, name = _place(key)
+            wanted_by_folder[kind, prefix][name] = key
+        for (kind, prefix), wanted in wanted_by_folder.items():
+            for name in _file_names(self.root / "items" / kind / prefix):
                 order.pop(wanted.get(name, ""), None)
         return list(order)
 
@@ -207,9 +206,13 @@ class CacheStore:
     def _open_format(self) -> None:
         path = self.root / "FORMAT"
         with disk_errors_as_user_errors(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
             try:
-                text = path.read_text(encoding="utf-8").strip()
+                self.root.mkdir(parents=True, exist_ok=True)
+                text = path.read_text(encoding="utf-8", errors="replace").strip()
+            except (FileExistsError, NotADirectoryError) as error:
+                raise UserError(
+                    f"{self.root}: a file is in the way; name another cache_dir in the dataset"
+                ) from error
             except FileNotFoundError:
                 atomic_write_text(path, f"{STORE_FORMAT}\n")
                 return
@@ -218,6 +221,15 @@ class CacheStore:
                 f"{path}: this cache has format {text[:20]!r}, and this version reads format {STORE_FORMAT}; "
                 "use the version that made it, or name another cache_dir in the dataset"
             )
+
+
+def _place(key: str) -> tuple[str, str, str]:
+    """Folder of the kind, folder of the first two digits, and file name of an item."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise ValueError(f"{key!r} is not a cache key")
+    kind, digest = match.groups()
+    return kind, digest[:2], digest + _SUFFIX
 
 
 def _file_names(folder: Path) -> list[str]:

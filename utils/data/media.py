@@ -128,8 +128,12 @@ def load_clip(record: ClipSource, rules: MediaRules) -> "torch.Tensor":
         for picture, count in pictures_at(record.path, times, record.info.start_seconds):
             frames_FHWC[index : index + count] = fit_to_bucket(picture.image, picture.pixel_aspect, bucket)
             index += count
-    video_FHWC = torch.from_numpy(frames_FHWC).float()
-    return (video_FHWC / 127.5 - 1.0).permute(3, 0, 1, 2).contiguous()
+    video_CFHW = (
+        torch.from_numpy(frames_FHWC)
+        .permute(3, 0, 1, 2)
+        .to(torch.float32, memory_format=torch.contiguous_format)
+    )
+    return video_CFHW.div_(127.5).sub_(1.0)
 
 
 def fit_to_bucket(image: Image.Image, pixel_aspect: float, bucket: Bucket) -> np.ndarray:

@@ -164,6 +164,8 @@ def _video_stream(container: Any) -> Any:
         raise ValueError("there is no video in it, or its index is cut off")
     stream = container.streams.best("video")
     stream = stream if stream in streams else streams[0]
+    if stream.codec_context is None:
+        raise ValueError("its codec is not known")
     width, height = stream.codec_context.width, stream.codec_context.height
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"frames of {width}x{height} px are more than {Image.MAX_IMAGE_PIXELS} pixels")

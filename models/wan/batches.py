@@ -1,0 +1,134 @@
+"""From sample visits to the tensors of a micro-batch: read the cache, noise, target, text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.wan.arch import VariantInfo
+from models.wan.caching import EMPTY_CAPTION, WanCache
+from models.wan.layers import Workload
+from models.wan.stages import TextWire
+from models.wan.text_encoder import WanTokenizer, pad_token_ids
+from utils.config.guardrails import mode_of
+from utils.config.schema import TrainConfig
+from utils.data.manifest import SampleRecord
+from utils.data.sampler import MicroBatch
+from utils.flow_matching import NUM_TRAIN_TIMESTEPS, SigmaLaw, add_noise, velocity_target
+from utils.layers import PreparedBatch
+from utils.rng import derive_seed, generator
+
+
+@dataclass(frozen=True)
+class _NoisedSample:
+    """One visit: what the DiT sees [C, F, H, W] (I2V: with conditioning channels), what it should answer, how noisy."""
+
+    inputs_CFHW: Tensor
+    target_CFHW: Tensor
+    sigma: float
+
+
+class WanBatches:
+    """Makes micro-batches. Every draw is named by (seed, sample, visit), so who asks and when does not matter."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        variant: VariantInfo,
+        samples: Sequence[SampleRecord],
+        cache: WanCache,
+        tokenizer_dir: Path,
+    ) -> None:
+        self._config = config
+        self._mode = mode_of(config)
+        self._variant = variant
+        self._samples = samples
+        self._cache = cache
+        self._tokenizer_dir = tokenizer_dir
+        model = config.model
+        low, high = variant.sigma_range(model.expert, model.min_t, model.max_t)
+        self.sigma_law = SigmaLaw(model.timestep_sample_method, model.sigmoid_scale, model.shift, low, high)
+
+    @cached_property
+    def tokenizer(self) -> WanTokenizer:
+        """The tokenizer, loaded on first use."""
+        return WanTokenizer(self._tokenizer_dir)
+
+    @cached_property
+    def workload(self) -> Workload:
+        """The dataset's mean sample."""
+        video = [self._sample_tokens(sample) for sample in self._samples]
+        text = [len(self.tokenizer(sample.caption)) for sample in self._samples]
+        return Workload(sum(video) / len(video), sum(text) / len(text))
+
+    def prepare(
+        self, batch: MicroBatch, weight: float, *, need_inputs: bool, need_labels: bool
+    ) -> PreparedBatch:
+        """Read, noise and label one micro-batch; see `TrainableModel.prepare`."""
+        noised = [self._noised(visit.sample_index, visit.visit) for visit in batch.visits]
+        sigma_B = torch.tensor([sample.sigma for sample in noised], dtype=torch.float32)
+        inputs = None
+        if need_inputs:
+            text, lens_B = self._text(batch)
+            inputs = TextWire(
+                text=text,
+                lens_B=lens_B,
+                latents_BCFHW=torch.stack([sample.inputs_CFHW for sample in noised]),
+                timesteps_BT=(sigma_B * NUM_TRAIN_TIMESTEPS).unsqueeze(1),
+                seed=torch.tensor([self._micro_batch_seed(batch)], dtype=torch.int64),
+            )
+        labels = None
+        if need_labels:
+            targets_BCFHW = torch.stack([sample.target_CFHW for sample in noised])
+            indices_B = torch.tensor([visit.sample_index for visit in batch.visits], dtype=torch.int64)
+            labels = (targets_BCFHW, sigma_B, torch.full_like(sigma_B, weight), indices_B)
+        return PreparedBatch(None if inputs is None else tuple(inputs), labels)
+
+    def num_tokens(self, batch: MicroBatch) -> int:
+        """Video tokens of a micro-batch."""
+        return sum(self._sample_tokens(self._samples[visit.sample_index]) for visit in batch.visits)
+
+    def describe_sample(self, sample_index: int) -> str:
+        """The sample's file."""
+        return str(self._samples[sample_index].path)
+
+    def _noised(self, sample_index: int, visit: int) -> _NoisedSample:
+        identity = (self._samples[sample_index].sample_id, visit)
+        item = self._cache.read_latents(sample_index)
+        latents = item["latents"].float()
+        seed = self._config.seed
+        noise = torch.randn(latents.shape, generator=generator(seed, "noise", *identity))
+        sigma = self.sigma_law.sample(generator(seed, "sigma", *identity))
+        inputs = add_noise(latents, noise, sigma)
+        if "cond" in item:
+            inputs = torch.cat((inputs, item["cond"].float()))
+        return _NoisedSample(inputs, velocity_target(latents, noise), sigma)
+
+    def _text(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Token ids (encoder_ft) or cached states (dit_lora) of the micro-batch, padded with zeros, and true lengths."""
+        captions = [self._caption(visit.sample_index, visit.visit) for visit in batch.visits]
+        if self._mode == "encoder_ft":
+            return pad_token_ids([self.tokenizer(caption) for caption in captions])
+        states = [self._cache.read_text(caption) for caption in captions]
+        lens_B = torch.tensor([len(rows) for rows in states], dtype=torch.int64)
+        return nn.utils.rnn.pad_sequence(states, batch_first=True), lens_B
+
+    def _caption(self, sample_index: int, visit: int) -> str:
+        sample = self._samples[sample_index]
+        if self._config.uncond_fraction > 0:
+            draw = torch.rand((), generator=generator(self._config.seed, "uncond", sample.sample_id, visit))
+            if draw.item() < self._config.uncond_fraction:
+                return EMPTY_CAPTION
+        return sample.caption
+
+    def _micro_batch_seed(self, batch: MicroBatch) -> int:
+        names = "/".join(f"{self._samples[v.sample_index].sample_id}:{v.visit}" for v in batch.visits)
+        return derive_seed(self._config.seed, "micro_batch", names)
+
+    def _sample_tokens(self, sample: SampleRecord) -> int:
+        bucket, multiple = sample.bucket, self._variant.pixel_multiple
+        frames = self._variant.latent_frames(bucket.num_frames)
+        return frames * (bucket.width // multiple) * (bucket.height // multiple)

@@ -1,0 +1,55 @@
+"""Inputs that many tests share: small checkpoints and a dataset, made once per session by the project's own scripts."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script of the project as a person would; one thread, so that parallel tests do not fight for cores."""
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_script("name.py", *arguments)`: run a script of the project and capture what it says."""
+    return _run_script
+
+
+def make_once(factory: pytest.TempPathFactory, name: str, script: str, *arguments: object) -> Path:
+    out = factory.mktemp(name) / name
+    done = _run_script(script, *arguments, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small TI2V-5B checkpoint in the official layout. Shared: read it, never write to it."""
+    return make_once(tmp_path_factory, "ti2v", "make_tiny_wan.py", "--variant", "ti2v-5b")
+
+
+@pytest.fixture(scope="session")
+def tiny_t2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small T2V-A14B checkpoint in the official layout. Shared: read it, never write to it."""
+    return make_once(tmp_path_factory, "t2v", "make_tiny_wan.py", "--variant", "t2v-a14b")
+
+
+@pytest.fixture(scope="session")
+def tiny_i2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small I2V-A14B checkpoint in the official layout. Shared: read it, never write to it."""
+    return make_once(tmp_path_factory, "i2v", "make_tiny_wan.py", "--variant", "i2v-a14b")
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images and videos of coloured shapes with captions. Shared: read it, never write to it."""
+    return make_once(tmp_path_factory, "shapes", "make_tiny_dataset.py")

@@ -1,0 +1,498 @@
+"""Every guardrail once refusing and once permitting, through the same tables that the loader checks."""
+
+import copy
+import re
+
+import pytest
+
+from utils.config.dataset_rules import DATASET_RULES
+from utils.config.guardrails import RULES, check_targets, mode_of
+from utils.config.introspect import sections_of
+from utils.config.parse import parse_table
+from utils.config.rules import Rule, run_rules
+from utils.config.schema import (
+    AdapterConfig,
+    BudgetConfig,
+    DatasetConfig,
+    Problem,
+    SelfAttnApproval,
+    TrainConfig,
+)
+
+SWITCHES = ("cache_text_embeddings", "train_text_encoder", "freeze_transformer")
+ENCODER_FT = dict(zip(SWITCHES, (False, True, True), strict=True))
+DIT_LORA = dict(zip(SWITCHES, (True, False, True), strict=True))
+APPROVAL = {"reason": "the shapes lose their outline", "blocks": [3, 4]}
+BUDGET = {"max_delta_ratio": 0.05}
+
+
+def dit_lora(adapter=None, model=None, **top):
+    table = {
+        "output_dir": "output/x",
+        "dataset": "configs/dataset.toml",
+        "model": {"type": "wan", "ckpt_path": "ckpt"} | DIT_LORA | (model or {}),
+        "adapter": adapter or {},
+        "optimizer": {"lr": 1e-4},
+    }
+    return table | top
+
+
+def encoder_ft(model=None, **top):
+    table = dit_lora(model=ENCODER_FT | (model or {}), **top)
+    if "adapter" not in top:
+        del table["adapter"]
+    return table
+
+
+def found_in(table) -> list[Problem]:
+    parsed = parse_table(TrainConfig, table)
+    return [*parsed.problems, *run_rules(RULES, parsed.draft, parsed.invalid)]
+
+
+def dataset(**changes):
+    return {"directory": [{"path": "a"}]} | changes
+
+
+def found_in_dataset(table) -> list[Problem]:
+    parsed = parse_table(DatasetConfig, table)
+    return [*parsed.problems, *run_rules(DATASET_RULES, parsed.draft, parsed.invalid)]
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "words"),
+    [
+        (
+            dit_lora(model={"train_text_encoder": True}),
+            "model.cache_text_embeddings",
+            "contradicts train_text_encoder = true",
+        ),
+        (
+            dit_lora(model={"train_text_encoder": True}),
+            "model.cache_text_embeddings",
+            "behind a cache trains nothing",
+        ),
+        (
+            dit_lora(model={"cache_text_embeddings": False}),
+            "model.cache_text_embeddings",
+            "contradicts train_text_encoder = false",
+        ),
+        (
+            dit_lora(model={"freeze_transformer": False}),
+            "model.freeze_transformer",
+            "own weights are never trained",
+        ),
+        (
+            encoder_ft(model={"freeze_transformer": False}),
+            "model.freeze_transformer",
+            "contradicts both modes",
+        ),
+        ({k: v for k, v in dit_lora().items() if k != "adapter"}, "adapter", "nothing to train"),
+        (encoder_ft(adapter={}), "adapter", "not for encoder_ft"),
+        (dit_lora(model={"text_train_blocks": 2}), "model.text_train_blocks", "would be ignored"),
+        (dit_lora(model={"train_token_embedding": True}), "model.train_token_embedding", "would be ignored"),
+        (dit_lora(model={"text_encoder_dropout": 0.1}), "model.text_encoder_dropout", "would be ignored"),
+        (
+            dit_lora(model={"save_text_encoder_full": False}),
+            "model.save_text_encoder_full",
+            "would be ignored",
+        ),
+        (dit_lora({"include": []}), "adapter.include", "is empty"),
+        (dit_lora({"include": ["cross_attn.{k"]}), "adapter.include", "{ without }"),
+        (dit_lora({"exclude": ["ffn}"]}), "adapter.exclude", "} without {"),
+        (dit_lora({"include": ["self_attn.q"]}, budget=BUDGET), "adapter.include", "artifacts and collapse"),
+        (
+            dit_lora({"include": ["self_attn.{q,k}"]}, budget=BUDGET),
+            "adapter.include",
+            "artifacts and collapse",
+        ),
+        (dit_lora({"include": ["*"]}, budget=BUDGET), "adapter.include", "artifacts and collapse"),
+        (dit_lora({"include": ["*.q"]}, budget=BUDGET), "adapter.include", "artifacts and collapse"),
+        (
+            dit_lora({"include": ["*"], "exclude": ["*.{q,o}"]}, budget=BUDGET),
+            "adapter.include",
+            "artifacts and collapse",
+        ),
+        (
+            dit_lora({"include": ["self_attn.norm_q"]}, budget=BUDGET),
+            "adapter.include",
+            "artifacts and collapse",
+        ),
+        (
+            dit_lora({"include": ["self_attn.*_proj"]}, budget=BUDGET),
+            "adapter.include",
+            "artifacts and collapse",
+        ),
+        (
+            dit_lora({"include": ["blocks.3.self_attn.q"]}, budget=BUDGET),
+            "adapter.include",
+            "artifacts and collapse",
+        ),
+        (
+            dit_lora({"rank": 8, "self_attn_approval": APPROVAL}),
+            "adapter.self_attn_approval",
+            "no include pattern reaches any",
+        ),
+        (
+            dit_lora(
+                {"include": ["self_attn.q"], "rank": 8, "self_attn_approval": APPROVAL | {"reason": " "}},
+                budget=BUDGET,
+            ),
+            "adapter.self_attn_approval.reason",
+            "must not be blank",
+        ),
+        (
+            dit_lora(
+                {"include": ["self_attn.q"], "rank": 8, "self_attn_approval": APPROVAL | {"blocks": []}},
+                budget=BUDGET,
+            ),
+            "adapter.self_attn_approval.blocks",
+            "names 0 blocks",
+        ),
+        (
+            dit_lora(
+                {
+                    "include": ["self_attn.q"],
+                    "rank": 8,
+                    "self_attn_approval": APPROVAL | {"blocks": [1, 2, 3, 4, 5]},
+                },
+                budget=BUDGET,
+            ),
+            "adapter.self_attn_approval.blocks",
+            "names 5 blocks",
+        ),
+        (
+            dit_lora(
+                {"include": ["self_attn.q"], "rank": 8, "self_attn_approval": APPROVAL | {"blocks": [3, 3]}},
+                budget=BUDGET,
+            ),
+            "adapter.self_attn_approval.blocks",
+            "names a block twice",
+        ),
+        (
+            dit_lora({"include": ["self_attn.q"], "rank": 9, "self_attn_approval": APPROVAL}, budget=BUDGET),
+            "adapter.rank",
+            "at most 8",
+        ),
+        (
+            dit_lora(
+                {
+                    "include": ["self_attn.q"],
+                    "rank": 8,
+                    "self_attn_approval": APPROVAL,
+                    "train_blocks_range": [4, 9],
+                },
+                budget=BUDGET,
+            ),
+            "adapter.self_attn_approval.blocks",
+            "names block 3, which train_blocks_range = [4, 9] leaves out",
+        ),
+        (
+            dit_lora({"include": ["self_attn.q"], "rank": 8, "self_attn_approval": APPROVAL}),
+            "adapter.include",
+            "under a delta budget",
+        ),
+        (dit_lora({"include": ["cross_attn.q"]}), "adapter.include", "under a delta budget"),
+        (dit_lora({"include": ["cross_attn.*"]}), "adapter.include", "under a delta budget"),
+        (dit_lora({"include": ["ffn.*"]}), "adapter.include", "under a delta budget"),
+        (dit_lora({"include": ["*.norm_k"]}), "adapter.include", "under a delta budget"),
+        (
+            dit_lora({"include": ["*"], "exclude": ["self_attn.*", "cross_attn.{q,o}"]}),
+            "adapter.include",
+            "under a delta budget",
+        ),
+        (
+            dit_lora({"include_file": "keys.txt", "include": ["cross_attn.k"]}),
+            "adapter.include",
+            "include_file lists the exact",
+        ),
+        (
+            dit_lora({"include_file": "keys.txt", "exclude": ["cross_attn.k"]}),
+            "adapter.exclude",
+            "include_file lists the exact",
+        ),
+        (
+            dit_lora({"include_file": "keys.txt", "train_blocks_range": [0, 1]}),
+            "adapter.train_blocks_range",
+            "include_file lists",
+        ),
+        (dit_lora({"train_blocks_range": [5, 4]}), "adapter.train_blocks_range", "not [5, 4]"),
+        (dit_lora({"train_blocks_range": [5]}), "adapter.train_blocks_range", "not [5]"),
+        (dit_lora({"train_blocks_range": [1, 2, 3]}), "adapter.train_blocks_range", "not [1, 2, 3]"),
+        (dit_lora({"train_blocks_range": [-1, 2]}), "adapter.train_blocks_range", "must be at least 0"),
+        (encoder_ft(budget=BUDGET), "budget", "there is no [adapter]"),
+        (dit_lora(model={"min_t": 0.5, "max_t": 0.5}), "model.min_t", "not below max_t = 0.5"),
+        (
+            dit_lora(model={"timestep_sample_method": "uniform", "sigmoid_scale": 2.0}),
+            "model.sigmoid_scale",
+            "would be ignored",
+        ),
+        (dit_lora(partition_split=[3]), "partition_split", 'partition_method is "cost"'),
+        (
+            dit_lora(partition_method="manual", pipeline_stages=3, partition_split=[4]),
+            "partition_split",
+            "needs 2",
+        ),
+        (dit_lora(partition_method="manual", pipeline_stages=2), "partition_split", "has 0 entries"),
+        (
+            dit_lora(partition_method="manual", pipeline_stages=3, partition_split=[4, 4]),
+            "partition_split",
+            "must rise",
+        ),
+        (
+            dit_lora(partition_method="manual", pipeline_stages=2, partition_split=[0]),
+            "partition_split",
+            "at least 1",
+        ),
+        (dit_lora(optimizer={"lr": 1e-4, "betas": [0.9]}), "optimizer.betas", "two values, not 1"),
+        (dit_lora(optimizer={"lr": 1e-4, "betas": [0.9, 1.0]}), "optimizer.betas", "less than 1"),
+        (dit_lora(warmup_steps=10, max_steps=10), "warmup_steps", "would end before"),
+        (dit_lora(output_dir="reports"), "output_dir", "never mix"),
+        (dit_lora(output_dir="./output/../reports/runs"), "output_dir", "never mix"),
+    ],
+)
+def test_refused(table, key, words) -> None:
+    found = found_in(table)
+    assert any(problem.key == key and words in problem.reason for problem in found), found
+    assert {problem.key for problem in found} == {key}, found
+    assert all(problem.fix for problem in found if "must be" not in problem.reason)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        dit_lora(),
+        encoder_ft(),
+        dit_lora(model={"text_train_blocks": 0, "text_encoder_dropout": 0.0, "save_text_encoder_full": True}),
+        encoder_ft(
+            model={"text_train_blocks": 4, "train_token_embedding": True, "text_encoder_dropout": 0.1}
+        ),
+        encoder_ft(model={"save_text_encoder_full": False}),
+        dit_lora({"include": ["cross_attn.k", "cross_attn.[v]"]}),
+        dit_lora({"include": ["cross_attn.*"], "exclude": ["*.{q,o}"]}),
+        dit_lora({"include": ["cross_attn.{k,v,q,o}"], "exclude": ["cross_attn.{q,o}"]}),
+        dit_lora({"include": ["cross_attn.*", "ffn.2"]}, budget=BUDGET),
+        dit_lora({"include": ["*"], "exclude": ["self_attn.*"]}, budget=BUDGET),
+        dit_lora({"include": ["*"], "exclude": ["self_attn.{q,k,v,o}"]}, budget=BUDGET),
+        dit_lora({"include": ["*"], "exclude": ["self_attn.*", "ffn.*", "cross_attn.{q,o}"]}),
+        dit_lora({"include": ["*.q"], "exclude": ["self_attn.q"]}, budget=BUDGET),
+        dit_lora({"include": ["self_attn.{q,k}"], "rank": 8, "self_attn_approval": APPROVAL}, budget=BUDGET),
+        dit_lora(
+            {"include": ["*"], "rank": 4, "self_attn_approval": APPROVAL, "train_blocks_range": [3, 9]},
+            budget=BUDGET,
+        ),
+        dit_lora({"include_file": "keys.txt"}),
+        dit_lora({"include_file": "keys.txt", "rank": 8, "self_attn_approval": APPROVAL}, budget=BUDGET),
+        dit_lora({"train_blocks_range": [5, 5]}),
+        dit_lora({"train_blocks_range": [0, 29]}),
+        dit_lora(budget=BUDGET),
+        dit_lora(model={"min_t": 0.0, "max_t": 0.875}),
+        dit_lora(model={"timestep_sample_method": "logit_normal", "sigmoid_scale": 2.0}),
+        dit_lora(model={"timestep_sample_method": "uniform"}),
+        dit_lora(partition_method="manual", pipeline_stages=3, partition_split=[1, 4]),
+        dit_lora(partition_method="manual"),
+        dit_lora(optimizer={"lr": 0, "betas": [0, 0.999]}),
+        dit_lora(warmup_steps=9, max_steps=10),
+        dit_lora(warmup_steps=500),
+        dit_lora(output_dir="output/reports"),
+        dit_lora(output_dir="reports_of_mine"),
+        dit_lora(save_every_n_epochs=0, checkpoint_every_n_epochs=0),
+    ],
+)
+def test_permitted(table) -> None:
+    assert found_in(table) == []
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "words"),
+    [
+        (dataset(directory=[]), "directory", "is empty"),
+        (dataset(min_ar=2.0, max_ar=1.0), "min_ar", "above max_ar"),
+        (dataset(resolutions=[]), "resolutions", "is empty"),
+        (dataset(ar_buckets=[]), "ar_buckets", "is empty"),
+        (
+            dataset(directory=[{"path": "a"}, {"path": "b", "frame_buckets": []}]),
+            "directory[1].frame_buckets",
+            "is empty",
+        ),
+        (dataset(size_buckets=[[832, 480]]), "size_buckets", "[width, height, frames]"),
+        (dataset(frame_buckets=[1, 32]), "frame_buckets", "32 frames"),
+        (dataset(size_buckets=[[832, 480, 48]]), "size_buckets", "48 frames"),
+        (dataset(directory=[{"path": "a", "frame_buckets": [3]}]), "directory[0].frame_buckets", "3 frames"),
+    ],
+)
+def test_refused_in_a_dataset(table, key, words) -> None:
+    (problem,) = found_in_dataset(table)
+    assert problem.key == key and words in problem.reason and problem.fix
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        dataset(),
+        dataset(min_ar=1.0, max_ar=1.0),
+        dataset(ar_buckets=[0.5, 1.0]),
+        dataset(frame_buckets=[1, 5, 81]),
+        dataset(size_buckets=[[832, 480, 49], [480, 832, 1]]),
+        dataset(
+            directory=[{"path": "a", "frame_buckets": [1]}, {"path": "b", "size_buckets": [[64, 64, 5]]}]
+        ),
+    ],
+)
+def test_permitted_in_a_dataset(table) -> None:
+    assert found_in_dataset(table) == []
+
+
+def test_the_nearest_legal_lengths_are_named() -> None:
+    assert found_in_dataset(dataset(frame_buckets=[48]))[0].fix == "use 45 or 49"
+
+
+def test_exactly_two_of_the_eight_switch_mixes_are_modes() -> None:
+    modes = {}
+    for bits in range(8):
+        mix = {name: bool(bits >> place & 1) for place, name in enumerate(SWITCHES)}
+        table = encoder_ft(model=mix) if mix["train_text_encoder"] else dit_lora(model=mix)
+        if not found_in(table):
+            modes[mode_of(parse_table(TrainConfig, table).value)] = mix
+    assert modes == {"encoder_ft": ENCODER_FT, "dit_lora": DIT_LORA}
+
+
+def test_several_broken_rules_are_reported_together() -> None:
+    table = dit_lora(
+        {"include": ["self_attn.q"]},
+        model={"min_t": 0.9, "max_t": 0.1, "freeze_transformer": False},
+        warmup_steps=5,
+        max_steps=2,
+    )
+    assert [problem.key for problem in found_in(table)] == [
+        "model.freeze_transformer",
+        "adapter.include",
+        "adapter.include",
+        "model.min_t",
+        "warmup_steps",
+    ]
+
+
+def test_a_rule_stays_silent_where_a_key_it_reads_is_unusable() -> None:
+    table = dit_lora(model={"min_t": "high", "max_t": 0.1}, warmup_steps=5, max_steps=0)
+    assert [problem.key for problem in found_in(table)] == ["max_steps", "model.min_t"]
+
+
+def test_a_rule_about_lists_is_blocked_by_the_keys_it_reads_in_any_entry() -> None:
+    rule = Rule(lambda config: [Problem("x", config)], ("item[].size",))
+    assert run_rules([rule], "broken", frozenset(["item[7].size"])) == []
+    assert run_rules([rule], "broken", frozenset(["item"])) == []
+    assert len(run_rules([rule], "broken", frozenset(["item[7].path"]))) == 1
+
+
+@pytest.mark.parametrize("bad", ["a", "a.b", "a.b.c", "a.b[0].c"])
+def test_a_rule_is_blocked_by_its_key_what_is_around_it_and_what_is_in_it(bad) -> None:
+    rule = Rule(lambda config: [Problem("a.b", config)], ("a.b",))
+    assert run_rules([rule], "broken", frozenset([bad])) == []
+    assert run_rules([rule], "broken", frozenset(["a.bc", "b", "a.x"]), "f.toml") == [
+        Problem("a.b", "broken", "", "f.toml")
+    ]
+
+
+@pytest.mark.parametrize(("rules", "record"), [(RULES, TrainConfig), (DATASET_RULES, DatasetConfig)])
+def test_rules_read_keys_that_exist_and_say_in_words_what_they_are(rules, record) -> None:
+    known = {
+        ".".join(filter(None, (s.path, name)))
+        for s in sections_of(record)
+        for name in s.record.__dataclass_fields__
+    }
+    for rule in rules:
+        assert {key.replace("[]", "") for key in rule.keys} <= known, rule.check
+        assert re.fullmatch(r"\S.*[.]", rule.words), rule.check
+
+
+def test_every_key_that_a_rule_reads_is_declared() -> None:
+    """With a declared key gone (None), each rule must be skipped rather than trip over it."""
+    base = dit_lora(
+        {
+            "include": ["*"],
+            "exclude": ["ffn.*"],
+            "rank": 8,
+            "self_attn_approval": APPROVAL,
+            "train_blocks_range": [0, 9],
+        },
+        budget=BUDGET,
+        max_steps=10,
+        partition_method="manual",
+        pipeline_stages=2,
+        partition_split=[1],
+    )
+    sections = {s.path: s.record for s in sections_of(TrainConfig)}
+    for path, record in sections.items():
+        for name in record.__dataclass_fields__:
+            table = copy.deepcopy(base)
+            inner = table
+            for part in filter(None, path.split(".")):
+                inner = inner.setdefault(part, {})
+            inner[name] = object()
+            assert any(problem.key.endswith(name) for problem in found_in(table))
+
+
+FREE = ["blocks.0.cross_attn.k", "blocks.29.cross_attn.v"]
+
+
+def adapter(rank=8, blocks=None, **changes) -> AdapterConfig:
+    approval = (
+        None
+        if blocks is None
+        else SelfAttnApproval(reason="the shapes lose their outline", blocks=tuple(blocks))
+    )
+    return AdapterConfig(rank=rank, self_attn_approval=approval, **changes)
+
+
+@pytest.mark.parametrize(
+    ("paths", "config", "budget", "key", "words"),
+    [
+        (["blocks.3.self_attn.q"], adapter(), BudgetConfig(), "adapter.include", "artifacts and collapse"),
+        (
+            ["blocks.3.self_attn.norm_q"],
+            adapter(include_file="f"),
+            BudgetConfig(),
+            "adapter.include_file",
+            "artifacts",
+        ),
+        (
+            ["blocks.3.self_attn.q", "blocks.4.self_attn.q"],
+            adapter(blocks=[3]),
+            BudgetConfig(),
+            "adapter.include",
+            "only for blocks [3]",
+        ),
+        (
+            ["blocks.3.self_attn.q"],
+            adapter(blocks=[3, 40]),
+            BudgetConfig(),
+            "adapter.self_attn_approval.blocks",
+            "names block 40",
+        ),
+        (FREE, adapter(blocks=[3]), BudgetConfig(), "adapter.self_attn_approval", "none among the resolved"),
+        (["blocks.3.self_attn.q"], adapter(blocks=[3]), None, "adapter.include", "without a delta budget"),
+        (["blocks.3.cross_attn.q"], adapter(), None, "adapter.include", "blocks.3.cross_attn.q"),
+        (["blocks.3.ffn.0"], adapter(include_file="f"), None, "adapter.include_file", "blocks.3.ffn.0"),
+        (["head.head"], adapter(), None, "adapter.include", "head.head"),
+    ],
+)
+def test_resolved_targets_refused(paths, config, budget, key, words) -> None:
+    (problem,) = check_targets(paths, config, budget)
+    assert problem.key == key and words in problem.reason and problem.fix
+
+
+@pytest.mark.parametrize(
+    ("paths", "config", "budget"),
+    [
+        (FREE, adapter(rank=64), None),
+        (["blocks.3.cross_attn.q", "blocks.3.ffn.0"], adapter(), BudgetConfig()),
+        ([*FREE, "blocks.3.self_attn.q", "blocks.4.self_attn.k"], adapter(blocks=[3, 4]), BudgetConfig()),
+    ],
+)
+def test_resolved_targets_permitted(paths, config, budget) -> None:
+    assert check_targets(paths, config, budget) == []
+
+
+def test_a_long_list_of_targets_is_shortened() -> None:
+    (problem,) = check_targets([f"blocks.{index}.ffn.0" for index in range(30)], adapter(), None)
+    assert "blocks.3.ffn.0 and 26 more" in problem.reason and "blocks.4" not in problem.reason

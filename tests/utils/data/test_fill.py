@@ -1,0 +1,140 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.data.cache import CacheStore
+from utils.data.fill import FillItem, FillStats, fill_cache, make_batches, rank_share
+from utils.errors import UserError
+
+
+def make_work(count: int) -> list[FillItem]:
+    return [FillItem(f"latents/{n * 7919 % 1009:032x}", (n % 3, 5), payload=n) for n in range(count)]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CacheStore(tmp_path / "cache")
+
+
+class Encoder:
+    """Gives each item its payload, and remembers the batches."""
+
+    def __init__(self, fails_at: int | None = None):
+        self.batches = []
+        self.fails_at = fails_at
+
+    def __call__(self, items):
+        self.batches.append([item.payload for item in items])
+        for item in items:
+            if item.payload == self.fails_at:
+                raise UserError("clip.mp4: cannot be decoded")
+            yield {"x": torch.tensor([item.payload])}
+
+
+def check_contents(store, work):
+    for item in work:
+        assert store.get(item.key)["x"].item() == item.payload
+
+
+def test_all_is_encoded_in_batches_of_one_group_and_then_never_again(store):
+    work, encoder, calls = make_work(20), Encoder(), []
+    stats = fill_cache(
+        store, work, encoder, batch_size=4, on_progress=lambda done, total: calls.append((done, total))
+    )
+    assert stats == FillStats(num_items=20, num_present=0, num_encoded=20)
+    assert calls == [(done, 20) for done in range(21)]
+    assert sorted(len(batch) for batch in encoder.batches) == [2, 3, 3, 4, 4, 4]
+    assert all(len({payload % 3 for payload in batch}) == 1 for batch in encoder.batches)
+    check_contents(store, work)
+    encoder = Encoder()
+    assert fill_cache(store, work, encoder) == FillStats(num_items=20, num_present=20, num_encoded=0)
+    assert encoder.batches == []
+    assert fill_cache(store, work, encoder, regenerate=True).num_encoded == 20
+
+
+@given(count=st.integers(0, 60), world_size=st.integers(1, 7), batch_size=st.integers(1, 9))
+def test_shares_cover_everything_once_whatever_the_order(count, world_size, batch_size):
+    work = make_work(count)
+    shares = [
+        rank_share(reversed(work) if rank % 2 else work, rank, world_size) for rank in range(world_size)
+    ]
+    assert sorted(item.payload for share in shares for item in share) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    for share in shares:
+        batches = list(make_batches(share, batch_size))
+        assert sorted(item.payload for batch in batches for item in batch) == sorted(
+            item.payload for item in share
+        )
+        assert all(len(batch) <= batch_size and len({item.group for item in batch}) == 1 for batch in batches)
+        # As few batches as the groups allow.
+        groups = [sum(item.group == group for item in share) for group in {item.group for item in share}]
+        assert len(batches) == sum(-(-size // batch_size) for size in groups)
+
+
+def test_ranks_that_start_at_different_times_leave_no_hole(store):
+    work = make_work(30)
+    encoded = [fill_cache(store, work, Encoder(), rank=rank, world_size=3).num_encoded for rank in range(3)]
+    assert encoded == [10, 10, 10]
+    check_contents(store, work)
+
+
+def test_equal_keys_are_encoded_once(store):
+    work = make_work(3)
+    assert fill_cache(store, work + work, Encoder()).num_items == 3
+
+
+def test_an_error_keeps_what_was_done_and_the_next_run_does_the_rest(store):
+    work = make_work(20)
+    with pytest.raises(UserError, match="clip"):
+        fill_cache(store, work, Encoder(fails_at=10), batch_size=3)
+    done = 20 - len(store.missing(item.key for item in work))
+    assert 0 < done < 20
+    assert fill_cache(store, work, Encoder(), batch_size=3) == FillStats(20, done, 20 - done)
+    check_contents(store, work)
+
+
+def test_an_encoder_that_gives_too_little_is_an_error(store):
+    with pytest.raises(ValueError, match="shorter"):
+        fill_cache(store, make_work(3), lambda items: [], batch_size=2)
+
+
+def test_metadata_is_kept(store):
+    item = FillItem("text/" + "0" * 32, (3,), payload=1, metadata={"caption": "a circle"})
+    fill_cache(store, [item], Encoder())
+    assert store.metadata(item.key)["caption"] == "a circle"
+
+
+FILLER = """
+import sys, time, torch
+from pathlib import Path
+from utils.data.cache import CacheStore
+from utils.data.fill import FillItem, fill_cache
+def encode(items):
+    for item in items:
+        yield {"x": torch.tensor([item.payload] * 1000)}
+work = [FillItem(f"latents/{n:032x}", (n % 3,), payload=n) for n in range(2000)]
+fill_cache(CacheStore(Path(sys.argv[1])), work, encode, batch_size=4)
+"""
+
+
+def test_a_killed_filler_leaves_only_whole_items(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", FILLER, str(tmp_path / "cache")])
+    items = tmp_path / "cache" / "items"
+    deadline = time.monotonic() + 60
+    while not (items.exists() and any(items.rglob("*.safetensors"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    store = CacheStore(tmp_path / "cache")
+    keys = [f"latents/{n:032x}" for n in range(2000)]
+    present = set(keys) - set(store.missing(keys))
+    assert 0 < len(present) < 2000
+    for key in present:
+        assert store.get(key)["x"].tolist() == [int(key[-32:], 16)] * 1000

@@ -1,0 +1,110 @@
+"""The pipeline equals a plain `nn.Sequential` bit for bit: losses, gradient norm, clipping and trained parameters."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).parents[1] / "workers" / "pipeline_cases.py"
+QUICK = [
+    "encoder_top1_bf16",
+    "encoder_tokens_dropout_fp32",
+    "lora_all_bf16",
+    "lora_first_fp32",
+    "lora_last_fp32",
+]
+REST = ["encoder_all_fp32", "encoder_all_bf16", "lora_all_fp32", "lora_middle_bf16", "lora_broad_fp32"]
+LAUNCH_LIMIT_SECONDS = 280
+
+
+def launch(
+    tiny: Path, out: Path, cases: list[str], *, processes: int, stages: int, micro_batches: int = 4
+) -> Path:
+    """Run the worker under the real launcher; stages = 0 is the plain reference."""
+    out.mkdir(parents=True)
+    arguments = [str(WORKER), "--tiny", str(tiny), "--out", str(out), "--stages", str(stages)]
+    arguments += ["--micro_batches", str(micro_batches), "--cases", *cases]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(torchrun if stages else []), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=LAUNCH_LIMIT_SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+def assert_equal(plain: Path, piped: Path, case: str, *, stages: int, copies: int = 1) -> None:
+    expected = json.loads((plain / f"{case}.json").read_text())["rows"]
+    parameters = load_file(plain / f"{case}.safetensors")
+    found: dict[str, torch.Tensor] = {}
+    for stage in range(stages):
+        for copy in range(copies):
+            stem = piped / f"{case}-stage{stage}-dp{copy}"
+            document = json.loads(stem.with_suffix(".json").read_text())
+            assert [row["norm"] for row in document["rows"]] == [row["norm"] for row in expected], (
+                case,
+                stage,
+            )
+            assert document["held"]["frozen_gradients"] == 0
+            share = load_file(stem.with_suffix(".safetensors"))
+            assert all(name not in found or torch.equal(found[name], share[name]) for name in share)
+            found |= share
+    assert sorted(found) == sorted(parameters)
+    different = [name for name in parameters if not torch.equal(found[name], parameters[name])]
+    assert not different, (case, different[:3])
+    if copies == 1:
+        last = json.loads((piped / f"{case}-stage{stages - 1}-dp0.json").read_text())["rows"]
+        assert [row["totals"] for row in last] == [row["totals"] for row in expected], case
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_ti2v: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(tiny_ti2v, tmp_path_factory.mktemp("plain") / "out", QUICK, processes=1, stages=0)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_pipeline_equals_sequential(tiny_ti2v: Path, plain: Path, tmp_path: Path, stages: int) -> None:
+    piped = launch(tiny_ti2v, tmp_path / "out", QUICK, processes=stages, stages=stages)
+    for case in QUICK:
+        assert_equal(plain, piped, case, stages=stages)
+
+
+def test_two_copies_equal_accumulation(tiny_ti2v: Path, tmp_path: Path) -> None:
+    """Two data-parallel ranks with one micro-batch each do what one rank does with two, also on top of two stages."""
+    cases = ["encoder_top1_bf16", "lora_last_fp32"]
+    plain = launch(tiny_ti2v, tmp_path / "plain", cases, processes=1, stages=0, micro_batches=2)
+    copies = launch(tiny_ti2v, tmp_path / "copies", cases, processes=2, stages=1, micro_batches=2)
+    for case in cases:
+        assert_equal(plain, copies, case, stages=1, copies=2)
+
+
+def test_the_comparison_can_fail(plain: Path) -> None:
+    """Training moves every trained parameter that gets a gradient, so equal parameters are not equal for want of steps."""
+    norms = [row["norm"] for row in json.loads((plain / "lora_all_bf16.json").read_text())["rows"]]
+    assert all(norm > 0 for norm in norms) and len(set(norms)) == len(norms)
+    ups = [
+        tensor for name, tensor in load_file(plain / "lora_all_bf16.safetensors").items() if "lora_B" in name
+    ]
+    assert ups and all(tensor.abs().sum() > 0 for tensor in ups)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("processes", "stages"), [(1, 1), (2, 2), (3, 3), (4, 4), (4, 2)])
+def test_every_case(tiny_ti2v: Path, tmp_path: Path, processes: int, stages: int) -> None:
+    copies = processes // stages
+    micro_batches = 2 * copies if copies > 1 else 4
+    cases = QUICK + REST
+    if copies > 1:
+        micro_batches = copies  # sums of two are exact in any order; of four they are not
+    plain = launch(tiny_ti2v, tmp_path / "plain", cases, processes=1, stages=0, micro_batches=micro_batches)
+    piped = launch(
+        tiny_ti2v, tmp_path / "piped", cases, processes=processes, stages=stages, micro_batches=micro_batches
+    )
+    for case in cases:
+        assert_equal(plain, piped, case, stages=stages, copies=copies)

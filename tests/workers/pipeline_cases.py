@@ -1,0 +1,236 @@
+"""Trains cases of the tiny Wan for a few steps, in the pipeline or as a plain `nn.Sequential`, and writes what came out.
+
+Run by tests/utils/test_pipeline.py, once per number of processes: many cases per launch, because starting is dear.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from models.wan.arch import load_arch
+from models.wan.checkpoint import find_checkpoint, open_sharded, open_text_encoder
+from models.wan.layers import Workload, dit_layers, text_layers
+from models.wan.model import linear_modules
+from models.wan.stages import TextWire
+from utils.config.schema import AdapterConfig, BudgetConfig, ModelConfig, OptimizerConfig, TrainConfig
+from utils.layers import LayerSpec, PreparedBatch, global_names
+from utils.lora import resolve_targets
+from utils.optim import build_optimizer
+from utils.trainer import LossRecorder
+
+NUM_STEPS = 3
+MICRO_BATCHES = 4
+# Frames, rows and columns of latents: images and clips of several shapes in one accumulation window.
+SHAPES = ((1, 4, 4), (3, 4, 6), (2, 6, 4), (1, 6, 6))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training to compare."""
+
+    name: str
+    model: dict[str, Any]
+    adapter: dict[str, Any] | None = None
+    clipping: float = 0.05
+    recompute: bool = True
+    micro_batches: int = MICRO_BATCHES
+
+
+def encoder(name: str, **model: Any) -> Case:
+    return Case(name, {"cache_text_embeddings": False, "train_text_encoder": True, **model})
+
+
+def lora(name: str, dtype: str = "float32", **adapter: Any) -> Case:
+    model = {"cache_text_embeddings": True, "train_text_encoder": False, "dtype": dtype}
+    return Case(name, model, {"rank": 4, **adapter})
+
+
+CASES = [
+    encoder("encoder_all_fp32", dtype="float32"),
+    encoder("encoder_all_bf16", dtype="bfloat16"),
+    encoder("encoder_top1_bf16", dtype="bfloat16", text_train_blocks=1),
+    encoder(
+        "encoder_tokens_dropout_fp32", dtype="float32", train_token_embedding=True, text_encoder_dropout=0.1
+    ),
+    lora("lora_all_fp32"),
+    lora("lora_all_bf16", "bfloat16"),
+    lora("lora_first_fp32", train_blocks_range=(0, 0)),
+    lora("lora_middle_bf16", "bfloat16", train_blocks_range=(1, 2)),
+    lora("lora_last_fp32", train_blocks_range=(3, 3), dropout=0.1),
+    lora("lora_broad_fp32", include=("cross_attn.*", "ffn.*"), train_blocks_range=(2, 3)),
+]
+
+
+def make_config(case: Case, tiny: Path, num_stages: int) -> TrainConfig:
+    model = ModelConfig(type="wan", ckpt_path=str(tiny), freeze_transformer=True, **case.model)
+    return TrainConfig(
+        output_dir="unused",
+        dataset="unused",
+        pipeline_stages=num_stages,
+        activation_checkpointing=case.recompute,
+        gradient_clipping=case.clipping,
+        model=model,
+        adapter=None if case.adapter is None else AdapterConfig(**case.adapter),
+        budget=None if case.adapter is None else BudgetConfig(),
+        optimizer=OptimizerConfig(lr=1e-2, weight_decay=0.1),
+    )
+
+
+def make_specs(config: TrainConfig) -> list[LayerSpec]:
+    paths = find_checkpoint(config.model)
+    source = open_sharded(paths.transformer_dir)
+    arch = load_arch(paths.config_json, source.shapes)
+    workload = Workload(video_tokens=8.0, text_tokens=8.0)
+    targets: list[str] = []
+    if config.adapter is not None:
+        targets = resolve_targets(linear_modules(source.shapes), config.adapter, config.budget)
+    text = (
+        []
+        if config.adapter is not None
+        else text_layers(config, open_text_encoder(paths.text_encoder), workload)
+    )
+    return text + dit_layers(config, source, arch, targets, {}, workload)
+
+
+def make_batch(config: TrainConfig, step: int, index: int, num_micro_batches: int) -> PreparedBatch:
+    """One micro-batch of 1 or 2 samples; its shape changes with the micro-batch."""
+    random = torch.Generator().manual_seed(1000 * step + index)
+    frames, rows, columns = SHAPES[(step + index) % len(SHAPES)]
+    size = 1 + (step + index) % 2
+    latents = torch.randn(size, 48, frames, rows, columns, generator=random)
+    lens = torch.randint(2, 9, (size,), generator=random)
+    length = int(lens.max())
+    if config.model.train_text_encoder:
+        text = torch.randint(1, 300, (size, length), generator=random)
+    else:
+        text = torch.randn(size, length, 64, generator=random).to(getattr(torch, config.model.dtype))
+    text = text * (torch.arange(length) < lens[:, None]).view(size, length, *(1,) * (text.dim() - 2))
+    sigma = torch.rand(size, generator=random)
+    wire = TextWire(text, lens, latents, (1000 * sigma)[:, None], torch.tensor([step * 100 + index]))
+    weight = torch.full((size,), 1.0 / size)
+    labels = (torch.randn(latents.shape, generator=random), sigma, weight, torch.arange(size))
+    return PreparedBatch(tuple(wire), labels)
+
+
+def run_plain(case: Case, tiny: Path, out: Path) -> None:
+    """The reference: the same layers in a plain nn.Sequential, plain autograd, plain AdamW."""
+    config = make_config(case, tiny, 1)
+    specs = make_specs(config)
+    layers = [spec.build(torch.device("cpu")) for spec in specs]
+    parameters: dict[str, nn.Parameter] = {}
+    for spec, layer in zip(specs, layers, strict=True):
+        parameters |= global_names(spec.name, layer)
+    trainables = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    model = nn.Sequential(*layers).train()
+    optimizer = build_optimizer(trainables, config.optimizer)
+    recorder = LossRecorder()
+    rows = []
+    for step in range(NUM_STEPS):
+        recorder.clear()
+        for index in range(case.micro_batches):
+            batch = make_batch(config, step, index, case.micro_batches)
+            loss = recorder(model(batch.inputs), batch.labels)
+            (loss / case.micro_batches).backward()
+        norms = [p.grad.float().norm().double() for _, p in sorted(trainables.items()) if p.grad is not None]
+        norm = torch.stack(norms).square().sum().sqrt().item()
+        if norm > case.clipping:
+            for parameter in trainables.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(case.clipping / (norm + 1e-6))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        rows.append({"norm": norm, "totals": recorder.totals().tolist()})
+    write(out / case.name, rows, trainables, {})
+
+
+def run_pipeline(case: Case, tiny: Path, out: Path, num_stages: int, processes: Any) -> None:
+    from utils.partition import plan_stages
+    from utils.pipeline import build_pipeline
+
+    config = make_config(case, tiny, num_stages)
+    specs = make_specs(config)
+    recorder = LossRecorder()
+    dp_size = processes.world_size // num_stages
+    pipeline = build_pipeline(
+        specs,
+        plan_stages(specs, config).bounds,
+        recorder,
+        lambda trainables: build_optimizer(trainables, config.optimizer),
+        micro_batch_size=1,
+        gradient_accumulation_steps=case.micro_batches // dp_size,
+        gradient_clipping=case.clipping,
+        processes=processes,
+    )
+    rows = []
+    for step in range(NUM_STEPS):
+        recorder.clear()
+
+        def batches(step: int = step) -> Iterator[PreparedBatch]:
+            for index in range(pipeline.dp_rank, case.micro_batches, dp_size):
+                yield make_batch(config, step, index, case.micro_batches)
+
+        pipeline.train_step(batches())
+        rows.append({"norm": pipeline.gradient_norm, "totals": recorder.totals().tolist()})
+    held = {
+        "frozen_gradients": sum(
+            p.grad is not None for p in pipeline.parameters.values() if not p.requires_grad
+        ),
+        "buffers": sum(
+            buffer is not None
+            for key in ("inputs", "outputs")
+            for buffer in pipeline.engine.pipe_buffers[key]
+        ),
+    }
+    suffix = f"{case.name}-stage{pipeline.stage_id}-dp{pipeline.dp_rank}"
+    write(
+        out / suffix,
+        rows if pipeline.is_last else [{"norm": row["norm"]} for row in rows],
+        pipeline.trainables,
+        held,
+    )
+
+
+def write(
+    stem: Path, rows: list[dict[str, Any]], trainables: dict[str, nn.Parameter], held: dict[str, int]
+) -> None:
+    stem.with_suffix(".json").write_text(json.dumps({"rows": rows, "held": held}))
+    save_file(
+        {name: tensor.detach().clone() for name, tensor in trainables.items()},
+        stem.with_suffix(".safetensors"),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tiny", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--stages", type=int, default=0, help="0: plain nn.Sequential")
+    parser.add_argument("--cases", nargs="+", required=True)
+    parser.add_argument("--micro_batches", type=int, default=MICRO_BATCHES)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = [case for case in CASES if case.name in arguments.cases]
+    processes = None
+    if arguments.stages:
+        from utils.distributed import init_processes
+
+        processes = init_processes(timeout_minutes=2)
+    for case in chosen:
+        case = Case(**{**case.__dict__, "micro_batches": arguments.micro_batches})
+        if processes is None:
+            run_plain(case, arguments.tiny, arguments.out)
+        else:
+            run_pipeline(case, arguments.tiny, arguments.out, arguments.stages, processes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
