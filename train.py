@@ -60,7 +60,7 @@ def train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.set, check_files=True, preflight=preflight)
 
     from models.wan.model import WanModel
-    from models.wan.setup import prepare_data, run_metadata, say_targets, write_base_description
+    from models.wan.setup import prepare_data, run_metadata, write_base_description
     from utils import distributed
     from utils import run as runs
 
@@ -70,7 +70,6 @@ def train(arguments: argparse.Namespace) -> int:
         say = runs.speaker(processes)
         paths = find_checkpoint(config.train.model)
         model = WanModel(config.train, paths)
-        say_targets(model.targets, say)
         data = prepare_data(config, model, paths, processes, regenerate=arguments.regenerate_cache, say=say)
         if arguments.cache_only:
             say(f"cache complete: {data.store_root}")

@@ -20,12 +20,15 @@ from torch import Tensor
 from utils.distributed import on_main
 from utils.errors import UserError
 from utils.files import atomic_write_text
+from utils.optim import group_counters, restore_group_counters
 from utils.pipeline import Pipeline
 from utils.saver import write_together
 
 FORMAT = 1
 LATEST = "latest"
 _LOOP_FILE = "loop.json"
+_GROUPS = "(groups)"
+_STAGE_SUFFIXES = (".safetensors", ".json")
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def _write_stage(directory: Path, pipeline: Pipeline) -> None:
                 tensors[f"optim/{name}/{key}"] = value.detach()
             else:
                 numbers.setdefault(name, {})[key] = value
+    numbers[_GROUPS] = group_counters(pipeline.optimizer)
     # clone: safetensors refuses tensors that share memory (8-bit optimizers share their quantisation map)
     flat = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(flat, directory / f"stage_{pipeline.stage_id}.safetensors")
@@ -104,12 +108,12 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint that `latest` names; where the file is missing or names nothing, the newest complete one."""
-    pointer = run_dir / LATEST
+    pointer, complete = run_dir / LATEST, complete_checkpoints(run_dir)
     if pointer.exists():
-        named = run_dir / pointer.read_text(encoding="utf-8").strip()
-        if named.is_dir():
-            return named
-    complete = complete_checkpoints(run_dir)
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        named = [path for path in complete if path.name == name]
+        if named:
+            return named[0]
     return complete[-1] if complete else None
 
 
@@ -117,17 +121,22 @@ def read_state(checkpoint: Path) -> LoopState:
     """The loop's state in a checkpoint.
 
     Raises:
-        UserError: the file is damaged or of another format.
+        UserError: a file is missing, damaged or of another format.
     """
     path = checkpoint / _LOOP_FILE
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         found = document.pop("format")
-        document.pop("num_stages")
         if found != FORMAT:
             raise UserError(
                 f"{path}: checkpoint format {found}, this version reads format {FORMAT}; use the version that wrote it"
             )
+        num_stages = document.pop("num_stages")
+        for name in [f"stage_{stage}{suffix}" for stage in range(num_stages) for suffix in _STAGE_SUFFIXES]:
+            if not (checkpoint / name).is_file():
+                raise UserError(
+                    f"{checkpoint / name}: missing; delete {checkpoint} to resume from the one before"
+                )
         return LoopState(**document)
     except UserError:
         raise
@@ -173,6 +182,7 @@ def _load_stage(file: Any, path: Path, pipeline: Pipeline) -> set[str]:
         if entry.startswith("optim/"):
             name, key = entry.removeprefix("optim/").rsplit("/", 1)
             optimizer_keys.setdefault(name, []).append(key)
+    restore_group_counters(pipeline.optimizer, numbers[_GROUPS])
     loaded = set()
     for name, parameter in wanted.items():
         if f"param/{name}" not in file.keys():  # noqa: SIM118 (not a dict)

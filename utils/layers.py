@@ -31,10 +31,14 @@ class PipelineLayer(nn.Module):
         self.recompute = recompute
 
     def forward(self, wire: Wire) -> Any:
-        """Run the layer. Without gradients nothing is recomputed, because nothing is stored."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.run, *wire, use_reentrant=False)
+        """Run the layer. Where no gradient is wanted nothing is recomputed, because nothing is stored."""
+        if self.recompute and torch.is_grad_enabled() and self._wants_gradient(wire):
+            # Layers that draw random numbers seed their draw themselves, so there is no state to put back.
+            return checkpoint(self.run, *wire, use_reentrant=False, preserve_rng_state=False)
         return self.run(*wire)
+
+    def _wants_gradient(self, wire: Wire) -> bool:
+        return any(t.requires_grad for t in wire) or any(p.requires_grad for p in self.inner.parameters())
 
     def run(self, *wire: Tensor) -> Any:
         """The layer's computation."""

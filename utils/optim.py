@@ -43,7 +43,26 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerCon
         return AdamW8bit([group for group in groups if group["params"]], **arguments)
     from optimi import AdamW as KahanAdamW
 
-    return KahanAdamW([group for group in groups if group["params"]], kahan_sum=True, **arguments)
+    return KahanAdamW(
+        [group for group in groups if group["params"]], kahan_sum=True, triton=False, **arguments
+    )
+
+
+def group_counters(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Step counters that an optimizer keeps per group instead of per parameter (optimi does); all groups agree."""
+    counters: dict[str, int] = {}
+    for group in optimizer.param_groups:
+        if "setup" in group and group["setup"]:
+            counters["step"] = int(group["step"])
+    return counters
+
+
+def restore_group_counters(optimizer: torch.optim.Optimizer, counters: Mapping[str, int]) -> None:
+    """Put back what `group_counters` returned, into an optimizer that has not stepped yet."""
+    for group in optimizer.param_groups:
+        if "setup" in group and "step" in counters:
+            group["setup"] = True
+            group["step"] = torch.tensor(counters["step"], dtype=torch.int32)
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: str, warmup_steps: int) -> float:

@@ -1,5 +1,6 @@
 """The directory of one run: made new, or found again to be continued."""
 
+import re
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from utils.files import TEMPORARY_SUFFIX, atomic_directory, atomic_write_text
 
 CONFIG_FILE = "config.toml"
 NEWEST = ""
+_RUN_NAME = re.compile(r"(?P<stamp>\d{8}_\d{6})(_(?P<number>\d+))?")
 
 # What may differ between a run and its continuation: it changes when things happen, not what is computed.
 _FREE_KEYS = frozenset(
@@ -80,6 +82,16 @@ def _free_name(parent: Path) -> Path:
     return next(path for path in map(parent.joinpath, names) if not path.exists())
 
 
+def newest_run(output_dir: Path) -> Path | None:
+    """The run that began last; directories that are not named by a time stamp do not count."""
+    runs: dict[tuple[str, int], Path] = {}
+    for path in output_dir.glob(f"*/{CONFIG_FILE}"):
+        match = _RUN_NAME.fullmatch(path.parent.name)
+        if match is not None:
+            runs[match["stamp"], int(match["number"] or 0)] = path.parent
+    return runs[max(runs)] if runs else None
+
+
 def remove_leftovers(run_dir: Path) -> None:
     """Delete what a killed process was in the middle of writing."""
     for path in run_dir.glob(f".*{TEMPORARY_SUFFIX}"):
@@ -99,10 +111,9 @@ def find_run_dir(config: LoadedConfig, wanted: str) -> RunDir | None:
     """
     parent = Path(config.train.output_dir)
     if wanted == NEWEST:
-        runs = sorted(path.parent for path in parent.glob(f"*/{CONFIG_FILE}"))
-        if not runs:
+        path = newest_run(parent)
+        if path is None:
             return None
-        path = runs[-1]
     else:
         candidates = [Path(wanted), parent / wanted]
         found = [path for path in candidates if (path / CONFIG_FILE).is_file()]

@@ -14,11 +14,11 @@ _THETA = 10000.0
 Grid = tuple[int, int, int]
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=16)
 def rope_table(grid: Grid, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine tables for a grid of (frames, rows, columns) tokens, each float32 of shape [S, 1, K / 2].
 
-    Tokens are in row-major order of the grid. Kept for the last 32 grids, because a bucket comes back every step.
+    Tokens are in row-major order of the grid. Kept for the last 16 grids, because a bucket comes back every step.
     """
     spatial = 2 * (head_dim // 6)
     widths = (head_dim - 2 * spatial, spatial, spatial)

@@ -22,7 +22,6 @@ from utils.data.memo import HashMemo
 from utils.data.sampler import BatchPlan
 from utils.distributed import Processes, gather_objects, on_every_rank, on_main
 from utils.files import atomic_write_text, combined_fingerprint
-from utils.lora import split_block_path
 from utils.progress import Progress
 
 Say = Callable[[str], None]
@@ -148,31 +147,6 @@ def _say_some(lines: Sequence[str], say: Say) -> None:
         say(line)
     if len(lines) > _MAX_LINES_SHOWN:
         say(f"  ... and {len(lines) - _MAX_LINES_SHOWN} more")
-
-
-def say_targets(targets: Sequence[str], say: Say) -> None:
-    """Print the resolved target list, blocks with the same modules together."""
-    paths_by_block: dict[int, list[str]] = {}
-    for block, path in map(split_block_path, targets):
-        paths_by_block.setdefault(block, []).append(path)
-    blocks_by_paths: dict[str, list[int]] = {}
-    for block in sorted(paths_by_block):
-        blocks_by_paths.setdefault(", ".join(sorted(paths_by_block[block])), []).append(block)
-    if targets:
-        say(f"adapter on {len(targets)} modules:")
-    for paths, blocks in blocks_by_paths.items():
-        say(f"  {paths} of block(s) {_ranges(blocks)}")
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as text: 0-3, 7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def data_fingerprint(manifest: Manifest) -> str:

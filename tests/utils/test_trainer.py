@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from utils.distributed import Processes, init_processes, shutdown
 from utils.errors import TrainingStoppedError
 from utils.layers import LayerSpec, PipelineLayer, PreparedBatch
 from utils.metrics import read_metrics
+from utils.optim import trainable_dtype
 from utils.rng import generator
 from utils.run_dir import RunDir
 
@@ -46,14 +47,18 @@ class ToyHead(PipelineLayer):
 class ToyModel:
     """Two linear layers that learn to repeat their input; sample `bad` has a target that is not a number."""
 
-    def __init__(self, bad: int | None = None, delta: float = 0.0) -> None:
+    def __init__(
+        self, bad: int | None = None, delta: float = 0.0, width: int = 8, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.bad = bad
         self.delta = delta
+        self.width = width
+        self.dtype = dtype
 
     def layer_specs(self) -> list[LayerSpec]:
         def build(kind: type[PipelineLayer], name: str, device: torch.device) -> PipelineLayer:
             torch.manual_seed(len(name))
-            return kind(nn.Linear(8, 8)).to(device)
+            return kind(nn.Linear(self.width, self.width, dtype=self.dtype)).to(device)
 
         return [
             LayerSpec("body", lambda device: build(ToyLayer, "body", device), 1.0, True, True),
@@ -65,8 +70,10 @@ class ToyModel:
     ) -> PreparedBatch:
         rows = []
         for visit in batch.visits:
-            rows.append(torch.randn(8, generator=generator(0, "toy", visit.sample_index, visit.visit)))
-        inputs = torch.stack(rows)
+            rows.append(
+                torch.randn(self.width, generator=generator(0, "toy", visit.sample_index, visit.visit))
+            )
+        inputs = torch.stack(rows).to(self.dtype)
         targets = inputs.clone()
         for row, visit in enumerate(batch.visits):
             if visit.sample_index == self.bad:
@@ -152,6 +159,22 @@ def test_a_toy_model_trains_saves_and_resumes(processes: Processes, tmp_path: Pa
     assert all(torch.equal(final[name], resumed[name]) for name in final)
     assert [path.name for path in complete_checkpoints(whole)] == ["global_step7", "global_step8"]
     assert not list(whole.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "adamw_kahan"])
+def test_every_optimizer_resumes_exactly(processes: Processes, tmp_path: Path, kind: str) -> None:
+    """Wide enough (4096 weights) that the 8-bit optimizer really keeps its moments in 8 bits."""
+    config = make_config(epochs=4, checkpoint_every_n_steps=1, optimizer=OptimizerConfig(type=kind, lr=1e-2))  # type: ignore[arg-type]
+    model = ToyModel(width=64, dtype=trainable_dtype(config.optimizer))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for path in (whole, parts):
+        path.mkdir()
+    train(config, model, processes, RunDir(whole))
+    train(replace(config, max_steps=3), model, processes, RunDir(parts))
+    train(config, model, processes, RunDir(parts, latest_checkpoint(parts), is_resumed=True))
+    final, resumed = (load_file(path / "epoch4" / "toy.safetensors") for path in (whole, parts))
+    assert all(torch.equal(final[name], resumed[name]) for name in final)
+    assert [row["loss"] for row in read_metrics(parts)] == [row["loss"] for row in read_metrics(whole)]
 
 
 def test_a_short_last_step_weighs_samples_not_batches(processes: Processes, tmp_path: Path) -> None:

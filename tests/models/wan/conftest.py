@@ -3,16 +3,21 @@
 import csv
 import gzip
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.wan.arch import VARIANTS, Shape, WanArch, expected_shapes
+from models.wan.arch import VARIANTS, Shape, WanArch, expected_shapes, load_arch
+from models.wan.checkpoint import TEXT_ENCODER_FILE, TensorSource, open_sharded, open_text_encoder
+from models.wan.layers import Workload, dit_layers, text_layers
+from models.wan.stages import TextWire
+from models.wan.transformer import WanTransformer
 from utils.config.schema import AdapterConfig, ModelConfig, OptimizerConfig, TrainConfig
+from utils.layers import LayerSpec
 
 KEYS = Path(__file__).resolve().parents[2] / "assets" / "keys"
 BY_MODEL_TYPE = {info.model_type: info for info in VARIANTS.values()}
@@ -117,3 +122,77 @@ def make_config() -> Callable[..., TrainConfig]:
         )
 
     return make
+
+
+class Checkpoint(NamedTuple):
+    """A DiT opened by its headers, and its text encoder."""
+
+    arch: WanArch
+    source: TensorSource
+    text: TensorSource
+
+
+@pytest.fixture(scope="session")
+def open_tiny() -> Callable[[Path], Checkpoint]:
+    """Open a small checkpoint; of two experts the high-noise one."""
+
+    def open_checkpoint(root: Path) -> Checkpoint:
+        dit_dir = root / "high_noise_model" if (root / "high_noise_model").is_dir() else root
+        source = open_sharded(dit_dir)
+        text = open_text_encoder(root / TEXT_ENCODER_FILE)
+        return Checkpoint(load_arch(dit_dir / "config.json", source.shapes), source, text)
+
+    return open_checkpoint
+
+
+@pytest.fixture(scope="session")
+def build_layers() -> Callable[..., tuple[list[LayerSpec], nn.Sequential]]:
+    """`build_layers(config, checkpoint, targets)`: all layers of the config's mode, as specs and in a row on the CPU."""
+
+    def build(
+        config: TrainConfig,
+        checkpoint: Checkpoint,
+        targets: Sequence[str] = (),
+        initial: Mapping[str, Tensor] | None = None,
+    ) -> tuple[list[LayerSpec], nn.Sequential]:
+        workload = Workload(video_tokens=24.0, text_tokens=12.0)
+        specs = text_layers(config, checkpoint.text, workload) if config.model.train_text_encoder else []
+        specs += dit_layers(config, checkpoint.source, checkpoint.arch, targets, initial or {}, workload)
+        return specs, nn.Sequential(*(spec.build(torch.device("cpu")) for spec in specs))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def build_reference() -> Callable[..., WanTransformer]:
+    """`build_reference(checkpoint, compute_dtype, residual_dtype)`: the whole DiT as one module."""
+
+    def build(checkpoint: Checkpoint, *dtypes: torch.dtype) -> WanTransformer:
+        with torch.device("meta"):
+            model = WanTransformer(checkpoint.arch, *dtypes)
+        state = {
+            name: checkpoint.source.get(name).to(parameter.dtype, copy=True)
+            for name, parameter in model.named_parameters()
+        }
+        model.load_state_dict(state, strict=True, assign=True)
+        return model.requires_grad_(False)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def draw_wire() -> Callable[..., TextWire]:
+    """`draw_wire(arch, text, lens)`: a micro-batch around token ids or text states; timesteps are fractions."""
+
+    def draw(arch: WanArch, text: Tensor, lens: Sequence[int], seed: int = 0) -> TextWire:
+        generator = torch.Generator().manual_seed(seed)
+        batch = len(lens)
+        return TextWire(
+            text=text,
+            lens_B=torch.tensor(lens),
+            latents_BCFHW=torch.randn(batch, arch.in_dim, 2, 4, 6, generator=generator),
+            timesteps_BT=torch.rand(batch, 1, generator=generator) * 1000,
+            seed=torch.tensor([seed]),
+        )
+
+    return draw

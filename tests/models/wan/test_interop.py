@@ -1,0 +1,269 @@
+"""What this project saves, loaded by the programs that others use it with: diffusers and transformers."""
+
+import json
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoConfig, UMT5EncoderModel
+
+from models.wan.checkpoint import TEXT_ENCODER_FILE, open_text_encoder
+from models.wan.export import TEXT_ENCODER_CONFIG, TEXT_ENCODER_WEIGHTS, save_text_encoder
+from models.wan.model import linear_modules
+from models.wan.text_encoder import load_umt5, pad_token_ids
+from utils.config.schema import BudgetConfig
+from utils.errors import UserError
+from utils.layers import global_names
+from utils.lora import ADAPTER_WEIGHTS, load_initial_adapter, resolve_targets, save_adapter
+
+# Measured: 4e-7 .. 9e-7; of the output difference, which is itself 5 % to 40 % of the output.
+ADAPTER_PARITY = 1e-5
+CAPTIONS = ([17, 5, 40, 8, 1], [9, 1], [30, 31, 32, 33, 34, 35, 36, 37, 1])
+LENS = [len(ids) for ids in CAPTIONS]
+
+
+@pytest.fixture
+def exact_sinusoid(monkeypatch):
+    """Timesteps in float64 on diffusers' side, so that adapters are compared and not the timestep's rounding."""
+
+    def float64_sinusoid(self, timesteps):
+        half = self.num_channels // 2
+        angles = timesteps.double()[:, None] / 10000 ** (torch.arange(half, dtype=torch.float64) / half)
+        return torch.cat((torch.cos(angles), torch.sin(angles)), dim=1).float()
+
+    monkeypatch.setattr("diffusers.models.embeddings.Timesteps.forward", float64_sinusoid)
+
+
+def build_pipeline(checkpoint, *, second: bool = False) -> WanPipeline:
+    """diffusers' pipeline around a transformer that its own converter made of the official checkpoint."""
+    arch = checkpoint.arch
+
+    def transformer() -> WanTransformer3DModel:
+        model = WanTransformer3DModel(
+            num_attention_heads=arch.num_heads,
+            attention_head_dim=arch.head_dim,
+            in_channels=arch.in_dim,
+            out_channels=arch.out_dim,
+            text_dim=arch.text_dim,
+            freq_dim=arch.freq_dim,
+            ffn_dim=arch.ffn_dim,
+            num_layers=arch.num_layers,
+            eps=arch.eps,
+        )
+        state = {name: checkpoint.source.get(name).clone() for name in checkpoint.source.shapes}
+        model.load_state_dict(convert_wan_transformer_to_diffusers(state), strict=True)
+        return model.eval()
+
+    return WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=transformer(),
+        transformer_2=transformer() if second else None,
+    )
+
+
+def train_for_a_while(layers: torch.nn.Module) -> None:
+    """Give every B of an adapter a value, as training does."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in layers.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+
+
+ADAPTERS = {
+    "the default": {},
+    "alpha is not rank": {"alpha": 10.0},
+    "one band of blocks": {"train_blocks_range": (1, 2)},
+    "one block": {"train_blocks_range": (2, 2), "include": ("cross_attn.v",)},
+    "every cross-attention and feed-forward layer": {"include": ("cross_attn.*", "ffn.*"), "alpha": 2.0},
+}
+
+
+@pytest.mark.parametrize("variant", ["tiny_ti2v", "tiny_i2v"])
+@pytest.mark.parametrize("values", ADAPTERS.values(), ids=ADAPTERS)
+def test_diffusers_loads_the_adapter_to_the_same_difference_of_outputs(
+    variant,
+    values,
+    request,
+    open_tiny,
+    make_config,
+    build_layers,
+    build_reference,
+    draw_wire,
+    relative_error,
+    exact_sinusoid,
+    tmp_path,
+):
+    checkpoint = open_tiny(request.getfixturevalue(variant))
+    config = make_config("dit_lora", adapter=values)
+    targets = resolve_targets(linear_modules(checkpoint.source.shapes), config.adapter, BudgetConfig())
+    specs, layers = build_layers(config, checkpoint, targets)
+    train_for_a_while(layers)
+    trained = {
+        name: parameter.detach()
+        for spec, layer in zip(specs, layers, strict=True)
+        for name, parameter in global_names(spec.name, layer).items()
+        if parameter.requires_grad
+    }
+    save_adapter(trained, targets, config.adapter, tmp_path, {"format": "pt"})
+
+    states_BLD = torch.randn(3, 9, checkpoint.arch.text_dim, generator=torch.Generator().manual_seed(5))
+    wire = draw_wire(checkpoint.arch, states_BLD, LENS)
+    padded_BLD = F.pad(states_BLD, (0, 0, 0, checkpoint.arch.text_len - 9))
+    pipeline = build_pipeline(checkpoint)
+
+    def theirs():
+        inputs = (wire.latents_BCFHW, wire.timesteps_BT[:, 0], padded_BLD)
+        return pipeline.transformer(*inputs, return_dict=False)[0]
+
+    with torch.no_grad():
+        base = build_reference(checkpoint)(wire.latents_BCFHW, wire.timesteps_BT, states_BLD)
+        ours = layers(wire) - base
+        without = theirs()
+        pipeline.load_lora_weights(str(tmp_path / ADAPTER_WEIGHTS))
+        with_adapter = theirs() - without
+    print("INTEROP", variant, values, relative_error(with_adapter, ours), relative_error(base + ours, base))
+    loaded = [name for name, module in pipeline.transformer.named_modules() if hasattr(module, "lora_A")]
+    assert len(
+        [name for name in loaded if hasattr(pipeline.transformer.get_submodule(name), "base_layer")]
+    ) == len(targets)
+    assert ours.norm() / base.norm() > 0.01
+    assert relative_error(with_adapter, ours) <= ADAPTER_PARITY
+
+
+def test_each_expert_takes_its_own_adapter(tiny_t2v, open_tiny, make_config, build_layers, tmp_path):
+    checkpoint = open_tiny(tiny_t2v)
+    config = make_config("dit_lora")
+    targets = resolve_targets(linear_modules(checkpoint.source.shapes), config.adapter, None)
+    specs, layers = build_layers(config, checkpoint, targets)
+    train_for_a_while(layers)
+    trained = {
+        name: parameter.detach()
+        for spec, layer in zip(specs, layers, strict=True)
+        for name, parameter in global_names(spec.name, layer).items()
+        if parameter.requires_grad
+    }
+    save_adapter(trained, targets, config.adapter, tmp_path, {})
+    pipeline = build_pipeline(checkpoint, second=True)
+    pipeline.load_lora_weights(str(tmp_path / ADAPTER_WEIGHTS), load_into_transformer_2=True)
+    adapted = pipeline.transformer_2.blocks[1].attn2.to_k.lora_A["default_0"].weight
+    assert torch.equal(adapted, trained["blocks.1.cross_attn.k.lora_A.default.weight"])
+    assert not hasattr(pipeline.transformer.blocks[1].attn2.to_k, "lora_A")
+
+
+def test_our_own_files_start_a_new_training_with_the_same_output(
+    tiny_ti2v, open_tiny, make_config, build_layers, draw_wire, tmp_path
+):
+    checkpoint = open_tiny(tiny_ti2v)
+    states_BLD = torch.randn(3, 9, checkpoint.arch.text_dim)
+    wire = draw_wire(checkpoint.arch, states_BLD, LENS)
+    config = make_config("dit_lora", adapter={"alpha": 12.0})
+    targets = resolve_targets(linear_modules(checkpoint.source.shapes), config.adapter, None)
+    specs, layers = build_layers(config, checkpoint, targets)
+    train_for_a_while(layers)
+    trained = {
+        name: parameter.detach()
+        for spec, layer in zip(specs, layers, strict=True)
+        for name, parameter in global_names(spec.name, layer).items()
+        if parameter.requires_grad
+    }
+    save_adapter(trained, targets, config.adapter, tmp_path, {})
+    again = make_config("dit_lora", adapter={"alpha": 1.0})
+    initial = load_initial_adapter(tmp_path, targets, again.adapter)
+    _, continued = build_layers(again, checkpoint, targets, initial)
+    with torch.no_grad():
+        # Measured: at most 2e-6; the scale sits in another factor.
+        torch.testing.assert_close(continued(wire), layers(wire), rtol=0, atol=2e-5)
+
+
+@pytest.fixture
+def trained_encoder(tiny_ti2v, open_tiny, make_config, build_layers):
+    """Layers of an encoder run of which the two upper blocks have moved, and what trained."""
+    checkpoint = open_tiny(tiny_ti2v)
+    config = make_config("encoder_ft", model={"text_train_blocks": 2})
+    specs, layers = build_layers(config, checkpoint)
+    generator = torch.Generator().manual_seed(4)
+    trained = {}
+    for spec, layer in zip(specs, layers, strict=True):
+        for name, parameter in global_names(spec.name, layer).items():
+            if parameter.requires_grad:
+                parameter.data += torch.randn(parameter.shape, generator=generator) * 0.02
+                trained[name] = parameter.detach()
+    return checkpoint, layers, trained
+
+
+def states_of(layers, wire):
+    for layer in layers:
+        if not hasattr(wire, "text"):
+            break
+        states, wire = wire.text, layer(wire)
+    return states
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_loads_the_encoder_to_the_same_states(
+    dtype, trained_encoder, draw_wire, tmp_path, relative_error
+):
+    checkpoint, layers, trained = trained_encoder
+    paths = save_text_encoder(trained, checkpoint.text, dtype, tmp_path, {"format": "pt"}, full=True)
+    assert paths == [tmp_path / TEXT_ENCODER_WEIGHTS, tmp_path / TEXT_ENCODER_CONFIG]
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.architectures == ["UMT5EncoderModel"]
+    tensors = load_file(tmp_path / TEXT_ENCODER_WEIGHTS)
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    theirs, report = UMT5EncoderModel.from_pretrained(
+        None, config=config, state_dict=tensors, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not report["unexpected_keys"]
+    assert set(report["missing_keys"]) <= {"encoder.embed_tokens.weight"}
+
+    ids_BL, lens_B = pad_token_ids(CAPTIONS)
+    is_token = (torch.arange(ids_BL.shape[1]) < lens_B[:, None]).long()
+    with torch.no_grad():
+        ours = states_of(layers, draw_wire(checkpoint.arch, ids_BL, LENS))
+        reference = theirs(input_ids=ids_BL, attention_mask=is_token).last_hidden_state.float()
+        reference *= is_token.unsqueeze(-1)
+        untrained = load_umt5(checkpoint.text, torch.float32, torch.device("cpu"), "eager")
+        before = untrained(input_ids=ids_BL, attention_mask=is_token).last_hidden_state * is_token.unsqueeze(
+            -1
+        )
+    print("ENCODER", dtype, relative_error(reference, ours), relative_error(before, ours))
+    assert relative_error(before, ours) > 0.05  # training has changed something
+    assert relative_error(reference, ours) <= (1e-6 if dtype == torch.float32 else 2e-2)
+
+
+def test_our_own_loader_takes_the_saved_encoder(trained_encoder, tmp_path):
+    checkpoint, _, trained = trained_encoder
+    save_text_encoder(trained, checkpoint.text, torch.float32, tmp_path, {}, full=True)
+    source = open_text_encoder(tmp_path / TEXT_ENCODER_WEIGHTS)
+    assert source.shapes == checkpoint.text.shapes
+    moved = {
+        name for name in source.shapes if not torch.equal(source.get(name), checkpoint.text.get(name).float())
+    }
+    assert moved == {
+        name for name in source.shapes if name == "norm.weight" or name.startswith(("blocks.1.", "blocks.2."))
+    }
+
+
+def test_a_file_of_trained_tensors_alone_is_marked_as_such_by_refusal(trained_encoder, tmp_path):
+    checkpoint, _, trained = trained_encoder
+    save_text_encoder(trained, checkpoint.text, torch.bfloat16, tmp_path, {"seed": "3"}, full=False)
+    tensors = load_file(tmp_path / TEXT_ENCODER_WEIGHTS)
+    assert {f"text_encoder.{name}" for name in tensors} == trained.keys()
+    with pytest.raises(UserError, match="holds only a part of the encoder"):
+        open_text_encoder(tmp_path / TEXT_ENCODER_WEIGHTS)
+
+
+def test_the_encoders_description_is_of_its_sizes(trained_encoder, tmp_path):
+    checkpoint, _, trained = trained_encoder
+    save_text_encoder(trained, checkpoint.text, torch.bfloat16, tmp_path, {}, full=False)
+    config = json.loads((tmp_path / TEXT_ENCODER_CONFIG).read_text())
+    expected = {"model_type": "umt5", "d_model": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 384}
+    assert expected.items() <= config.items()
+    assert config["feed_forward_proj"] == "gated-gelu"
+    assert TEXT_ENCODER_FILE not in str(config)

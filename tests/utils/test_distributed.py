@@ -1,0 +1,66 @@
+"""A mistake that one process sees ends all of them, with one message and the right status."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.distributed import init_processes
+from utils.errors import UserError
+
+WORKER = Path(__file__).parents[1] / "workers" / "shared_errors.py"
+
+
+def launch(case: str) -> subprocess.CompletedProcess[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*torchrun, str(WORKER), case],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_results_reach_every_rank() -> None:
+    done = launch("fine")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("main", "error: disk of rank 0 is full"),
+        ("other", "error: disk of rank 1 is full"),
+        ("alone", "[rank 1] error: only rank 1 knows"),
+    ],
+)
+def test_one_message_and_no_hang(case: str, message: str) -> None:
+    done = launch(case)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "error:" in line and "torch" not in line]
+    assert said == [message], done.stderr
+    assert "exitcode  : 2" in done.stderr  # of the worker; torchrun itself ends with 1
+    assert "Traceback" not in done.stderr.split("torch/distributed")[0]
+
+
+def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for key, value in {
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }.items():
+            monkeypatch.setenv(key, str(value))
+        with pytest.raises(UserError, match=rf"port 127\.0\.0\.1:{port} is in use.*--master_port"):
+            init_processes(timeout_minutes=0.1)
