@@ -135,14 +135,14 @@ def read_state(checkpoint: Path) -> LoopState:
         for name in [f"stage_{stage}{suffix}" for stage in range(num_stages) for suffix in _STAGE_SUFFIXES]:
             if not (checkpoint / name).is_file():
                 raise UserError(
-                    f"{checkpoint / name}: missing; delete {checkpoint} to resume from the one before"
+                    f"{checkpoint / name}: missing; delete {checkpoint} to resume from the checkpoint before it"
                 )
         return LoopState(**document)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: damaged or incomplete ({type(error).__name__}: {error}); delete {checkpoint} to resume from the one before"
+            f"{path}: damaged or incomplete ({type(error).__name__}: {error}); delete {checkpoint} to resume from the checkpoint before it"
         ) from error
 
 
@@ -168,14 +168,28 @@ def _read_file(path: Path, use: Callable[[Any], None]) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             use(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: damaged ({error}); delete {path.parent} to resume from the checkpoint before it"
-        ) from error
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_numbers(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        numbers = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(numbers, dict) or _GROUPS not in numbers:
+            raise ValueError("not the numbers of an optimizer")
+        return numbers
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: damaged ({error}); delete {path.parent} to resume from the checkpoint before it"
+    )
 
 
 def _load_stage(file: Any, path: Path, pipeline: Pipeline) -> set[str]:
-    numbers = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    numbers = _read_numbers(path.with_suffix(".json"))
     wanted = pipeline.trainables
     optimizer_keys: dict[str, list[str]] = {}
     for entry in file.keys():  # noqa: SIM118 (not a dict)

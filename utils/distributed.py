@@ -39,7 +39,7 @@ def init_processes(timeout_minutes: float) -> Processes:
         UserError: the port is in use or the peers cannot be reached.
     """
     _complete_environment()
-    rank, local_rank, world_size = map(_read_number, ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    rank, local_rank, world_size, _ = map(_read_number, ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(

@@ -93,7 +93,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
-            temporary.chmod(0o666 & ~_umask())
+            give_usual_mode(temporary)
             fsync_file(temporary)
             temporary.replace(target)
             fsync_directory(target.parent)
@@ -131,7 +131,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=TEMPORARY_SUFFIX)
         )
         try:
-            temporary.chmod(0o777 & ~_umask())
+            give_usual_mode(temporary)
             yield temporary
             for path in temporary.rglob("*"):
                 if path.is_file():
@@ -149,10 +149,14 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _umask() -> int:
+def give_usual_mode(path: Path) -> None:
+    """Give a file or directory the rights that a plain `open` or `mkdir` would have given it.
+
+    Temporary files, and those that safetensors writes, can be read by their owner alone.
+    """
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def content_hash(path: Path) -> str:

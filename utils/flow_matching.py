@@ -46,10 +46,11 @@ class SigmaLaw:
             return 0.0
         if sigma >= 1:
             return 1.0
-        base = sigma / (self.shift - (self.shift - 1) * sigma)
         if self.method == "uniform":
-            return base
-        return _NORMAL.cdf(math.log(base / (1 - base)) / self.sigmoid_scale)
+            return sigma / (self.shift - (self.shift - 1) * sigma)
+        # In logit space the shift is an offset; written so, it is finite for every sigma strictly between 0 and 1.
+        logit = math.log(sigma) - math.log1p(-sigma) - math.log(self.shift)
+        return _NORMAL.cdf(logit / self.sigmoid_scale)
 
     def sample(self, generator: torch.Generator) -> float:
         """Draw one sigma inside [min_t, max_t]."""

@@ -52,7 +52,7 @@ def group_counters(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Step counters that an optimizer keeps per group instead of per parameter (optimi does); all groups agree."""
     counters: dict[str, int] = {}
     for group in optimizer.param_groups:
-        if "setup" in group and group["setup"]:
+        if group.get("setup"):
             counters["step"] = int(group["step"])
     return counters
 

@@ -137,7 +137,7 @@ def _check_same_config(path: Path, config: TrainConfig) -> None:
     ]
     if changed:
         raise UserError(
-            f"{path}: the run was made with another configuration, so it cannot be continued with this one:\n"
+            f"{path}: the run was made with another configuration, so it cannot be continued with this one (the run's -> yours):\n"
             + "\n".join(changed)
             + "\nput these back, or start a new run without --resume_from_checkpoint"
         )

@@ -10,7 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.distributed import on_every_rank, on_main
-from utils.files import TEMPORARY_SUFFIX, disk_errors_as_user_errors, fsync_directory, fsync_file
+from utils.files import (
+    TEMPORARY_SUFFIX,
+    disk_errors_as_user_errors,
+    fsync_directory,
+    fsync_file,
+    give_usual_mode,
+)
 from utils.pipeline import Pipeline
 
 
@@ -38,6 +44,7 @@ def write_together(target: Path, write_share: Callable[[Path], None], finish: Ca
         with disk_errors_as_user_errors(target):
             finish(temporary)
             for path in temporary.iterdir():
+                give_usual_mode(path)
                 fsync_file(path)
             fsync_directory(temporary)
             if target.exists():  # the same step, saved by a run that was resumed from before it

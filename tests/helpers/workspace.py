@@ -143,7 +143,7 @@ def check_refused(code: int, said: str, *expected: str) -> None:
         assert text in said, f"{text!r} is not in: {said}"
 
 
-def skip_unless_mountable(size_bytes: int, place: Path) -> None:
+def mount_or_skip(size_bytes: int, place: Path) -> None:
     """Mount a file system of `size_bytes` at `place`, or skip the test where that is not allowed."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(place)]
     try:

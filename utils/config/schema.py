@@ -154,7 +154,7 @@ class TrainConfig:
 
     output_dir: str = option("Each run makes a time-stamped directory in it.")
     dataset: str = option("Dataset TOML.")
-    epochs: int = option("Passes over the dataset.", 1, ge=1)
+    epochs: int = option("Passes over the dataset.", 1, ge=1, le=100_000)
     max_steps: int | None = option(
         "Optimizer steps; where given it decides instead of epochs, also upward.", None, ge=1
     )

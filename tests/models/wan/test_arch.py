@@ -89,6 +89,26 @@ def test_latent_frames(num_frames, latent_frames):
 
 
 @pytest.mark.parametrize(
+    ("variant", "expert", "wanted", "given"),
+    [
+        ("t2v-a14b", "high_noise", (0.0, 1.0), (0.875, 1.0)),
+        ("t2v-a14b", "low_noise", (0.0, 1.0), (0.0, 0.875)),
+        ("i2v-a14b", "high_noise", (0.0, 0.95), (0.9, 0.95)),
+        ("i2v-a14b", "low_noise", (0.2, 0.5), (0.2, 0.5)),
+        ("ti2v-5b", None, (0.1, 0.95), (0.1, 0.95)),
+    ],
+)
+def test_an_expert_trains_its_own_noise_levels(variant, expert, wanted, given):
+    assert VARIANTS[variant].sigma_range(expert, *wanted) == given
+
+
+@pytest.mark.parametrize(("expert", "wanted"), [("high_noise", (0.0, 0.5)), ("low_noise", (0.875, 1.0))])
+def test_a_range_that_is_the_other_experts_is_refused(expert, wanted):
+    with pytest.raises(UserError, match=f"leave nothing to the {expert} expert of t2v-a14b"):
+        VARIANTS["t2v-a14b"].sigma_range(expert, *wanted)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (

@@ -19,7 +19,9 @@ from utils.errors import UserError
 from utils.layers import global_names
 from utils.lora import ADAPTER_WEIGHTS, load_initial_adapter, resolve_targets, save_adapter
 
-# Measured: 4e-7 .. 9e-7; of the output difference, which is itself 5 % to 40 % of the output.
+# Of the output difference, which is itself 2 % to 19 % of the output. Measured: 0 (bit-equal) at alpha = rank and where
+# alpha / rank is a power of 2, 1.7e-6 at alpha / rank = 2.5. (With diffusers' own timesteps 4e-6 .. 2.6e-5, all of
+# which is the float32 sinusoid that test_transformer.py is about.)
 ADAPTER_PARITY = 1e-5
 CAPTIONS = ([17, 5, 40, 8, 1], [9, 1], [30, 31, 32, 33, 34, 35, 36, 37, 1])
 LENS = [len(ids) for ids in CAPTIONS]
@@ -75,6 +77,16 @@ def train_for_a_while(layers: torch.nn.Module) -> None:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
 
 
+def trained_parameters(specs, layers) -> dict[str, torch.Tensor]:
+    """What trains, by global name, as an export gets it."""
+    return {
+        name: parameter.detach()
+        for spec, layer in zip(specs, layers, strict=True)
+        for name, parameter in global_names(spec.name, layer).items()
+        if parameter.requires_grad
+    }
+
+
 ADAPTERS = {
     "the default": {},
     "alpha is not rank": {"alpha": 10.0},
@@ -104,12 +116,7 @@ def test_diffusers_loads_the_adapter_to_the_same_difference_of_outputs(
     targets = resolve_targets(linear_modules(checkpoint.source.shapes), config.adapter, BudgetConfig())
     specs, layers = build_layers(config, checkpoint, targets)
     train_for_a_while(layers)
-    trained = {
-        name: parameter.detach()
-        for spec, layer in zip(specs, layers, strict=True)
-        for name, parameter in global_names(spec.name, layer).items()
-        if parameter.requires_grad
-    }
+    trained = trained_parameters(specs, layers)
     save_adapter(trained, targets, config.adapter, tmp_path, {"format": "pt"})
 
     states_BLD = torch.randn(3, 9, checkpoint.arch.text_dim, generator=torch.Generator().manual_seed(5))
@@ -127,11 +134,8 @@ def test_diffusers_loads_the_adapter_to_the_same_difference_of_outputs(
         without = theirs()
         pipeline.load_lora_weights(str(tmp_path / ADAPTER_WEIGHTS))
         with_adapter = theirs() - without
-    print("INTEROP", variant, values, relative_error(with_adapter, ours), relative_error(base + ours, base))
-    loaded = [name for name, module in pipeline.transformer.named_modules() if hasattr(module, "lora_A")]
-    assert len(
-        [name for name in loaded if hasattr(pipeline.transformer.get_submodule(name), "base_layer")]
-    ) == len(targets)
+    adapted = [module for module in pipeline.transformer.modules() if hasattr(module, "base_layer")]
+    assert len(adapted) == len(targets)
     assert ours.norm() / base.norm() > 0.01
     assert relative_error(with_adapter, ours) <= ADAPTER_PARITY
 
@@ -142,12 +146,7 @@ def test_each_expert_takes_its_own_adapter(tiny_t2v, open_tiny, make_config, bui
     targets = resolve_targets(linear_modules(checkpoint.source.shapes), config.adapter, None)
     specs, layers = build_layers(config, checkpoint, targets)
     train_for_a_while(layers)
-    trained = {
-        name: parameter.detach()
-        for spec, layer in zip(specs, layers, strict=True)
-        for name, parameter in global_names(spec.name, layer).items()
-        if parameter.requires_grad
-    }
+    trained = trained_parameters(specs, layers)
     save_adapter(trained, targets, config.adapter, tmp_path, {})
     pipeline = build_pipeline(checkpoint, second=True)
     pipeline.load_lora_weights(str(tmp_path / ADAPTER_WEIGHTS), load_into_transformer_2=True)
@@ -166,12 +165,7 @@ def test_our_own_files_start_a_new_training_with_the_same_output(
     targets = resolve_targets(linear_modules(checkpoint.source.shapes), config.adapter, None)
     specs, layers = build_layers(config, checkpoint, targets)
     train_for_a_while(layers)
-    trained = {
-        name: parameter.detach()
-        for spec, layer in zip(specs, layers, strict=True)
-        for name, parameter in global_names(spec.name, layer).items()
-        if parameter.requires_grad
-    }
+    trained = trained_parameters(specs, layers)
     save_adapter(trained, targets, config.adapter, tmp_path, {})
     again = make_config("dit_lora", adapter={"alpha": 1.0})
     initial = load_initial_adapter(tmp_path, targets, again.adapter)
@@ -188,12 +182,9 @@ def trained_encoder(tiny_ti2v, open_tiny, make_config, build_layers):
     config = make_config("encoder_ft", model={"text_train_blocks": 2})
     specs, layers = build_layers(config, checkpoint)
     generator = torch.Generator().manual_seed(4)
-    trained = {}
-    for spec, layer in zip(specs, layers, strict=True):
-        for name, parameter in global_names(spec.name, layer).items():
-            if parameter.requires_grad:
-                parameter.data += torch.randn(parameter.shape, generator=generator) * 0.02
-                trained[name] = parameter.detach()
+    trained = trained_parameters(specs, layers)
+    for tensor in trained.values():
+        tensor += torch.randn(tensor.shape, generator=generator) * 0.02
     return checkpoint, layers, trained
 
 
@@ -232,8 +223,8 @@ def test_transformers_loads_the_encoder_to_the_same_states(
         before = untrained(input_ids=ids_BL, attention_mask=is_token).last_hidden_state * is_token.unsqueeze(
             -1
         )
-    print("ENCODER", dtype, relative_error(reference, ours), relative_error(before, ours))
     assert relative_error(before, ours) > 0.05  # training has changed something
+    # Measured 4.0e-7 and 1.1e-2: bfloat16 is the rounding of the file.
     assert relative_error(reference, ours) <= (1e-6 if dtype == torch.float32 else 2e-2)
 
 

@@ -184,6 +184,10 @@ def test_states_are_in_the_encoders_dtype(umt5_path, tokenizer):
         ("a â€œredâ€\x9d circle", 'a "red" circle'),
         ("a circle\u2019s edge", "a circle's edge"),
         ("red &amp;amp; blue", "red & blue"),
+        (
+            "red < blue &amp;amp; green",
+            "red < blue & green",
+        ),  # ftfy itself unescapes only where there is no "<"
         ("&lt;b&gt;square&lt;/b&gt;", "<b>square</b>"),
         ("  a \t red\r\n\n circle\u00a0\u3000here ", "a red circle here"),
         ("&nbsp;a circle&nbsp;", "a circle"),

@@ -1,0 +1,235 @@
+"""Micro-batches, made of a cache in memory: what the model sees, what it should answer, and that both are repeatable."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.wan.arch import VARIANTS
+from models.wan.batches import WanBatches
+from models.wan.checkpoint import TOKENIZER_DIR
+from models.wan.stages import TextWire
+from utils.data.buckets import Bucket
+from utils.data.manifest import SampleRecord
+from utils.data.media import MediaInfo
+from utils.data.sampler import MicroBatch, Visit
+from utils.rng import generator
+
+BUCKET = Bucket(64, 32, 5)
+CAPTIONS = ("a red circle moves to the right", "a blue square", "a green star")
+BOTH = {"need_inputs": True, "need_labels": True}
+
+
+class MemoryCache:
+    """Latents of 48 channels, conditioning for I2V, and text states of the length of the caption."""
+
+    def __init__(self, channels: int, with_condition: bool = False) -> None:
+        self._channels = channels
+        self._with_condition = with_condition
+
+    def read_latents(self, sample_index):
+        random = torch.Generator().manual_seed(sample_index)
+        item = {"latents": torch.randn(self._channels, 2, 2, 4, generator=random)}
+        if self._with_condition:
+            item["cond"] = torch.full((20, 2, 2, 4), float(sample_index + 1))
+        return item
+
+    def read_text(self, caption):
+        return torch.full((len(caption), 6), 1.0 + len(caption))
+
+
+@pytest.fixture
+def make_batches(tiny_ti2v, make_config):
+    def make(mode="dit_lora", variant="ti2v-5b", order=(0, 1, 2), model=None, **top) -> WanBatches:
+        samples = [
+            SampleRecord(
+                sample_id=1000 + number,
+                path=Path(f"clip_{number}.mp4"),
+                kind="video",
+                caption=CAPTIONS[number],
+                bucket=BUCKET,
+                num_repeats=1.0,
+                content_hash="0" * 32,
+                clip_start_seconds=0.0,
+                info=MediaInfo("video", 64, 32, 48, 24.0, 2.0),
+            )
+            for number in order
+        ]
+        info = VARIANTS[variant]
+        cache = MemoryCache(info.out_dim, info.model_type == "i2v")
+        config = make_config(mode, model=model, **top)
+        return WanBatches(config, info, samples, cache, tiny_ti2v / TOKENIZER_DIR)
+
+    return make
+
+
+def batch_of(*visits: tuple[int, int]) -> MicroBatch:
+    return MicroBatch(tuple(Visit(index, visit) for index, visit in visits), BUCKET, 0)
+
+
+def test_inputs_and_labels_belong_together(make_batches):
+    prepared = make_batches().prepare(batch_of((0, 0), (2, 5)), 0.25, **BOTH)
+    wire = TextWire(*prepared.inputs)
+    target_BCFHW, sigma_B, weight_B, index_B = prepared.labels
+    assert wire.latents_BCFHW.shape == target_BCFHW.shape == (2, 48, 2, 2, 4)
+    assert wire.latents_BCFHW.dtype == target_BCFHW.dtype == torch.float32
+    torch.testing.assert_close(wire.timesteps_BT, 1000 * sigma_B[:, None])
+    assert weight_B.tolist() == [0.25, 0.25]
+    assert index_B.tolist() == [0, 2]
+    cache = MemoryCache(48)
+    for row, index in enumerate((0, 2)):
+        # noisy = latents + sigma * (noise - latents), and the target is noise - latents.
+        recovered = wire.latents_BCFHW[row] - sigma_B[row] * target_BCFHW[row]
+        torch.testing.assert_close(recovered, cache.read_latents(index)["latents"], rtol=0, atol=1e-5)
+        noise = target_BCFHW[row] + cache.read_latents(index)["latents"]
+        assert abs(noise.mean()) < 0.2
+        assert 0.9 < noise.std() < 1.1
+
+
+def test_a_stage_gets_what_it_needs_and_the_same_as_any_other(make_batches):
+    batches, batch = make_batches(), batch_of((1, 3))
+    both = batches.prepare(batch, 1.0, **BOTH)
+    first = batches.prepare(batch, 1.0, need_inputs=True, need_labels=False)
+    last = make_batches().prepare(batch, 1.0, need_inputs=False, need_labels=True)
+    assert first.labels is None
+    assert last.inputs is None
+    assert all(torch.equal(mine, other) for mine, other in zip(first.inputs, both.inputs, strict=True))
+    assert all(torch.equal(mine, other) for mine, other in zip(last.labels, both.labels, strict=True))
+
+
+def test_noise_is_a_function_of_seed_sample_and_visit(make_batches):
+    def noised(batches, index, visit):
+        target_BCFHW, sigma_B, *_ = batches.prepare(batch_of((index, visit)), 1.0, **BOTH).labels
+        return target_BCFHW[0], sigma_B.item()
+
+    target, sigma = noised(make_batches(), 0, 4)
+    torch.manual_seed(77)
+    again, sigma_again = noised(make_batches(), 0, 4)
+    assert torch.equal(again, target)
+    assert sigma_again == sigma
+    for batches, visit in (
+        (make_batches(), (0, 5)),
+        (make_batches(), (1, 4)),
+        (make_batches(seed=1), (0, 4)),
+    ):
+        other, other_sigma = noised(batches, *visit)
+        latents = (MemoryCache(48).read_latents(index)["latents"] for index in (visit[0], 0))
+        # Other noise, and not only other latents under it.
+        assert not torch.allclose(other + next(latents), target + next(latents), atol=1e-3)
+        assert other_sigma != sigma
+
+
+def test_draws_have_the_names_that_make_old_runs_repeatable(make_batches):
+    """Noise and noise level come from streams of their own, named by the sample's id and not by its place."""
+    batches = make_batches(seed=9)
+    target_BCFHW, sigma_B, *_ = batches.prepare(batch_of((2, 7)), 1.0, **BOTH).labels
+    noise = torch.randn(48, 2, 2, 4, generator=generator(9, "noise", 1002, 7))
+    assert torch.equal(target_BCFHW[0], noise - MemoryCache(48).read_latents(2)["latents"])
+    sigma = batches.sigma_law.sample(generator(9, "sigma", 1002, 7))
+    assert sigma_B.item() == pytest.approx(sigma, rel=1e-6)
+
+
+def test_neither_place_nor_company_changes_a_samples_noise(make_batches):
+    """A sample keeps its noise when others are added to the dataset, or share its micro-batch."""
+    alone = make_batches().prepare(batch_of((2, 1)), 1.0, **BOTH)
+    together = make_batches().prepare(batch_of((0, 0), (2, 1)), 1.0, **BOTH)
+    moved = make_batches(order=(2, 0, 1)).prepare(batch_of((0, 1)), 1.0, **BOTH)
+    assert torch.equal(together.labels[1][1], alone.labels[1][0])
+    assert torch.equal(moved.labels[1], alone.labels[1])
+    cached = [MemoryCache(48).read_latents(index)["latents"] for index in (2, 2, 0)]
+    noises = [alone.labels[0][0], together.labels[0][1], moved.labels[0][0]]
+    for target, latents in zip(noises, cached, strict=True):
+        torch.testing.assert_close(target + latents, noises[0] + cached[0], rtol=0, atol=1e-6)
+
+
+def test_the_first_frame_is_behind_the_noisy_latents(make_batches):
+    prepared = make_batches(variant="i2v-a14b", model={"expert": "low_noise"}).prepare(
+        batch_of((1, 0)), 1.0, **BOTH
+    )
+    latents_BCFHW, target_BCFHW = prepared.inputs[2], prepared.labels[0]
+    assert latents_BCFHW.shape == (1, 36, 2, 2, 4)
+    assert target_BCFHW.shape == (1, 16, 2, 2, 4)
+    assert (latents_BCFHW[:, 16:] == 2.0).all()
+
+
+def test_cached_states_are_padded_with_zeros(make_batches):
+    wire = TextWire(*make_batches().prepare(batch_of((0, 0), (1, 0)), 1.0, **BOTH).inputs)
+    longest = len(CAPTIONS[0])
+    assert wire.text.shape == (2, longest, 6)
+    assert wire.lens_B.tolist() == [longest, len(CAPTIONS[1])]
+    assert not wire.text[1, len(CAPTIONS[1]) :].any()
+    assert wire.text[1, : len(CAPTIONS[1])].all()
+
+
+def test_the_encoder_gets_token_ids(make_batches):
+    batches = make_batches("encoder_ft")
+    wire = TextWire(*batches.prepare(batch_of((0, 0), (1, 0)), 1.0, **BOTH).inputs)
+    ids = [batches.tokenizer(caption) for caption in CAPTIONS[:2]]
+    assert wire.text.dtype == torch.int64
+    assert wire.lens_B.tolist() == [len(one) for one in ids]
+    for row, one in enumerate(ids):
+        assert wire.text[row, : len(one)].tolist() == one
+
+
+@pytest.mark.parametrize("mode", ["encoder_ft", "dit_lora"])
+def test_a_share_of_visits_sees_the_empty_caption(mode, make_batches):
+    def lengths(fraction: float) -> list[int]:
+        batches = make_batches(mode, uncond_fraction=fraction)
+        return [
+            int(TextWire(*batches.prepare(batch_of((0, v)), 1.0, **BOTH).inputs).lens_B) for v in range(60)
+        ]
+
+    empty = 1 if mode == "encoder_ft" else 0  # the end token alone; this cache's states of "" have no rows
+    full = lengths(0.0)[0]
+    assert set(lengths(0.0)) == {full}
+    assert set(lengths(1.0)) == {empty}
+    some = lengths(0.3)
+    assert set(some) == {full, empty}
+    assert 8 <= some.count(empty) <= 28
+    assert lengths(0.3) == some
+
+
+def test_dropout_seeds_name_the_samples_and_their_visits(make_batches):
+    def seed(*visits, **top) -> int:
+        return int(TextWire(*make_batches(**top).prepare(batch_of(*visits), 1.0, **BOTH).inputs).seed)
+
+    reference = seed((0, 0), (1, 2))
+    assert seed((0, 0), (1, 2)) == reference
+    assert (
+        len(
+            {
+                reference,
+                seed((0, 0), (1, 3)),
+                seed((0, 0)),
+                seed((1, 2), (0, 0)),
+                seed((0, 0), (1, 2), seed=5),
+            }
+        )
+        == 5
+    )
+
+
+def test_noise_levels_stay_in_the_configured_range(make_batches):
+    batches = make_batches(model={"min_t": 0.4, "max_t": 0.45})
+    sigmas = [float(batches.prepare(batch_of((0, visit)), 1.0, **BOTH).labels[1]) for visit in range(40)]
+    assert 0.4 <= min(sigmas) < max(sigmas) <= 0.45
+
+
+@pytest.mark.parametrize(("expert", "share"), [("low_noise", 0.0), ("high_noise", 1.0)])
+def test_noise_levels_stay_on_the_experts_side_of_the_boundary(expert, share, make_batches):
+    batches = make_batches(variant="t2v-a14b", model={"expert": expert})
+    sigmas = [float(batches.prepare(batch_of((0, visit)), 1.0, **BOTH).labels[1]) for visit in range(40)]
+    assert sum(sigma >= 0.875 for sigma in sigmas) / 40 == share
+
+
+def test_tokens_are_counted_from_the_bucket(make_batches):
+    batches = make_batches()
+    # 5 frames of 64 x 32 px: 2 latent frames of 2 x 1 tokens.
+    assert batches.num_tokens(batch_of((0, 0), (1, 0))) == 8
+    assert batches.workload.video_tokens == 4
+    expected = sum(len(batches.tokenizer(caption)) for caption in CAPTIONS) / 3
+    assert batches.workload.text_tokens == pytest.approx(expected)
+
+
+def test_a_sample_is_described_by_its_file(make_batches):
+    assert make_batches().describe_sample(2) == "clip_2.mp4"

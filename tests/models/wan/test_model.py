@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from models.wan.checkpoint import find_checkpoint
+from models.wan.layers import Workload
+from models.wan.model import WanModel, linear_modules
+from utils.errors import UserError
+from utils.layers import global_names
+from utils.lora import ADAPTER_WEIGHTS, parameter_names
+
+
+@pytest.fixture
+def make_model(tiny_ti2v, make_config):
+    def make(mode: str = "dit_lora", **sections) -> WanModel:
+        sections["model"] = {"ckpt_path": str(tiny_ti2v)} | sections.get("model", {})
+        config = make_config(mode, **sections)
+        return WanModel(config, find_checkpoint(config.model))
+
+    return make
+
+
+@pytest.mark.parametrize(("keys", "num_blocks"), [("ti2v5b_keys", 30), ("a14b_i2v_keys", 40)])
+def test_linear_layers_of_the_published_models_are_found(keys, num_blocks, published_rows):
+    shapes = {row[0]: tuple(map(int, row[1].split("x"))) for row in published_rows(keys)}
+    linears = linear_modules(shapes)
+    assert len(linears) == 10 * num_blocks
+    paths = {name.split(".", 2)[2] for name in linears}
+    attention = {f"{kind}.{one}" for kind in ("self_attn", "cross_attn") for one in "qkvo"}
+    assert paths == attention | {"ffn.0", "ffn.2"}
+
+
+def test_targets_are_resolved_from_the_checkpoints_headers(make_model):
+    model = make_model(adapter={"train_blocks_range": (1, 2)})
+    assert model.targets == [f"blocks.{index}.cross_attn.{one}" for index in (1, 2) for one in "kv"]
+    assert make_model("encoder_ft").targets == []
+
+
+def test_a_range_beyond_the_checkpoint_is_refused(make_model):
+    with pytest.raises(UserError, match=r"train_blocks_range = \[1, 29\]"):
+        make_model(adapter={"train_blocks_range": (1, 29)})
+
+
+def build(model: WanModel, make_config, build_layers, open_tiny, root, **adapter):
+    specs, layers = build_layers(make_config("dit_lora", adapter=adapter), open_tiny(root), model.targets)
+    return {
+        name: parameter
+        for spec, layer in zip(specs, layers, strict=True)
+        for name, parameter in global_names(spec.name, layer).items()
+    }
+
+
+def test_ratios_are_those_of_the_full_products(make_model, make_config, build_layers, open_tiny, tiny_ti2v):
+    model = make_model(adapter={"alpha": 6.0})
+    parameters = build(model, make_config, build_layers, open_tiny, tiny_ti2v, alpha=6.0)
+    assert [delta.ratio for delta in model.deltas(parameters)] == [0.0] * len(model.targets)
+    generator = torch.Generator().manual_seed(0)
+    for target in model.targets:
+        up = parameters[parameter_names(target)[1]]
+        up.data = torch.randn(up.shape, generator=generator) * 0.01
+    base = open_tiny(tiny_ti2v).source
+    deltas = {delta.module: delta.ratio for delta in model.deltas(parameters)}
+    assert list(deltas) == model.targets
+    for target in model.targets:
+        down, up = (parameters[name].detach() for name in parameter_names(target))
+        expected = (1.5 * up @ down).norm() / base.get(f"{target}.weight").norm()
+        assert deltas[target] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_stage_measures_its_own_modules(make_model, make_config, build_layers, open_tiny, tiny_ti2v):
+    model = make_model()
+    parameters = build(model, make_config, build_layers, open_tiny, tiny_ti2v)
+    mine = {name: value for name, value in parameters.items() if name.startswith("blocks.1.")}
+    assert [delta.module for delta in model.deltas(mine)] == [
+        "blocks.1.cross_attn.k",
+        "blocks.1.cross_attn.v",
+    ]
+    assert model.deltas({}) == []
+
+
+def test_the_exported_adapter_starts_a_model(
+    make_model, make_config, build_layers, open_tiny, tiny_ti2v, tmp_path
+):
+    model = make_model()
+    parameters = build(model, make_config, build_layers, open_tiny, tiny_ti2v)
+    trained = {
+        name: torch.randn_like(parameters[name]).detach()
+        for target in model.targets
+        for name in parameter_names(target)
+    }
+    paths = model.export(trained, tmp_path, {"variant": "ti2v-5b"})
+    assert paths[0] == tmp_path / ADAPTER_WEIGHTS
+    with pytest.raises(UserError, match="only there"):
+        make_model(adapter={"init_from_existing": str(tmp_path), "include": ("cross_attn.k",)})
+    continued = make_model(adapter={"init_from_existing": str(tmp_path)})
+    continued.attach_data([], None)
+    continued.batches.workload = Workload(video_tokens=24.0, text_tokens=8.0)
+    for spec in continued.layer_specs():
+        if spec.trainable:
+            built = global_names(spec.name, spec.build(torch.device("cpu")))
+            for name, parameter in built.items():
+                if parameter.requires_grad:
+                    assert torch.equal(parameter, trained[name]), name
+
+
+def test_opening_a_model_reads_no_weight(make_model, monkeypatch):
+    def refuse(self, name):
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr("utils.tensor_source._SafetensorsSource.get", refuse)
+    model = make_model()
+    assert model.arch.num_layers > 0
+    assert model.targets
