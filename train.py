@@ -54,7 +54,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def train(arguments: argparse.Namespace) -> int:
     """Load, check, cache, build and loop."""
-    from models.wan.checkpoint import find_checkpoint, preflight
+    from models.wan.checkpoint import find_checkpoint
+    from models.wan.preflight import preflight
     from utils.config.load import load_config
 
     config = load_config(arguments.config, arguments.set, check_files=True, preflight=preflight)

@@ -35,14 +35,15 @@ __all__ = [
     "CheckpointPaths",
     "TensorSource",
     "Umt5Sizes",
+    "check_checkpoint",
     "find_checkpoint",
+    "locate",
     "open_pth",
     "open_safetensors",
     "open_sharded",
     "open_text_encoder",
     "open_vae",
     "open_weights",
-    "preflight",
     "text_encoder_sizes",
     "vae_kind",
 ]
@@ -77,7 +78,7 @@ def find_checkpoint(model: ModelConfig) -> CheckpointPaths:
     Raises:
         UserError: parts are missing, or `expert` is given where there are none or not given where there are two.
     """
-    paths, problems = _locate(model)
+    paths, problems = locate(model)
     if problems:
         raise UserError("\n".join(map(str, problems)))
     return paths
@@ -117,13 +118,13 @@ def open_vae(path: Path) -> TensorSource:
     return open_weights(path)
 
 
-def preflight(model: ModelConfig) -> list[Problem]:
+def check_checkpoint(model: ModelConfig) -> list[Problem]:
     """Check a whole checkpoint by headers alone; no tensor is loaded. Returns every problem instead of raising.
 
     Covers existence, truncation, indices against shards, `config.json` against headers, `variant` and the VAE's kind
     against the DiT, and UMT5's width against the DiT's text input.
     """
-    paths, problems = _locate(model)
+    paths, problems = locate(model)
     arch = None
     if paths.transformer_dir.exists() and not _is_undecided(model, paths):
         arch = _collect(problems, _key(model, "transformer_path"), lambda: _read_arch(paths))
@@ -142,7 +143,7 @@ def preflight(model: ModelConfig) -> list[Problem]:
     return problems
 
 
-def _locate(model: ModelConfig) -> tuple[CheckpointPaths, list[Problem]]:
+def locate(model: ModelConfig) -> tuple[CheckpointPaths, list[Problem]]:
     """Where each part is or should be, and what is missing."""
     root, problems = Path(model.ckpt_path), list[Problem]()
     base = Path(model.transformer_path) if model.transformer_path else root

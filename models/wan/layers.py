@@ -24,7 +24,8 @@ from models.wan.text_encoder import build_umt5_block, build_umt5_norm, umt5_conf
 from models.wan.transformer import WanBlock, WanEmbedding, WanHead
 from utils.config.schema import TrainConfig
 from utils.layers import LayerSpec, PipelineLayer
-from utils.lora import add_lora, parameter_names, split_block_path
+from utils.lora import add_lora, parameter_names
+from utils.lora_targets import split_block_path
 from utils.optim import trainable_dtype
 
 TEXT_PREFIX = "text_encoder."
@@ -101,8 +102,7 @@ class _TextBuilder:
         self._compute_dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._trained_dtype = trainable_dtype(config.optimizer)
         wanted = config.model.text_train_blocks
-        # More than there are means all of them, like 0.
-        self.first_trained = 0 if wanted == 0 else max(0, self._sizes.num_layers - wanted)
+        self.first_trained = 0 if wanted == 0 else self._sizes.num_layers - wanted
 
     def tokens(self, device: torch.device) -> PipelineLayer:
         """The token table."""

@@ -19,13 +19,12 @@ from utils.delta_budget import ModuleDelta, module_delta, weight_norm
 from utils.layers import LayerSpec, PreparedBatch
 from utils.lora import (
     base_weight_name,
-    describe_targets,
     load_initial_adapter,
     parameter_names,
-    resolve_targets,
     save_adapter,
     scale_of,
 )
+from utils.lora_targets import describe_targets, linear_modules, resolve_targets
 
 
 class WanModel:
@@ -121,12 +120,3 @@ class WanModel:
         dtype: torch.dtype = getattr(torch, config.model.dtype)
         full = config.model.save_text_encoder_full
         return save_text_encoder(trained, source, dtype, directory, metadata, full=full)
-
-
-def linear_modules(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Every linear layer inside the blocks, from a header: names whose weight has two dimensions."""
-    return [
-        name.removesuffix(".weight")
-        for name, shape in shapes.items()
-        if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2
-    ]

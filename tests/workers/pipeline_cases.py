@@ -18,11 +18,10 @@ from torch import nn
 from models.wan.arch import load_arch
 from models.wan.checkpoint import find_checkpoint, open_sharded, open_text_encoder
 from models.wan.layers import Workload, dit_layers, text_layers
-from models.wan.model import linear_modules
 from models.wan.stages import TextWire
 from utils.config.schema import AdapterConfig, BudgetConfig, ModelConfig, OptimizerConfig, TrainConfig
 from utils.layers import LayerSpec, PreparedBatch, global_names
-from utils.lora import resolve_targets
+from utils.lora_targets import linear_modules, resolve_targets
 from utils.optim import build_optimizer
 from utils.trainer import LossRecorder
 

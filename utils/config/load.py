@@ -24,12 +24,12 @@ from utils.config.guardrails import RULES
 from utils.config.overrides import FLAG, Overridden, apply_overrides
 from utils.config.parse import Parsed, parse_table
 from utils.config.rules import run_rules
-from utils.config.schema import DatasetConfig, LoadedConfig, ModelConfig, Problem, TrainConfig
+from utils.config.schema import DatasetConfig, LoadedConfig, Problem, TrainConfig
 from utils.errors import UserError
 
 __all__ = ["ConfigError", "config_hash", "dump_config", "dump_dataset", "load_config", "load_dataset"]
 
-Preflight = Callable[[ModelConfig], list[Problem]]
+Preflight = Callable[[TrainConfig], list[Problem]]
 
 
 class ConfigError(UserError):
@@ -56,8 +56,9 @@ def load_config(
         overrides: `key=VALUE` strings of `--set`, the last one winning.
         check_files: also check that every file and directory exists; without it only the TOMLs are read, and the
             dataset TOML need not exist.
-        preflight: with `check_files`, checks the headers of the weights that `[model]` names. It is the caller's,
-            because this package knows no model.
+        preflight: with `check_files`, checks the headers of the weights that `[model]` names, and what has to fit
+            them. It is the caller's, because this package knows no model. Where `[adapter]` or `[budget]` has
+            problems already, it gets a configuration without them.
 
     Raises:
         ConfigError: with every problem found.
@@ -72,7 +73,8 @@ def load_config(
     problems = [*overridden.problems, *parsed.problems, *run_rules(RULES, parsed.draft, parsed.invalid, path)]
     problems += dataset.problems if dataset else ()
     if check_files:
-        problems += [replace(found, file=found.file or path) for found in _check_files(parsed, preflight)]
+        found = _check_files(parsed, {problem.key for problem in problems}, preflight)
+        problems += [replace(problem, file=problem.file or path) for problem in found]
     if problems:
         raise ConfigError(path, [_name_flag(problem, overridden, path) for problem in problems])
     return LoadedConfig(
@@ -137,8 +139,8 @@ def _unreadable_dataset(problem: Problem) -> Parsed[DatasetConfig]:
     return Parsed(parse_table(DatasetConfig, {}).draft, (problem,), frozenset())
 
 
-def _check_files(parsed: Parsed[TrainConfig], preflight: Preflight | None) -> list[Problem]:
-    """What is wrong with the files of the training TOML, as far as its keys are usable."""
+def _check_files(parsed: Parsed[TrainConfig], faulty: set[str], preflight: Preflight | None) -> list[Problem]:
+    """What is wrong with the files of the training TOML, as far as its keys are usable and not reported as `faulty`."""
     config = parsed.draft
     problems = [] if "output_dir" in parsed.invalid else check_output_path(config.output_dir)
     if config.adapter is not None:
@@ -149,7 +151,10 @@ def _check_files(parsed: Parsed[TrainConfig], preflight: Preflight | None) -> li
     if preflight is not None and not any(key.startswith("model.") for key in parsed.invalid):
         # A path that does not exist has been reported; the preflight would only say so again.
         reported = {problem.key for problem in problems}
-        problems += [found for found in preflight(config.model) if found.key not in reported]
+        unusable = (key.split(".")[0] for key in (*parsed.invalid, *faulty, *reported))
+        if not {"adapter", "budget"}.isdisjoint(unusable):
+            config = replace(config, adapter=None, budget=None)
+        problems += [found for found in preflight(config) if found.key not in reported]
     return problems
 
 

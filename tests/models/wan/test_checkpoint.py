@@ -10,11 +10,11 @@ from models.wan import checkpoint
 from models.wan.arch import load_arch
 from models.wan.checkpoint import (
     CheckpointPaths,
+    check_checkpoint,
     find_checkpoint,
     open_sharded,
     open_text_encoder,
     open_vae,
-    preflight,
     text_encoder_sizes,
     vae_kind,
 )
@@ -82,7 +82,7 @@ def test_path_keys_win_over_ckpt_path(tiny_ti2v, copy_ti2v):
     model = config(tiny_ti2v, **{key: str(path) for key, path in other.items()})
     paths = find_checkpoint(model)
     assert [paths.transformer_dir, paths.text_encoder, paths.vae, paths.tokenizer_dir] == list(other.values())
-    assert preflight(model) == []
+    assert check_checkpoint(model) == []
 
 
 def test_one_file_of_transformer_weights_takes_the_checkpoints_config(tiny_t2v, tmp_path):
@@ -94,10 +94,10 @@ def test_one_file_of_transformer_weights_takes_the_checkpoints_config(tiny_t2v, 
     paths = find_checkpoint(model)
     assert paths.config_json == tiny_t2v / "low_noise_model" / "config.json"
     assert load_arch(paths.config_json, open_sharded(paths.transformer_dir).shapes).num_layers == 4
-    assert preflight(model) == []
+    assert check_checkpoint(model) == []
 
 
-@pytest.mark.parametrize("find", [find_checkpoint, preflight])
+@pytest.mark.parametrize("find", [find_checkpoint, check_checkpoint])
 def test_a_missing_expert_is_refused_where_there_are_two(tiny_i2v, find):
     with pytest.raises(UserError, match=r"model\.expert: is missing.*two experts.*high_noise.*low_noise"):
         problems = find(config(tiny_i2v))
@@ -119,28 +119,28 @@ def test_the_other_experts_weights_are_refused(tiny_t2v):
         find_checkpoint(model)
 
 
-def test_preflight_of_good_checkpoints_finds_nothing(tiny_ti2v, tiny_t2v, tiny_i2v):
-    assert preflight(config(tiny_ti2v, variant="ti2v-5b")) == []
-    assert preflight(config(tiny_t2v, variant="t2v-a14b", expert="high_noise")) == []
-    assert preflight(config(tiny_i2v, variant="i2v-a14b", expert="low_noise")) == []
+def test_check_checkpoint_of_good_checkpoints_finds_nothing(tiny_ti2v, tiny_t2v, tiny_i2v):
+    assert check_checkpoint(config(tiny_ti2v, variant="ti2v-5b")) == []
+    assert check_checkpoint(config(tiny_t2v, variant="t2v-a14b", expert="high_noise")) == []
+    assert check_checkpoint(config(tiny_i2v, variant="i2v-a14b", expert="low_noise")) == []
 
 
-def test_preflight_loads_no_tensor(tiny_ti2v, monkeypatch):
+def test_check_checkpoint_loads_no_tensor(tiny_ti2v, monkeypatch):
     def refuse(self, name):
         raise AssertionError(f"{name} was loaded")
 
     for kind in ("_SafetensorsSource", "_PthSource"):
         monkeypatch.setattr(f"utils.tensor_source.{kind}.get", refuse)
-    assert preflight(config(tiny_ti2v)) == []
+    assert check_checkpoint(config(tiny_ti2v)) == []
 
 
-def test_preflight_reports_all_problems_at_once(copy_ti2v):
+def test_check_checkpoint_reports_all_problems_at_once(copy_ti2v):
     next(copy_ti2v.glob("*-00002-of-*.safetensors")).unlink()
     vae = copy_ti2v / "Wan2.2_VAE.pth"
     vae.write_bytes(vae.read_bytes()[:1000])
     (copy_ti2v / UMT5).unlink()
     shutil.rmtree(copy_ti2v / "google")
-    problems = preflight(config(copy_ti2v, expert="low_noise"))
+    problems = check_checkpoint(config(copy_ti2v, expert="low_noise"))
     assert {problem.key for problem in problems} == {"model.ckpt_path", "model.expert"}
     text = messages(problems)
     for part in (
@@ -154,7 +154,7 @@ def test_preflight_reports_all_problems_at_once(copy_ti2v):
 
 
 def test_a_missing_checkpoint_is_one_problem(tmp_path):
-    problems = preflight(config(tmp_path / "nowhere"))
+    problems = check_checkpoint(config(tmp_path / "nowhere"))
     assert [problem.key for problem in problems] == ["model.ckpt_path"]
     assert "nowhere is not a directory" in problems[0].reason
 
@@ -162,7 +162,7 @@ def test_a_missing_checkpoint_is_one_problem(tmp_path):
 def test_a_truncated_shard_is_named(copy_ti2v):
     shard = next(copy_ti2v.glob("*-00003-of-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-4])
-    (problem,) = preflight(config(copy_ti2v))
+    (problem,) = check_checkpoint(config(copy_ti2v))
     assert problem.key == "model.ckpt_path"
     assert "00003-of-00003.safetensors: truncated" in problem.reason
 
@@ -170,7 +170,7 @@ def test_a_truncated_shard_is_named(copy_ti2v):
 def test_config_json_against_headers(copy_ti2v):
     path = copy_ti2v / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": 5}))
-    (problem,) = preflight(config(copy_ti2v))
+    (problem,) = check_checkpoint(config(copy_ti2v))
     assert "weights and config.json disagree" in problem.reason
     assert "blocks.4." in problem.reason
 
@@ -190,21 +190,21 @@ def test_config_json_against_headers(copy_ti2v):
 def test_nonsense_in_config_json_is_a_problem_and_no_trace(copy_ti2v, key, value):
     path = copy_ti2v / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    (problem,) = preflight(config(copy_ti2v))
+    (problem,) = check_checkpoint(config(copy_ti2v))
     assert problem.key == "model.ckpt_path"
     assert f"{path}: " in problem.reason
     assert key in problem.reason
 
 
 def test_variant_against_headers(tiny_ti2v):
-    (problem,) = preflight(config(tiny_ti2v, variant="t2v-a14b"))
+    (problem,) = check_checkpoint(config(tiny_ti2v, variant="t2v-a14b"))
     assert problem.key == "model.variant"
     assert "'ti2v-5b'" in problem.reason
     assert 'variant = "ti2v-5b"' in problem.fix
 
 
 def test_the_other_kind_of_vae_is_refused(tiny_ti2v, tiny_t2v):
-    (problem,) = preflight(config(tiny_ti2v, vae_path=str(tiny_t2v / "Wan2.1_VAE.pth")))
+    (problem,) = check_checkpoint(config(tiny_ti2v, vae_path=str(tiny_t2v / "Wan2.1_VAE.pth")))
     assert problem.key == "model.vae_path"
     assert "VAE of Wan 2.1, but ti2v-5b works with that of Wan 2.2" in problem.reason
 
@@ -218,19 +218,19 @@ def test_an_encoder_of_another_width_is_refused(tiny_ti2v, tmp_path):
             tensor = tensor[tuple(slice(0, 32) if size == 64 else slice(None) for size in tensor.shape)]
         narrow[name] = tensor.clone()
     save_file(narrow, tmp_path / "narrow.safetensors")
-    (problem,) = preflight(config(tiny_ti2v, llm_path=str(tmp_path / "narrow.safetensors")))
+    (problem,) = check_checkpoint(config(tiny_ti2v, llm_path=str(tmp_path / "narrow.safetensors")))
     assert problem.key == "model.llm_path"
     assert "width 32, the DiT takes 64" in problem.reason
 
 
 def test_a_vae_given_as_encoder_is_refused(tiny_ti2v):
-    (problem,) = preflight(config(tiny_ti2v, llm_path=str(tiny_ti2v / "Wan2.2_VAE.pth")))
+    (problem,) = check_checkpoint(config(tiny_ti2v, llm_path=str(tiny_ti2v / "Wan2.2_VAE.pth")))
     assert problem.key == "model.llm_path"
     assert "Wan2.2_VAE.pth" in problem.reason
 
 
 def test_an_encoder_given_as_vae_is_refused(tiny_ti2v):
-    (problem,) = preflight(config(tiny_ti2v, vae_path=str(tiny_ti2v / UMT5)))
+    (problem,) = check_checkpoint(config(tiny_ti2v, vae_path=str(tiny_ti2v / UMT5)))
     assert problem.key == "model.vae_path"
     assert UMT5 in problem.reason
 

@@ -12,12 +12,12 @@ from transformers import AutoConfig, UMT5EncoderModel
 
 from models.wan.checkpoint import TEXT_ENCODER_FILE, open_text_encoder
 from models.wan.export import TEXT_ENCODER_CONFIG, TEXT_ENCODER_WEIGHTS, save_text_encoder
-from models.wan.model import linear_modules
 from models.wan.text_encoder import load_umt5, pad_token_ids
 from utils.config.schema import BudgetConfig
 from utils.errors import UserError
 from utils.layers import global_names
-from utils.lora import ADAPTER_WEIGHTS, load_initial_adapter, resolve_targets, save_adapter
+from utils.lora import ADAPTER_WEIGHTS, load_initial_adapter, save_adapter
+from utils.lora_targets import linear_modules, resolve_targets
 
 # Of the output difference, which is itself 2 % to 19 % of the output. Measured: 0 (bit-equal) at alpha = rank and where
 # alpha / rank is a power of 2, 1.7e-6 at alpha / rank = 2.5. (With diffusers' own timesteps 4e-6 .. 2.6e-5, all of

@@ -5,7 +5,7 @@ import tomllib
 import pytest
 
 from utils.config.load import ConfigError, config_hash, dump_config, dump_dataset, load_config, load_dataset
-from utils.config.schema import ModelConfig, Problem, TrainConfig
+from utils.config.schema import Problem, TrainConfig
 from utils.errors import UserError
 
 TRAINING = """\
@@ -176,10 +176,10 @@ def test_an_output_dir_without_the_right_to_write_is_reported(home) -> None:
 
 
 def test_the_preflight_gets_the_model_and_joins_the_report(home) -> None:
-    seen: list[ModelConfig] = []
+    seen: list[TrainConfig] = []
 
-    def preflight(model: ModelConfig) -> list[Problem]:
-        seen.append(model)
+    def preflight(config: TrainConfig) -> list[Problem]:
+        seen.append(config)
         return [
             Problem("model.ckpt_path", "holds no config.json"),
             Problem("model.llm_path", "does not exist"),
@@ -190,7 +190,7 @@ def test_the_preflight_gets_the_model_and_joins_the_report(home) -> None:
         ("--set", "model.llm_path"),
         ("train.toml", "model.ckpt_path"),
     ]
-    assert [model.llm_path for model in seen] == ["te.pth"]
+    assert [config.model.llm_path for config in seen] == ["te.pth"]
     load_config("train.toml", preflight=preflight)
     problems_of("train.toml", ["model.dtype=int8"], check_files=True, preflight=preflight)
     assert len(seen) == 1, "the preflight needs a usable [model], and is part of checking files"

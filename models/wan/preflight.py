@@ -1,0 +1,74 @@
+"""Everything about a configuration that only the checkpoint's headers can tell, in one list of problems."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from models.wan.arch import WanArch, load_arch
+from models.wan.checkpoint import (
+    check_checkpoint,
+    locate,
+    open_sharded,
+    open_text_encoder,
+    text_encoder_sizes,
+)
+from utils.config.schema import Problem, TrainConfig
+from utils.errors import UserError
+from utils.lora_targets import linear_modules, resolve_targets
+from utils.tensor_source import TensorSource
+
+
+def preflight(config: TrainConfig) -> list[Problem]:
+    """Check the checkpoint, and against it the adapter's targets, the trained blocks and the noise range.
+
+    Reads headers; the only tensors read are those of an adapter to start from.
+    """
+    problems = check_checkpoint(config.model)
+    paths, missing = locate(config.model)
+    if missing or any(problem.key in ("model.ckpt_path", "model.transformer_path") for problem in problems):
+        return problems
+    source = open_sharded(paths.transformer_dir)
+    arch = load_arch(paths.config_json, source.shapes)
+    problems += _check_noise_range(config, arch)
+    if config.adapter is not None:
+        problems += _check_adapter(config, source)
+    if config.model.train_text_encoder and not any(problem.key == "model.llm_path" for problem in problems):
+        problems += _check_trained_blocks(config, open_text_encoder(paths.text_encoder))
+    return problems
+
+
+def _check_noise_range(config: TrainConfig, arch: WanArch) -> list[Problem]:
+    model = config.model
+    return _problem("model.min_t", lambda: arch.variant.sigma_range(model.expert, model.min_t, model.max_t))
+
+
+def _check_adapter(config: TrainConfig, source: TensorSource) -> list[Problem]:
+    adapter = config.adapter
+    assert adapter is not None
+    targets: list[str] = []
+    linears = linear_modules(source.shapes)
+    problems = _problem("adapter", lambda: targets.extend(resolve_targets(linears, adapter, config.budget)))
+    existing = adapter.init_from_existing
+    if targets and existing is not None:
+        # Its module needs torch, which a config without this key should not wait for.
+        from utils.lora import load_initial_adapter
+
+        problems += _problem(
+            "adapter.init_from_existing", lambda: load_initial_adapter(Path(existing), targets, adapter)
+        )
+    return problems
+
+
+def _check_trained_blocks(config: TrainConfig, source: TensorSource) -> list[Problem]:
+    wanted, existing = config.model.text_train_blocks, text_encoder_sizes(source.shapes).num_layers
+    if wanted <= existing:
+        return []
+    reason = f"is {wanted}, but the encoder has {existing} blocks"
+    return [Problem("model.text_train_blocks", reason, f"write at most {existing}, or 0 for all of them")]
+
+
+def _problem(key: str, check: Callable[[], object]) -> list[Problem]:
+    try:
+        check()
+    except UserError as error:
+        return [Problem(key, str(error))]
+    return []
