@@ -6,10 +6,9 @@ python train.py --config configs/smoke_dit_lora.toml
 """
 
 import argparse
-import sys
 from functools import partial
 
-from utils.cli import run_command
+from utils.cli import end_process, run_command
 
 NEWEST = ""
 
@@ -65,12 +64,11 @@ def train(arguments: argparse.Namespace) -> int:
     from utils import distributed
     from utils import run as runs
 
-    try:
-        processes = distributed.init_processes(config.train.timeout_minutes)
+    with distributed.process_group(config.train.timeout_minutes) as processes:
         runs.check_world_size(config.train, processes.world_size)
         say = runs.speaker(processes)
-        paths = find_checkpoint(config.train.model)
-        model = WanModel(config.train, paths)
+        paths = distributed.on_every_rank(lambda: find_checkpoint(config.train.model))
+        model = distributed.on_every_rank(lambda: WanModel(config.train, paths))
         data = prepare_data(config, model, paths, processes, regenerate=arguments.regenerate_cache, say=say)
         if arguments.cache_only:
             say(f"cache complete: {data.store_root}")
@@ -79,16 +77,13 @@ def train(arguments: argparse.Namespace) -> int:
             runs.build(config.train, data.plan, model, processes, say)
             say("dry run: everything is in place; no step was taken and nothing was written to output_dir")
             return 0
-        found = runs.find_run(config, arguments.resume_from_checkpoint, data.plan, processes, say)
+        found = runs.find_run(config, arguments.resume_from_checkpoint, data.plan, say)
         if found is not None and found.is_finished:
             return 0
         ready = runs.build(config.train, data.plan, model, processes, say)
-        metadata = distributed.on_main(lambda: run_metadata(config, model, paths, data.hashes))
         run_dir = found or runs.begin_run(config, partial(write_base_description, model), say)
-        runs.run(ready, run_dir, data.fingerprint, metadata, say)
+        runs.run(ready, run_dir, data.fingerprints, run_metadata(config, model, data), say)
         return 0
-    finally:
-        distributed.shutdown()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,4 +93,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

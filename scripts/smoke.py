@@ -6,6 +6,7 @@ and reports/; output/smoke/ is made anew each time.
 """
 
 import argparse
+import math
 import os
 import shutil
 import signal
@@ -150,7 +151,10 @@ def compare_losses(whole: Path, resumed: Path) -> int:
     expected, found = (
         [row["loss"] for row in read_metrics(newest(path, METRICS_FILE).parent)] for path in (whole, resumed)
     )
-    if found[: len(expected)] != expected:
+    # On a GPU some kernels add in no fixed order, so a run repeats itself only up to rounding.
+    tolerance = 1e-3 if torch.cuda.is_available() else 0.0
+    same = all(math.isclose(a, b, rel_tol=tolerance) for a, b in zip(expected, found, strict=False))
+    if len(found) < len(expected) or not same:
         raise TrainingStoppedError(
             f"the resumed run's losses {found} are not those of the whole one {expected}"
         )

@@ -8,7 +8,7 @@ another number of them. `latest` names the newest complete checkpoint and is rep
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,23 @@ _STAGE_SUFFIXES = (".safetensors", ".json")
 
 @dataclass(frozen=True)
 class LoopState:
-    """Everything the loop has to remember. Data order, noise and learning rate follow from `step`.
+    """Everything the loop has to remember. The rest (order, noise, learning rate) follows from it.
 
     Attributes:
         step: optimizer steps done.
         samples_seen: samples that contributed to them.
-        micro_batches_per_step: accumulation times data-parallel copies; the position in the data is step times this.
+        micro_batches_per_step: accumulation times data-parallel copies.
         train_seconds: time spent training, over all resumes.
-        data_fingerprint: names the dataset's content; the order of samples follows from it and the seed.
+        micro_batches_seen: position in the stream of micro-batches.
+        fingerprints: content of what the run rests on, by what it is (dataset, DiT, VAE, ...).
     """
 
     step: int
     samples_seen: int
     micro_batches_per_step: int
     train_seconds: float
-    data_fingerprint: str = ""
+    micro_batches_seen: int = 0
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
 
 def checkpoint_name(step: int) -> str:
@@ -75,7 +77,8 @@ def save_checkpoint(run_dir: Path, pipeline: Pipeline, state: LoopState, keep: i
 
     def point_and_prune() -> None:
         atomic_write_text(run_dir / LATEST, target.name + "\n")
-        for old in complete_checkpoints(run_dir)[:-keep]:
+        others = [path for path in complete_checkpoints(run_dir) if path != target]
+        for old in others[: max(0, len(others) + 1 - keep)]:
             shutil.rmtree(old)
 
     on_main(point_and_prune)
@@ -197,6 +200,7 @@ def _load_stage(file: Any, path: Path, pipeline: Pipeline) -> set[str]:
             name, key = entry.removeprefix("optim/").rsplit("/", 1)
             optimizer_keys.setdefault(name, []).append(key)
     restore_group_counters(pipeline.optimizer, numbers[_GROUPS])
+    fused = any(group.get("fused") for group in pipeline.optimizer.param_groups)
     loaded = set()
     for name, parameter in wanted.items():
         if f"param/{name}" not in file.keys():  # noqa: SIM118 (not a dict)
@@ -212,8 +216,9 @@ def _load_stage(file: Any, path: Path, pipeline: Pipeline) -> set[str]:
         state: dict[str, Any] = dict(numbers.get(name, {}))
         for key in optimizer_keys.get(name, []):
             value = file.get_tensor(f"optim/{name}/{key}")
-            # AdamW keeps its step counter on the CPU; everything else lives beside the parameter.
-            state[key] = value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
+            # Plain AdamW counts steps on the CPU, the fused one beside the parameter, where everything else is too.
+            on_cpu = value.dim() == 0 and not fused
+            state[key] = value.to("cpu" if on_cpu else parameter.device, copy=True)
         if state:
             pipeline.optimizer.state[parameter] = state
         loaded.add(name)

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from utils.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingStoppedError, UserError
 
@@ -38,6 +39,16 @@ def run_command(function: Callable[[], int], *, debug: bool) -> int:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             _say(f"failed: {type(error).__name__}: {first_line} (--debug shows where)")
         return EXIT_FAILED
+
+
+def end_process(status: int) -> NoReturn:
+    """End the process with this status; at once, waiting for no peer, where it could not leave its process group."""
+    distributed = sys.modules.get("utils.distributed")  # not imported here: a config error needs no torch
+    if distributed is not None and distributed.is_joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _rank() -> int:

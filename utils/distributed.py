@@ -2,7 +2,8 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -10,11 +11,13 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from utils.errors import UserError
+from utils.errors import TrainingStoppedError, UserError
 
 T = TypeVar("T")
 _own_environment: list[str] = []
 _has_joined: list[bool] = []
+# Objects travel over gloo also where tensors use nccl: no GPU is kept busy, and a peer that dies is noticed at once.
+_object_group: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Processes:
     local_rank: int
     world_size: int
     device: torch.device
+    timeout_minutes: float = 30.0
 
     @property
     def is_main(self) -> bool:
@@ -66,7 +70,9 @@ def init_processes(timeout_minutes: float) -> Processes:
             f"{str(error).splitlines()[0]}"
         ) from error
     _has_joined.append(True)
-    return Processes(rank, local_rank, world_size, device)
+    if backend == "nccl":
+        _object_group.append(dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)))
+    return Processes(rank, local_rank, world_size, device, timeout_minutes)
 
 
 def has_joined() -> bool:
@@ -98,15 +104,20 @@ def _read_number(key: str) -> int:
 def broadcast_object(value: Any) -> Any:
     """Rank 0's `value`, on every rank. Every rank must call it."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_objects())
     return box[0]
 
 
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank."""
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=_objects())
     return gathered
+
+
+def _objects() -> Any:
+    """The group for objects; None is the whole world's own."""
+    return _object_group[0] if _object_group else None
 
 
 def on_main(function: Callable[[], T]) -> T:
@@ -143,11 +154,41 @@ def _raise_everywhere(problem: str | None) -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one, and the environment as it was. Never waits for peers."""
+    """Leave the process group, if there is one, and the environment as it was.
+
+    Only where every process leaves: on nccl this waits for the peers.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    _object_group.clear()
     while _own_environment:
         os.environ.pop(_own_environment.pop(), None)
+
+
+@contextmanager
+def process_group(timeout_minutes: float) -> Iterator[Processes]:
+    """Join for the body (see `init_processes`), and leave after it, also after an error that all processes share.
+
+    After an error of this process alone it does not leave, because that would wait for peers which do not know;
+    `utils.cli.end_process` then ends it, and the launcher the others.
+    """
+    try:
+        yield init_processes(timeout_minutes)
+    except BaseException as error:
+        if not dist.is_initialized() or dist.get_world_size() == 1 or is_shared(error):
+            shutdown()
+        raise
+    shutdown()
+
+
+def is_joined() -> bool:
+    """Whether this process is in a group now."""
+    return dist.is_initialized()
+
+
+def is_shared(error: BaseException) -> bool:
+    """Whether every process raises this error."""
+    return isinstance(error, TrainingStoppedError) or bool(getattr(error, "on_every_rank", False))
 
 
 def _free_port() -> int:

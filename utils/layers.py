@@ -56,6 +56,7 @@ class LayerSpec:
         trainable: whether any of its parameters trains.
         trains_weights: whether its full weights train (not only an adapter), which adds a weight-gradient pass.
         recompute: whether it recomputes its forward pass in the backward pass.
+        resident_bytes: weights, gradients and optimizer state that it keeps in memory.
     """
 
     name: str
@@ -64,12 +65,19 @@ class LayerSpec:
     trainable: bool = False
     trains_weights: bool = False
     recompute: bool = False
+    resident_bytes: float = 0.0
 
 
 def global_names(spec_name: str, layer: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters of a built layer by global name."""
     prefix = f"{spec_name}." if spec_name else ""
     return {prefix + name.removeprefix("inner."): parameter for name, parameter in layer.named_parameters()}
+
+
+def table_names(spec_name: str, layer: nn.Module) -> set[str]:
+    """Global names of a built layer's lookup tables (embeddings, relative position biases)."""
+    tables = {id(module.weight) for module in layer.modules() if isinstance(module, nn.Embedding)}
+    return {name for name, parameter in global_names(spec_name, layer).items() if id(parameter) in tables}
 
 
 @dataclass(frozen=True)

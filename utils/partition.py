@@ -1,21 +1,31 @@
 """Which stage gets which layers: balanced by the work that a training step really does in each layer."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from utils.config.schema import TrainConfig
 from utils.errors import UserError
 from utils.layers import LayerSpec
 
+# What is left is for activations, transfer buffers and the allocator.
+_RESIDENT_SHARE = 0.8
+
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Layer boundaries (stage i owns layers bounds[i] .. bounds[i+1] - 1) and the cost of each layer in FLOPs."""
+    """Layer boundaries (stage i owns layers bounds[i] .. bounds[i+1] - 1), each layer's cost in FLOPs and resident bytes."""
 
     bounds: tuple[int, ...]
     layer_costs: tuple[float, ...]
+    layer_bytes: tuple[float, ...]
+
+    @property
+    def stage_bytes(self) -> tuple[float, ...]:
+        """Weights, gradients and optimizer state of each stage in bytes."""
+        return tuple(sum(self.layer_bytes[a:b]) for a, b in pairwise(self.bounds))
 
     @property
     def stage_costs(self) -> tuple[float, ...]:
@@ -41,8 +51,16 @@ def training_costs(specs: Sequence[LayerSpec]) -> tuple[float, ...]:
     return tuple(costs)
 
 
-def plan_stages(specs: Sequence[LayerSpec], config: TrainConfig) -> StagePlan:
+def plan_stages(
+    specs: Sequence[LayerSpec], config: TrainConfig, device_bytes: float | None = None
+) -> StagePlan:
     """Split the layers over `pipeline_stages` by `partition_method`.
+
+    Args:
+        specs: all layers.
+        config: the run.
+        device_bytes: memory of one device, where it bounds what a stage may hold ("cost" only): a split in which
+            every stage's resident bytes stay under 80 % of it is preferred to one that is better balanced.
 
     Raises:
         UserError: more stages than layers, or a `partition_split` that does not fit the layers.
@@ -53,6 +71,7 @@ def plan_stages(specs: Sequence[LayerSpec], config: TrainConfig) -> StagePlan:
             f"pipeline_stages = {num_stages}: the model has only {num_layers} layers; use fewer stages"
         )
     costs = training_costs(specs)
+    sizes = tuple(spec.resident_bytes for spec in specs)
     if config.partition_method == "manual":
         bounds = (0, *config.partition_split, num_layers)
         if any(a >= b for a, b in pairwise(bounds)):
@@ -60,31 +79,40 @@ def plan_stages(specs: Sequence[LayerSpec], config: TrainConfig) -> StagePlan:
                 f"partition_split = {list(config.partition_split)}: every stage needs at least one of the {num_layers} "
                 f"layers (0 .. {num_layers - 1}), in rising order"
             )
-        return StagePlan(bounds, costs)
-    weights = costs if config.partition_method == "cost" else (1.0,) * num_layers
-    return StagePlan(balanced_bounds(tuple(weights), num_stages), costs)
+        return StagePlan(bounds, costs, sizes)
+    if config.partition_method == "uniform":
+        return StagePlan(balanced_bounds((1.0,) * num_layers, num_stages), costs, sizes)
+    limit = math.inf if device_bytes is None else device_bytes * _RESIDENT_SHARE
+    return StagePlan(balanced_bounds(costs, num_stages, sizes, limit), costs, sizes)
 
 
-def balanced_bounds(weights: tuple[float, ...], num_parts: int) -> tuple[int, ...]:
+def balanced_bounds(
+    weights: tuple[float, ...],
+    num_parts: int,
+    sizes: tuple[float, ...] | None = None,
+    size_limit: float = math.inf,
+) -> tuple[int, ...]:
     """Boundaries of the contiguous split whose heaviest part is as light as possible, no part empty.
 
     Exact, by dynamic programming over prefixes; at most about 70 layers here. Among equally good splits the one
-    whose parts have the smallest sum of squares wins, so that the lighter parts are even too.
+    whose parts have the smallest sum of squares wins, so that the lighter parts are even too. Before all that, the
+    parts' sizes exceed `size_limit` by as little as possible in sum, which is 0 where it can be met.
     """
-    prefix = [0.0]
-    for weight in weights:
-        prefix.append(prefix[-1] + weight)
+    prefix = [0.0, *accumulate(weights)]
+    size_prefix = [0.0, *accumulate(sizes or (0.0,) * len(weights))]
 
     @cache
-    def best(start: int, parts: int) -> tuple[float, float, tuple[int, ...]]:
-        if parts == 1:
-            load = prefix[-1] - prefix[start]
-            return load, load * load, ()
-        options = []
-        for end in range(start + 1, len(weights) - parts + 2):
+    def best(start: int, parts: int) -> tuple[float, float, float, tuple[int, ...]]:
+        options: list[tuple[float, float, float, tuple[int, ...]]] = []
+        ends = [len(weights)] if parts == 1 else range(start + 1, len(weights) - parts + 2)
+        for end in ends:
             load = prefix[end] - prefix[start]
-            heaviest, squares, cuts = best(end, parts - 1)
-            options.append((max(load, heaviest), squares + load * load, (end, *cuts)))
+            excess = max(0.0, size_prefix[end] - size_prefix[start] - size_limit)
+            if parts == 1:
+                options.append((excess, load, load * load, ()))
+                continue
+            more_excess, heaviest, squares, cuts = best(end, parts - 1)
+            options.append((excess + more_excess, max(load, heaviest), squares + load * load, (end, *cuts)))
         return min(options)
 
-    return (0, *best(0, num_parts)[2], len(weights))
+    return (0, *best(0, num_parts)[3], len(weights))

@@ -8,7 +8,8 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import p2p, schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from utils.distributed import Processes
-from utils.layers import LayerSpec, PreparedBatch, global_names
+from utils.distributed import Processes, on_every_rank
+from utils.layers import LayerSpec, PreparedBatch, global_names, table_names
 
 _HEADER_INT64S = 256
 # DeepSpeed calls our gradient hook only where clipping is on; the threshold itself is applied by us.
@@ -78,7 +81,8 @@ class BandEngine(PipelineEngine):
         """Measure the global gradient norm and clip to `max_gradient_norm`.
 
         Raises:
-            NonFiniteGradientsError: on every rank alike, since the norm is global.
+            NonFiniteGradientsError: on every rank alike: the norm is over all stages of a copy, and the copies have
+                averaged their gradients before.
         """
         norms = torch.zeros(max(len(self._norm_slots), 1), device=self.device, dtype=torch.float64)
         gradients = []
@@ -171,15 +175,15 @@ def _as_bytes_if_bool(tensor: Tensor) -> Tensor:
 
 
 class _LazyLayer(DeepSpeedLayerSpec):
-    """DeepSpeed's idea of a layer that is not built yet, around ours."""
+    """DeepSpeed's idea of a layer that is not built yet, around one that is, or that another stage owns."""
 
-    def __init__(self, spec: LayerSpec, device: torch.device) -> None:
+    def __init__(self, built: nn.Module | None) -> None:
         super().__init__(nn.Module)
-        self._spec = spec
-        self._device = device
+        self._built = built
 
     def build(self, log: bool = False) -> nn.Module:
-        return self._spec.build(self._device)
+        assert self._built is not None, "asked of the stage that owns the layer only"
+        return self._built
 
 
 class _SplitModule(PipelineModule):
@@ -189,7 +193,7 @@ class _SplitModule(PipelineModule):
         self.__dict__["_bounds"] = list(
             bounds
         )  # nn.Module allows plain attributes only after its own __init__
-        super().__init__(layers=layers, num_stages=len(bounds) - 1, **arguments)
+        super().__init__(layers=layers, **arguments)
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._bounds
@@ -267,7 +271,7 @@ def build_pipeline(
     specs: Sequence[LayerSpec],
     bounds: Sequence[int],
     loss_fn: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
-    make_optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer],
+    make_optimizer: Callable[[dict[str, nn.Parameter], Collection[str]], torch.optim.Optimizer],
     *,
     micro_batch_size: int,
     gradient_accumulation_steps: int,
@@ -280,11 +284,15 @@ def build_pipeline(
         specs: all layers of the model, first to last.
         bounds: stage i owns layers bounds[i] .. bounds[i+1] - 1.
         loss_fn: called on the last stage with its output and labels.
-        make_optimizer: gets this stage's trainable parameters by global name; there may be none.
+        make_optimizer: gets this stage's trainable parameters by global name, of which there may be none, and the
+            names of those that are lookup tables.
         micro_batch_size: samples per micro-batch.
         gradient_accumulation_steps: micro-batches per step and data-parallel rank.
         gradient_clipping: largest global gradient norm; 0 is off.
         processes: this process's place.
+
+    Raises:
+        UserError: a layer's weights cannot be read; on every rank.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Compiled with a C++ compiler on first use on CPU, and serves inference only.
@@ -298,18 +306,26 @@ def build_pipeline(
         "gradient_clipping": _ALWAYS_CALL_CLIPPING,
         "steps_per_print": 10**9,
     }
+    topology = PipeDataParallelTopology(num_pp=num_stages, num_dp=dp_size)
+    stage = topology.get_coord(processes.rank).pipe
+    own = range(bounds[stage], bounds[stage + 1])
+    # Before DeepSpeed's constructors, which exchange messages: a file that one rank cannot read must not leave the
+    # others waiting in them.
+    layers = dict(on_every_rank(lambda: [(index, specs[index].build(processes.device)) for index in own]))
+    parameters: dict[str, nn.Parameter] = {}
+    tables: set[str] = set()
+    for index, layer in layers.items():
+        parameters |= global_names(specs[index].name, layer)
+        tables |= table_names(specs[index].name, layer)
+    trainables = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its topology with bare prints
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-        module = _SplitModule([_LazyLayer(spec, processes.device) for spec in specs], bounds, loss_fn=loss_fn)
-        parameters: dict[str, nn.Parameter] = {}
-        stage = module.stage_id
-        for spec, layer in zip(specs[bounds[stage] : bounds[stage + 1]], module.forward_funcs, strict=True):
-            parameters |= global_names(spec.name, layer)
-        trainables = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        lazy = [_LazyLayer(layers.get(index)) for index in range(len(specs))]
+        module = _SplitModule(lazy, bounds, topology=topology, loss_fn=loss_fn)
         engine = BandEngine(
             args=None,
             model=module,
-            optimizer=lambda _: make_optimizer(trainables),
+            optimizer=lambda _: make_optimizer(trainables, tables),
             model_parameters=list(trainables.values()),
             mpu=module.mpu(),
             config=config,
@@ -317,5 +333,8 @@ def build_pipeline(
         )
     # With one copy of the model there is nothing to reduce, and the stock reduction would copy every gradient.
     engine.pipeline_enable_backward_allreduce = dp_size > 1
+    for group in (engine.grid.get_pipe_parallel_group(), engine.grid.get_data_parallel_group()):
+        # DeepSpeed makes its groups with the backend's default, which is not the configured one.
+        _set_pg_timeout(timedelta(minutes=processes.timeout_minutes), group)
     engine.watch_gradients(trainables, gradient_clipping)
     return Pipeline(engine, parameters)

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from utils import partition
 from utils.checkpoint import LoopState, load_checkpoint, read_state
 from utils.config.schema import LoadedConfig, TrainConfig
@@ -15,7 +17,7 @@ from utils.metrics import read_metrics
 from utils.optim import build_optimizer
 from utils.pipeline import Pipeline, build_pipeline
 from utils.progress import announce
-from utils.run_dir import RunDir, create_run_dir, find_run_dir, remove_leftovers
+from utils.run_dir import RunDir, create_run_dir, find_run_dir, record_config, remove_leftovers
 from utils.trainer import LossRecorder, Trainer, initial_state, total_steps
 
 Say = Callable[[str], None]
@@ -62,9 +64,7 @@ def micro_batches_per_step(config: TrainConfig, world_size: int) -> int:
     return config.gradient_accumulation_steps * (world_size // config.pipeline_stages)
 
 
-def find_run(
-    config: LoadedConfig, resume: str | None, plan: BatchPlan, processes: Processes, say: Say
-) -> RunDir | None:
+def find_run(config: LoadedConfig, resume: str | None, plan: BatchPlan, say: Say) -> RunDir | None:
     """The run to continue, which may be finished. None where a new one begins.
 
     Raises:
@@ -80,10 +80,11 @@ def find_run(
         say(f"{found.path} has no checkpoint yet: starting at step 0")
         return found
     state = on_main(lambda: read_state(Path(str(found.checkpoint))))
-    total = total_steps(config.train, plan, micro_batches_per_step(config.train, processes.world_size))
+    total = total_steps(config.train, plan, state)
     if state.step >= total:
         say(f"{found.path} is finished ({state.step} of {total} steps); nothing to do")
         return replace(found, is_finished=True)
+    on_main(lambda: record_config(found.path, config.train, state.step))
     say(f"continuing {found.path} from {found.checkpoint.name} ({state.step} of {total} steps done)")
     return found
 
@@ -107,15 +108,16 @@ def build(
     Raises:
         UserError: more stages than layers, or weights that cannot be read.
     """
-    specs = model.layer_specs()
-    stages = partition.plan_stages(specs, config)
+    specs = on_every_rank(model.layer_specs)
+    memory = device_memory(processes.device)
+    stages = on_every_rank(lambda: partition.plan_stages(specs, config, memory))
     recorder = LossRecorder()
     pipeline = on_every_rank(
         lambda: build_pipeline(
             specs,
             stages.bounds,
             recorder,
-            lambda trainables: build_optimizer(trainables, config.optimizer),
+            lambda trainables, tables: build_optimizer(trainables, config.optimizer, tables),
             micro_batch_size=config.micro_batch_size_per_gpu,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             gradient_clipping=config.gradient_clipping,
@@ -124,7 +126,7 @@ def build(
     )
     per_step = micro_batches_per_step(config, processes.world_size)
     say(
-        f"{total_steps(config, plan, per_step)} steps of {per_step} micro-batch(es); "
+        f"{total_steps(config, plan, initial_state(per_step))} steps of {per_step} micro-batch(es); "
         f"{plan.batches_before(1)} micro-batches in the first epoch"
     )
     own = (pipeline.stage_id, sum(p.numel() for p in pipeline.trainables.values()))
@@ -138,12 +140,30 @@ def build(
         first, last = stages.bounds[stage], stages.bounds[stage + 1] - 1
         say(
             f"  stage {stage}: layers {first}-{last} ({specs[first].name or 'input'} .. {specs[last].name or 'input'}), "
-            f"{cost / total_cost:.0%} of the work, {trained[stage]:,} trained parameters"
+            f"{cost / total_cost:.0%} of the work, {trained[stage]:,} trained parameters, "
+            f"{_size(stages.stage_bytes[stage])} of weights, gradients and optimizer state"
+        )
+    if memory is not None and max(stages.stage_bytes) > memory:
+        say(
+            f"warning: stage {stages.stage_bytes.index(max(stages.stage_bytes))} needs "
+            f"{_size(max(stages.stage_bytes))} before any activation, and its GPU has {_size(memory)}; use more "
+            "pipeline_stages, train fewer blocks, or choose optimizer.type = 'adamw8bit'"
         )
     return Ready(config, plan, model, pipeline, recorder, processes)
 
 
-def run(ready: Ready, run_dir: RunDir, data_fingerprint: str, metadata: Mapping[str, str], say: Say) -> None:
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def device_memory(device: torch.device) -> float | None:
+    """Bytes of the GPU; None on a CPU."""
+    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+
+
+def run(
+    ready: Ready, run_dir: RunDir, fingerprints: Mapping[str, str], metadata: Mapping[str, str], say: Say
+) -> None:
     """Train to the end, from the run's checkpoint where it has one, and say what was made.
 
     Raises:
@@ -151,12 +171,12 @@ def run(ready: Ready, run_dir: RunDir, data_fingerprint: str, metadata: Mapping[
         TrainingStoppedError: see `Trainer.run`.
     """
     per_step = micro_batches_per_step(ready.config, ready.processes.world_size)
-    state = replace(initial_state(per_step), data_fingerprint=data_fingerprint)
+    state = replace(initial_state(per_step), fingerprints=dict(fingerprints))
     on_main(lambda: remove_leftovers(run_dir.path))
     if run_dir.checkpoint is not None:
         checkpoint = run_dir.checkpoint
         stored = on_main(lambda: read_state(checkpoint))
-        _check_fits(stored, state, checkpoint)
+        on_main(lambda: _check_fits(stored, state, checkpoint))
         on_every_rank(lambda: load_checkpoint(checkpoint, ready.pipeline))
         state = stored
     trainer = Trainer(
@@ -187,8 +207,11 @@ def _check_fits(stored: LoopState, fresh: LoopState, checkpoint: Path) -> None:
             f"{fresh.micro_batches_per_step}; choose gradient_accumulation_steps so that accumulation times data-parallel "
             "copies stays the same"
         )
-    if stored.data_fingerprint != fresh.data_fingerprint:
+    changed = [
+        name for name in fresh.fingerprints if stored.fingerprints.get(name) != fresh.fingerprints[name]
+    ]
+    if changed:
         raise UserError(
-            f"{checkpoint}: the dataset has changed since (files, captions, buckets or repeats), so the order of samples "
-            "would not be continued; put it back, or start a new run"
+            f"{checkpoint}: the content of {', '.join(changed)} has changed since it was made, so training would not be "
+            "continued but go on from something else; put it back, or start a new run"
         )

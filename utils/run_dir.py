@@ -127,6 +127,18 @@ def find_run_dir(config: LoadedConfig, wanted: str) -> RunDir | None:
     return RunDir(path, latest_checkpoint(path), is_resumed=True)
 
 
+def record_config(run_dir: Path, config: TrainConfig, step: int) -> None:
+    """Where a run goes on with other values (of keys that may differ), keep the old ones and write the new.
+
+    So `config.toml` is always that of the newest files, and its hash the one in their metadata.
+    """
+    path, text = run_dir / CONFIG_FILE, dump_config(config)
+    before = path.read_text(encoding="utf-8")
+    if before != text:
+        atomic_write_text(run_dir / "inputs" / f"config_until_step{step}.toml", before)
+        atomic_write_text(path, text)
+
+
 def _check_same_config(path: Path, config: TrainConfig) -> None:
     saved = load_config(path / CONFIG_FILE).train
     before, now = _flatten(dump_config(saved)), _flatten(dump_config(config))

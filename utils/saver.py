@@ -47,10 +47,12 @@ def write_together(target: Path, write_share: Callable[[Path], None], finish: Ca
                 give_usual_mode(path)
                 fsync_file(path)
             fsync_directory(temporary)
+            replaced = target.with_name(f".{target.name}.old{TEMPORARY_SUFFIX}")
             if target.exists():  # the same step, saved by a run that was resumed from before it
-                shutil.rmtree(target)
+                target.rename(replaced)
             temporary.rename(target)
             fsync_directory(target.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
 
     try:
         on_main(begin)

@@ -16,7 +16,7 @@ from utils.checkpoint import LoopState, latest_checkpoint, save_checkpoint
 from utils.config.schema import TrainConfig
 from utils.data.sampler import BatchPlan, MicroBatch, rank_slice
 from utils.delta_budget import ModuleDelta, over_cap, summarise
-from utils.distributed import Processes, broadcast_object, gather_objects
+from utils.distributed import Processes, broadcast_object, gather_objects, on_every_rank, on_main
 from utils.errors import TrainingStoppedError
 from utils.flow_matching import NUM_SIGMA_BINS, per_sample_loss, sigma_bin
 from utils.layers import PreparedBatch, TrainableModel
@@ -97,7 +97,7 @@ class Trainer:
         self._run_dir = run_dir
         self._metadata = metadata
         self._per_step = config.gradient_accumulation_steps * pipeline.dp_size
-        self.total_steps = total_steps(config, plan, self._per_step)
+        self.total_steps = 0
         self._last_checkpoint_time = time.monotonic()
         self._warned: set[str] = set()
 
@@ -108,16 +108,18 @@ class Trainer:
             TrainingStoppedError: a loss or gradient is not finite, or the budget says stop.
         """
         main = self._processes.is_main
+        self.total_steps = total_steps(self._config, self._plan, state)
         with ExitStack() as stack:
             writer, bar = None, None
             if main:
                 writer = stack.enter_context(closing(MetricsWriter(self._run_dir, state.step + 1)))
                 bar = stack.enter_context(closing(Progress("training", self.total_steps, state.step)))
             while state.step < self.total_steps:
-                state, row = self._step(state)
+                before = state
+                state, row = self._step(before)
                 over_budget = self._measure_budget(row)
+                on_main(lambda row=row: writer.write(row) if writer is not None else None)  # type: ignore[misc]
                 if writer is not None and bar is not None:
-                    writer.write(row)
                     bar.advance(
                         1,
                         loss=f"{row['loss']:.4f}",
@@ -126,14 +128,14 @@ class Trainer:
                         grad=f"{row['grad_norm']:.3g}",
                     )
                 self._act_on_budget(over_budget, state.step)
-                self._save_if_due(state)
+                self._save_if_due(state, before)
         return state
 
     # ------------------------------------------------------------------ one step
 
     def _step(self, state: LoopState) -> tuple[LoopState, dict[str, Any]]:
         started = time.perf_counter()
-        batches = self._step_batches(state.step)
+        batches = self._step_batches(state.micro_batches_seen)
         num_samples = sum(len(batch.visits) for batch in batches)
         lr = learning_rate(
             state.step,
@@ -145,7 +147,9 @@ class Trainer:
         set_learning_rate(self._pipeline.optimizer, lr)
         self._recorder.clear()
         try:
-            self._pipeline.train_step(self._prepared(batches, num_samples))
+            # Read before the step begins: a file that one rank cannot read must not stop it in the middle of one.
+            prepared = on_every_rank(lambda: list(self._prepared(batches, num_samples)))
+            self._pipeline.train_step(iter(prepared))
         except NonFiniteGradientsError:
             self._stop_non_finite(state.step, batches)
         totals = self._reduced_totals()
@@ -157,6 +161,7 @@ class Trainer:
             state,
             step=state.step + 1,
             samples_seen=state.samples_seen + num_samples,
+            micro_batches_seen=state.micro_batches_seen + len(batches),
             train_seconds=state.train_seconds + seconds,
         )
         row = {
@@ -172,9 +177,12 @@ class Trainer:
         }
         return state, row
 
-    def _step_batches(self, step: int) -> list[MicroBatch]:
-        limit = None if self._config.max_steps is not None else self._plan.batches_before(self._config.epochs)
-        return list(self._plan.step_micro_batches(step, self._per_step, limit))
+    def _step_batches(self, first: int) -> list[MicroBatch]:
+        """The micro-batches of the step that begins at this position; fewer than usual at the very end of the run."""
+        end = first + self._per_step
+        if self._config.max_steps is None:
+            end = min(end, self._plan.batches_before(self._config.epochs))
+        return [self._plan.micro_batch(index) for index in range(first, end)]
 
     def _prepared(self, batches: list[MicroBatch], num_samples: int) -> Iterator[PreparedBatch]:
         """This rank's share of the step. Weights make the step's loss the mean over its samples, however ragged.
@@ -225,7 +233,9 @@ class Trainer:
         if not deltas:
             return []
         overall = summarise(deltas).overall
-        row["max_delta_ratio"], row["mean_delta_ratio"] = overall.max_ratio, overall.mean_ratio
+        # A base weight that is all zeros makes a ratio infinite, which JSON cannot say.
+        for key, value in (("max_delta_ratio", overall.max_ratio), ("mean_delta_ratio", overall.mean_ratio)):
+            row[key] = value if np.isfinite(value) else None
         return over_cap(deltas, budget.max_delta_ratio)
 
     def _act_on_budget(self, over: Sequence[ModuleDelta], step: int) -> None:
@@ -249,11 +259,11 @@ class Trainer:
 
     # ------------------------------------------------------------------ saving
 
-    def _save_if_due(self, state: LoopState) -> None:
+    def _save_if_due(self, state: LoopState, before: LoopState) -> None:
         config, step = self._config, state.step
         at_end = step == self.total_steps
-        completed = self._plan.epochs_completed(step, self._per_step)
-        ended = completed > self._plan.epochs_completed(step - 1, self._per_step)
+        completed = self._plan.epoch_of(state.micro_batches_seen)
+        ended = completed > self._plan.epoch_of(before.micro_batches_seen)
         number = completed if ended else completed + 1
 
         def every(interval: int | None, count: int) -> bool:
@@ -281,11 +291,12 @@ class Trainer:
         export_trained(self._pipeline, self._run_dir / name, self._model.export, metadata)
 
 
-def total_steps(config: TrainConfig, plan: BatchPlan, micro_batches_per_step: int) -> int:
-    """Optimizer steps of the whole run: `max_steps` where given, else all of `epochs`."""
+def total_steps(config: TrainConfig, plan: BatchPlan, state: LoopState) -> int:
+    """Optimizer steps of the whole run, seen from `state`: `max_steps` where given, else until `epochs` are seen whole."""
     if config.max_steps is not None:
         return config.max_steps
-    return plan.steps_for_epochs(config.epochs, micro_batches_per_step)
+    left = plan.batches_before(config.epochs) - state.micro_batches_seen
+    return state.step + max(0, -(-left // state.micro_batches_per_step))
 
 
 def initial_state(micro_batches_per_step: int) -> LoopState:

@@ -1,11 +1,24 @@
-"""FLOPs of each layer's forward pass (a multiply-add counts as two), for balancing stages and for speed figures.
+"""FLOPs of each layer's forward pass (a multiply-add counts as two) and bytes it keeps, for splitting over stages.
 
 Linear layers cost 2 * rows * in * out; attention 4 * queries * keys * width (both products). The per-block sum agrees
 with torch's FlopCounterMode for both model sizes.
 """
 
+import math
+from collections.abc import Iterable, Mapping
+
 from models.wan.arch import PATCH_SIZE, WanArch
 from models.wan.checkpoint import Umt5Sizes
+
+
+def num_weights(shapes: Mapping[str, tuple[int, ...]], *prefixes: str) -> int:
+    """Weights of all tensors whose name starts with one of the prefixes."""
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefixes))
+
+
+def num_adapter_weights(shapes: Mapping[str, tuple[int, ...]], targets: Iterable[str], rank: int) -> int:
+    """Weights of the adapters on these modules: rank times (in + out) each."""
+    return sum(rank * sum(shapes[f"{target}.weight"]) for target in targets)
 
 
 def dit_block_flops(arch: WanArch, video_tokens: float) -> float:

@@ -1,6 +1,6 @@
 """Building Wan's pipeline layers: which there are, what they cost, and loading each from the checkpoint's files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,9 +26,12 @@ from utils.config.schema import TrainConfig
 from utils.layers import LayerSpec, PipelineLayer
 from utils.lora import add_lora, parameter_names
 from utils.lora_targets import split_block_path
-from utils.optim import trainable_dtype
+from utils.optim import bytes_per_trained_weight, trainable_dtype
 
+Build = Callable[[torch.device], PipelineLayer]
 TEXT_PREFIX = "text_encoder."
+# The DiT's parts before its blocks, kept in float32 but for the text embedding.
+_AROUND_BLOCKS = ("patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.")
 _TOKENS = f"{TEXT_PREFIX}shared"
 _TEXT_NORM = f"{TEXT_PREFIX}encoder.final_layer_norm"
 
@@ -50,13 +53,27 @@ def text_layers(config: TrainConfig, source: TensorSource, workload: Workload) -
     model, sizes = config.model, text_encoder_sizes(source.shapes)
     table_trained = model.train_token_embedding
     flops = costs.umt5_block_flops(sizes, workload.text_tokens)
-    specs = [LayerSpec(_TOKENS, builder.tokens, 0.0, table_trained, table_trained)]
+
+    def spec(name: str, build: Build, trained: bool, official: str, **values: Any) -> LayerSpec:
+        each = bytes_per_trained_weight(config.optimizer) if trained else builder.frozen_bytes
+        kept = each * costs.num_weights(source.shapes, official)
+        return LayerSpec(
+            name, build, trainable=trained, trains_weights=trained, resident_bytes=kept, **values
+        )
+
+    specs = [spec(_TOKENS, builder.tokens, table_trained, "token_embedding.", forward_flops=0.0)]
     for index in range(sizes.num_layers):
-        trained = index >= builder.first_trained
-        name = f"{TEXT_PREFIX}encoder.block.{index}"
-        build = partial(builder.block, index)
-        specs.append(LayerSpec(name, build, flops, trained, trained, config.activation_checkpointing))
-    specs.append(LayerSpec(_TEXT_NORM, builder.norm, 0.0, True, True))
+        specs.append(
+            spec(
+                f"{TEXT_PREFIX}encoder.block.{index}",
+                partial(builder.block, index),
+                index >= builder.first_trained,
+                f"blocks.{index}.",
+                forward_flops=flops,
+                recompute=config.activation_checkpointing,
+            )
+        )
+    specs.append(spec(_TEXT_NORM, builder.norm, True, "norm.", forward_flops=0.0))
     return specs
 
 
@@ -79,15 +96,29 @@ def dit_layers(
         workload: the mean sample.
     """
     builder = _DitBuilder(config, source, arch, targets, initial)
-    adapted = {split_block_path(target)[0] for target in targets}
-    tokens = workload.video_tokens
+    tokens, shapes = workload.video_tokens, source.shapes
     block_flops = costs.dit_block_flops(arch, tokens)
-    specs = [LayerSpec("", builder.input, costs.dit_input_flops(arch, tokens))]
+    around = 4.0 * costs.num_weights(shapes, *_AROUND_BLOCKS), 4.0 * costs.num_weights(shapes, "head.")
+    specs = [LayerSpec("", builder.input, costs.dit_input_flops(arch, tokens), resident_bytes=around[0])]
     for index in range(arch.num_layers):
-        build = partial(builder.block, index)
-        recompute = config.activation_checkpointing
-        specs.append(LayerSpec(f"blocks.{index}", build, block_flops, index in adapted, recompute=recompute))
-    specs.append(LayerSpec("head", builder.head, costs.dit_head_flops(arch, tokens)))
+        adapted = [target for target in targets if split_block_path(target)[0] == index]
+        kept = builder.frozen_bytes * costs.num_weights(shapes, f"blocks.{index}.")
+        if config.adapter is not None:
+            trained = costs.num_adapter_weights(shapes, adapted, config.adapter.rank)
+            kept += trained * bytes_per_trained_weight(config.optimizer)
+        specs.append(
+            LayerSpec(
+                f"blocks.{index}",
+                partial(builder.block, index),
+                block_flops,
+                trainable=bool(adapted),
+                recompute=config.activation_checkpointing,
+                resident_bytes=kept,
+            )
+        )
+    specs.append(
+        LayerSpec("head", builder.head, costs.dit_head_flops(arch, tokens), resident_bytes=around[1])
+    )
     return specs
 
 
@@ -101,6 +132,7 @@ class _TextBuilder:
         self._recompute = config.activation_checkpointing
         self._compute_dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._trained_dtype = trainable_dtype(config.optimizer)
+        self.frozen_bytes = self._compute_dtype.itemsize
         wanted = config.model.text_train_blocks
         self.first_trained = 0 if wanted == 0 else self._sizes.num_layers - wanted
 
@@ -159,6 +191,7 @@ class _DitBuilder:
         self._initial = initial
         self._compute_dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._residual_dtype: torch.dtype = getattr(torch, config.model.residual_dtype)
+        self.frozen_bytes = self._compute_dtype.itemsize
 
     def input(self, device: torch.device) -> PipelineLayer:
         """Patch, time and text embedding."""

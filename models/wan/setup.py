@@ -17,14 +17,16 @@ from utils.config.dump import config_hash
 from utils.config.schema import LoadedConfig
 from utils.data.cache import CacheStore
 from utils.data.fill import FillStats
-from utils.data.manifest import Manifest, build_manifest, default_cache_dir
+from utils.data.manifest import Manifest, SkippedFile, build_manifest, default_cache_dir
 from utils.data.memo import HashMemo
 from utils.data.sampler import BatchPlan
 from utils.distributed import Processes, gather_objects, on_every_rank, on_main
+from utils.errors import UserError
 from utils.files import atomic_write_text, combined_fingerprint
 from utils.progress import Progress
 
 Say = Callable[[str], None]
+THE_DIT = "the DiT"
 TARGETS_FILE = "targets.json"
 BASE_KEYS_FILE = "base_keys.csv"
 _MEMO_FILE = "content_hashes.jsonl"
@@ -39,7 +41,7 @@ class PreparedData:
     plan: BatchPlan
     hashes: WeightHashes
     store_root: Path
-    fingerprint: str
+    fingerprints: dict[str, str]
 
 
 def prepare_data(
@@ -64,13 +66,15 @@ def prepare_data(
 
     def scan() -> tuple[Manifest, WeightHashes]:
         manifest = build_manifest(dataset, media_rules(variant), memo)
+        if variant.model_type == "i2v":
+            manifest = without_images(manifest)
         hashes = hash_weights(paths, memo)
         memo.save()
         return manifest, hashes
 
     manifest, hashes = on_main(scan)
     _say_manifest(manifest, say)
-    store = CacheStore(root)
+    store = on_every_rank(lambda: CacheStore(root))
     cache = WanCache(manifest, store, hashes, config.train.model, variant)
     tokenizer = on_every_rank(lambda: WanTokenizer(paths.tokenizer_dir))
     if processes.is_main:
@@ -81,7 +85,31 @@ def prepare_data(
     for line in model.describe():
         say(line)
     plan = BatchPlan(manifest.samples, config.train.micro_batch_size_per_gpu, config.train.seed)
-    return PreparedData(manifest, plan, hashes, root, data_fingerprint(manifest))
+    base = on_main(lambda: combined_fingerprint(model.base.files))
+    fingerprints = {
+        "the dataset": data_fingerprint(manifest),
+        THE_DIT: base,
+        "the VAE": hashes.vae,
+        "the text encoder": hashes.text_encoder,
+        "the tokenizer": hashes.tokenizer,
+    }
+    return PreparedData(manifest, plan, hashes, root, fingerprints)
+
+
+def without_images(manifest: Manifest) -> Manifest:
+    """Leave images out: to an image-to-video model an image shows its first frame, which is all of the answer.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    videos = tuple(sample for sample in manifest.samples if sample.kind == "video")
+    reason = "is an image, and an image-to-video model learns from videos only"
+    images = tuple(
+        SkippedFile(sample.path, reason, "no_bucket") for sample in manifest.samples if sample.kind == "image"
+    )
+    if not videos:
+        raise UserError(f"the dataset has no video among its {len(images)} usable files: each {reason}")
+    return Manifest(videos, manifest.skipped + images)
 
 
 def _fill(
@@ -169,9 +197,7 @@ def write_base_description(model: WanModel, run_dir: Path) -> None:
         atomic_write_text(run_dir / TARGETS_FILE, json.dumps(model.targets, indent=1) + "\n")
 
 
-def run_metadata(
-    config: LoadedConfig, model: WanModel, paths: CheckpointPaths, hashes: WeightHashes
-) -> dict[str, str]:
+def run_metadata(config: LoadedConfig, model: WanModel, data: PreparedData) -> dict[str, str]:
     """Facts that every exported file carries in its header."""
     variant = model.arch.variant
     metadata = {
@@ -180,8 +206,8 @@ def run_metadata(
         "variant": variant.name,
         "expert": config.train.model.expert or "none",
         "boundary": "none" if variant.boundary is None else str(variant.boundary),
-        "base_hash": combined_fingerprint(model.base.files),
-        "encoder_hash": hashes.text_encoder,
+        "base_hash": data.fingerprints[THE_DIT],
+        "encoder_hash": data.hashes.text_encoder,
         "config_hash": config_hash(config.train),
         "seed": str(config.train.seed),
     }

@@ -24,7 +24,12 @@ from utils.distributed import init_processes, shutdown
 from utils.errors import UserError
 
 STATE = LoopState(
-    step=3, samples_seen=6, micro_batches_per_step=2, train_seconds=1.5, data_fingerprint="dataset"
+    step=3,
+    samples_seen=6,
+    micro_batches_per_step=2,
+    train_seconds=1.5,
+    micro_batches_seen=6,
+    fingerprints={"the dataset": "0123"},
 )
 
 

@@ -214,7 +214,7 @@ def test_what_peft_saves_is_read_as_peft_means_it(tmp_path, use_rslora):
     assert sorted(adapter.modules) == [f"blocks.0.cross_attn.{name}" for name in "kov"]
     for module, pair in adapter.modules.items():
         expected = wrapped.base_model.model.get_submodule(module).get_delta_weight("default")
-        assert torch.allclose(pair.scale * pair.up @ pair.down, expected, rtol=1e-6)
+        assert torch.allclose(pair.scale * pair.up @ pair.down, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from utils.data.buckets import Bucket
 from utils.data.sampler import BatchPlan, MicroBatch
 from utils.delta_budget import ModuleDelta
 from utils.distributed import Processes, init_processes, shutdown
-from utils.errors import TrainingStoppedError
+from utils.errors import TrainingStoppedError, UserError
 from utils.layers import LayerSpec, PipelineLayer, PreparedBatch
 from utils.metrics import read_metrics
 from utils.optim import trainable_dtype
@@ -126,13 +126,18 @@ def make_config(**changes: object) -> TrainConfig:
 
 
 def train(
-    config: TrainConfig, model: ToyModel, processes: Processes, run: RunDir, num_samples: int = 7
+    config: TrainConfig,
+    model: ToyModel,
+    processes: Processes,
+    run: RunDir,
+    num_samples: int = 7,
+    data: str = "toy",
 ) -> None:
     plan = BatchPlan(
         [ToySample(index) for index in range(num_samples)], config.micro_batch_size_per_gpu, config.seed
     )
     ready = runs.build(config, plan, model, processes, lambda text: None)
-    runs.run(ready, run, "toy-data", {"who": "toy"}, lambda text: None)
+    runs.run(ready, run, {"the data": data}, {"who": "toy"}, lambda text: None)
 
 
 def test_a_toy_model_trains_saves_and_resumes(processes: Processes, tmp_path: Path) -> None:
@@ -175,6 +180,30 @@ def test_every_optimizer_resumes_exactly(processes: Processes, tmp_path: Path, k
     final, resumed = (load_file(path / "epoch4" / "toy.safetensors") for path in (whole, parts))
     assert all(torch.equal(final[name], resumed[name]) for name in final)
     assert [row["loss"] for row in read_metrics(parts)] == [row["loss"] for row in read_metrics(whole)]
+
+
+def test_more_epochs_after_a_short_last_step_skip_nothing(processes: Processes, tmp_path: Path) -> None:
+    """5 micro-batches in windows of 2: the first run ends in a window of one, and the next begins right behind it."""
+    config = make_config(epochs=1, checkpoint_every_n_steps=1)
+    train(config, ToyModel(), processes, RunDir(tmp_path), num_samples=9)
+    longer = RunDir(tmp_path, latest_checkpoint(tmp_path), is_resumed=True)
+    train(replace(config, epochs=3), ToyModel(), processes, longer, num_samples=9)
+    rows = read_metrics(tmp_path)
+    assert rows[2]["samples_seen"] == 9 and rows[-1]["samples_seen"] == 27
+    assert [row["step"] for row in rows] == list(range(1, 9))  # 3 steps, then 10 micro-batches in 5
+    assert sorted(path.parent.name for path in tmp_path.glob("epoch*/*.safetensors")) == [
+        "epoch1",
+        "epoch2",
+        "epoch3",
+    ]
+
+
+def test_a_run_does_not_go_on_from_other_data(processes: Processes, tmp_path: Path) -> None:
+    config = make_config(max_steps=2)
+    train(config, ToyModel(), processes, RunDir(tmp_path))
+    resumed = RunDir(tmp_path, latest_checkpoint(tmp_path), is_resumed=True)
+    with pytest.raises(UserError, match="the content of the data has changed"):
+        train(replace(config, max_steps=4), ToyModel(), processes, resumed, data="another")
 
 
 def test_a_short_last_step_weighs_samples_not_batches(processes: Processes, tmp_path: Path) -> None:

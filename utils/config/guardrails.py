@@ -165,6 +165,14 @@ def check_betas(config: TrainConfig) -> list[Problem]:
     return [Problem("optimizer.betas", f"must hold two values, not {len(betas)}", "e.g. [0.9, 0.99]")]
 
 
+def check_optimizer_precision(config: TrainConfig) -> list[Problem]:
+    """adamw_kahan keeps trained weights in bfloat16, so it goes with dtype = "bfloat16" only."""
+    if config.optimizer.type != "adamw_kahan" or config.model.dtype == "bfloat16":
+        return []
+    reason = 'is "adamw_kahan", which keeps trained weights in bfloat16, and model.dtype is "float32"'
+    return [Problem("optimizer.type", reason, 'write model.dtype = "bfloat16", or optimizer.type = "adamw"')]
+
+
 def check_warmup(config: TrainConfig) -> list[Problem]:
     """warmup_steps is below max_steps."""
     if config.max_steps is None or config.warmup_steps < config.max_steps:
@@ -204,6 +212,7 @@ RULES = (
     Rule(check_sigmoid_scale, ("model.timestep_sample_method", "model.sigmoid_scale")),
     Rule(check_partition, ("partition_method", "partition_split", "pipeline_stages")),
     Rule(check_betas, ("optimizer.betas",)),
+    Rule(check_optimizer_precision, ("optimizer.type", "model.dtype")),
     Rule(check_warmup, ("warmup_steps", "max_steps")),
     Rule(check_output_dir, ("output_dir",)),
 )
