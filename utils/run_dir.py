@@ -19,7 +19,7 @@ CONFIG_FILE = "config.toml"
 NEWEST = ""
 _RUN_NAME = re.compile(r"(?P<stamp>\d{8}_\d{6})(_(?P<number>\d+))?")
 
-# What may differ between a run and its continuation: it changes when things happen, not what is computed.
+# What may differ between a run and its continuation: how far it goes, how it is split, when it saves.
 _FREE_KEYS = frozenset(
     {
         "output_dir",

@@ -177,14 +177,12 @@ class Trainer:
         }
         return state, row
 
-    def _step_batches(self, first: int) -> list[MicroBatch]:
+    def _step_batches(self, first: int) -> Sequence[MicroBatch]:
         """The micro-batches of the step that begins at this position; fewer than usual at the very end of the run."""
-        end = first + self._per_step
-        if self._config.max_steps is None:
-            end = min(end, self._plan.batches_before(self._config.epochs))
-        return [self._plan.micro_batch(index) for index in range(first, end)]
+        limit = None if self._config.max_steps is not None else self._plan.batches_before(self._config.epochs)
+        return self._plan.window(first, self._per_step, limit)
 
-    def _prepared(self, batches: list[MicroBatch], num_samples: int) -> Iterator[PreparedBatch]:
+    def _prepared(self, batches: Sequence[MicroBatch], num_samples: int) -> Iterator[PreparedBatch]:
         """This rank's share of the step. Weights make the step's loss the mean over its samples, however ragged.
 
         A step at the very end of the run may lack micro-batches; repeats of weight 0 fill the schedule.
@@ -204,7 +202,7 @@ class Trainer:
         dist.all_reduce(totals)
         return totals.cpu().numpy()
 
-    def _stop_non_finite(self, step: int, batches: list[MicroBatch]) -> None:
+    def _stop_non_finite(self, step: int, batches: Sequence[MicroBatch]) -> None:
         bad = sorted(
             {index for indices in gather_objects(self._recorder.non_finite_samples()) for index in indices}
         )

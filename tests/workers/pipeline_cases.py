@@ -20,7 +20,7 @@ from models.wan.checkpoint import find_checkpoint, open_sharded, open_text_encod
 from models.wan.layers import Workload, dit_layers, text_layers
 from models.wan.stages import TextWire
 from utils.config.schema import AdapterConfig, BudgetConfig, ModelConfig, OptimizerConfig, TrainConfig
-from utils.layers import LayerSpec, PreparedBatch, global_names
+from utils.layers import LayerSpec, PreparedBatch, global_names, table_names
 from utils.lora_targets import linear_modules, resolve_targets
 from utils.optim import build_optimizer
 from utils.trainer import LossRecorder
@@ -125,11 +125,13 @@ def run_plain(case: Case, tiny: Path, out: Path) -> None:
     specs = make_specs(config)
     layers = [spec.build(torch.device("cpu")) for spec in specs]
     parameters: dict[str, nn.Parameter] = {}
+    tables: set[str] = set()
     for spec, layer in zip(specs, layers, strict=True):
         parameters |= global_names(spec.name, layer)
+        tables |= table_names(spec.name, layer)
     trainables = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     model = nn.Sequential(*layers).train()
-    optimizer = build_optimizer(trainables, config.optimizer)
+    optimizer = build_optimizer(trainables, config.optimizer, tables)
     recorder = LossRecorder()
     rows = []
     for step in range(NUM_STEPS):

@@ -123,32 +123,15 @@ class BatchPlan:
             self.batches_before(len(self._batches_before))
         return bisect_right(self._batches_before, index) - 1
 
-    def steps_for_epochs(self, epochs: int, micro_batches_per_step: int) -> int:
-        """Optimizer steps in which `epochs` epochs are seen whole. The last step may be short (or reach beyond)."""
-        return -(-self.batches_before(epochs) // micro_batches_per_step)
-
-    def epoch_end_step(self, epoch: int, micro_batches_per_step: int) -> int:
-        """After how many steps every micro-batch of epochs 0 .. epoch has been seen."""
-        return self.steps_for_epochs(epoch + 1, micro_batches_per_step)
-
-    def epochs_completed(self, steps_done: int, micro_batches_per_step: int) -> int:
-        """How many epochs the first `steps_done` steps have seen whole."""
-        consumed = steps_done * micro_batches_per_step
-        return self.epoch_of(consumed)
-
-    def step_micro_batches(
-        self, step: int, micro_batches_per_step: int, limit: int | None = None
-    ) -> tuple[MicroBatch, ...]:
-        """The micro-batches of a step (the first step is 0), over all data-parallel ranks.
+    def window(self, first: int, count: int, limit: int | None = None) -> tuple[MicroBatch, ...]:
+        """`count` micro-batches of the stream from position `first` on; it may reach over the end of an epoch.
 
         Args:
-            step: may reach over the end of an epoch into the next.
-            micro_batches_per_step: data-parallel ranks x gradient accumulation.
-            limit: positions in the stream from here on do not exist: the last step of a run is then short.
+            first: position of the first one.
+            count: how many, over all data-parallel ranks.
+            limit: positions from here on do not exist: the last step of a run is then short.
         """
-        first = step * micro_batches_per_step
-        end = first + micro_batches_per_step
-        end = end if limit is None else min(end, limit)
+        end = first + count if limit is None else min(first + count, limit)
         return tuple(self.micro_batch(index) for index in range(first, end))
 
     def _appearances_before(self, epoch: int) -> np.ndarray:

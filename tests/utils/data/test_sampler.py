@@ -73,15 +73,12 @@ def test_the_stream_is_the_epochs_one_after_another(drawn, per_step, epochs):
     expected = [batch for epoch in range(epochs) for batch in plan.epoch_batches(epoch)]
     assert total == len(expected)
     assert [plan.micro_batch(index) for index in range(total)] == expected
-    num_steps = plan.steps_for_epochs(epochs, per_step)
-    steps = [plan.step_micro_batches(step, per_step, limit=total) for step in range(num_steps)]
+    steps = [plan.window(first, per_step, limit=total) for first in range(0, total, per_step)]
     assert [batch for step in steps for batch in step] == expected
     assert all(len(step) == per_step for step in steps[:-1])
-    assert plan.step_micro_batches(num_steps, per_step, limit=total) == ()
-    assert len(plan.step_micro_batches(num_steps, per_step)) == per_step
-    last = plan.epoch_end_step(epochs - 1, per_step)
-    assert last == num_steps
-    assert (last - 1) * per_step < total <= last * per_step or total == 0
+    assert plan.window(total, per_step, limit=total) == ()
+    assert len(plan.window(total, per_step)) == per_step
+    assert all(plan.epoch_of(index) == plan.micro_batch(index).epoch for index in range(total))
 
 
 @settings(deadline=None, max_examples=40)
@@ -105,9 +102,9 @@ def make_plan(seed: int = 0, micro_batch_size: int = 2) -> BatchPlan:
 
 def test_a_fresh_plan_continues_where_another_stopped():
     first = make_plan()
-    whole = [first.step_micro_batches(step, 3) for step in range(20)]
+    whole = [first.window(position, 3) for position in range(20)]
     resumed = make_plan()
-    assert [resumed.step_micro_batches(step, 3) for step in range(11, 20)] == whole[11:]
+    assert [resumed.window(position, 3) for position in range(11, 20)] == whole[11:]
 
 
 def test_epochs_and_seeds_differ_and_batches_are_shuffled_over_buckets():
@@ -129,7 +126,7 @@ def test_the_order_is_the_one_that_runs_in_progress_were_started_with():
 
 def test_data_parallel_ranks_share_a_step_as_accumulation_does():
     plan = make_plan()
-    step = plan.step_micro_batches(2, 6)
+    step = plan.window(12, 6)
     shares = [rank_slice(step, rank, 3) for rank in range(3)]
     assert [len(share) for share in shares] == [2, 2, 2]
     assert [share[turn] for turn in range(2) for share in shares] == list(step)
