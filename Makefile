@@ -25,11 +25,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 smoke: $(INSTALLED)
 	$(BIN)/python scripts/smoke.py
 
+# One thread per process, two test files at a time: the tests start many processes of their own.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not long'
+	$(PYTEST) -m 'not long'
 
 test-long: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+	$(PYTEST) -m long
 
 lint: $(INSTALLED)
 	$(BIN)/black --check --quiet .

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from utils import distributed
 from utils.distributed import init_processes
-from utils.errors import UserError
+from utils.errors import TrainingStoppedError, UserError
 
 WORKER = Path(__file__).parents[1] / "workers" / "shared_errors.py"
 
@@ -64,3 +65,28 @@ def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(key, str(value))
         with pytest.raises(UserError, match=rf"port 127\.0\.0\.1:{port} is in use.*--master_port"):
             init_processes(timeout_minutes=0.1)
+
+
+def test_after_an_error_of_its_own_a_process_does_not_wait_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several processes only a shared error is followed by leaving the group, which waits for peers on nccl."""
+    left: list[bool] = []
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "init_processes", lambda timeout_minutes: None)
+    monkeypatch.setattr(distributed, "shutdown", lambda: left.append(True))
+    shared = UserError("all know")
+    shared.on_every_rank = True
+    for error, leaves in (
+        (RuntimeError("mine"), 0),
+        (UserError("mine"), 0),
+        (shared, 1),
+        (TrainingStoppedError(), 1),
+    ):
+        left.clear()
+        with pytest.raises(type(error)), distributed.process_group(1.0):
+            raise error
+        assert len(left) == leaves, error
+    left.clear()
+    with distributed.process_group(1.0):
+        pass
+    assert left

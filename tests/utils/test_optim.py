@@ -60,6 +60,16 @@ def test_decay_is_decoupled_and_spares_vectors(kind):
 
 
 @pytest.mark.parametrize("kind", TYPES)
+def test_decay_spares_lookup_tables(kind):
+    """Rows that the data never asks for have no gradient, and decay alone would shrink them."""
+    config = config_of(type=kind, lr=0.1, weight_decay=0.5)
+    parameters = parameters_for(config)
+    optimizer = build_optimizer(parameters, config, tables={"matrix"})
+    step(optimizer, parameters, gradient=0.0)
+    assert torch.equal(parameters["matrix"].float(), torch.ones_like(parameters["matrix"]).float())
+
+
+@pytest.mark.parametrize("kind", TYPES)
 def test_a_quadratic_bowl_is_descended(kind):
     config = config_of(type=kind, lr=0.05, weight_decay=0.0)
     parameters = parameters_for(config, value=2.0)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
@@ -121,3 +122,31 @@ def test_more_stages_than_layers_are_refused():
     with pytest.raises(UserError, match="pipeline_stages = 4.*only 3 layers"):
         plan_stages([spec(1.0)] * 3, config_of(pipeline_stages=4))
     assert plan_stages([spec(1.0)] * 3, config_of(pipeline_stages=3)).bounds == (0, 1, 2, 3)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=8),
+    st.integers(0, 80),
+    st.data(),
+)
+@settings(max_examples=150, deadline=None)
+def test_no_split_exceeds_the_memory_by_less_or_is_better_balanced_at_the_same_excess(layers, limit, data):
+    num_parts = data.draw(st.integers(1, len(layers)))
+    weights, sizes = (tuple(map(float, column)) for column in zip(*layers, strict=True))
+
+    def rank(bounds):
+        excess = sum(max(0.0, size - limit) for size in loads(sizes, bounds))
+        return excess, max(loads(weights, bounds))
+
+    bounds = balanced_bounds(weights, num_parts, sizes, float(limit))
+    assert rank(bounds) == min(rank(split) for split in every_split(len(layers), num_parts))
+
+
+def test_memory_moves_a_boundary_that_cost_alone_would_not():
+    """Cheap layers with large optimizer states: by cost they all lie on one stage, which holds twice a device."""
+    specs = [replace(spec(1.0, trainable=True, trains_weights=True), resident_bytes=30.0) for _ in range(4)]
+    specs += [replace(spec(20.0), resident_bytes=5.0) for _ in range(4)]
+    config = config_of(pipeline_stages=2)
+    free, bound = plan_stages(specs, config), plan_stages(specs, config, device_bytes=100.0)
+    assert max(free.stage_bytes) > 80.0
+    assert bound.bounds == (0, 2, 8) and bound.stage_bytes == (60.0, 80.0)

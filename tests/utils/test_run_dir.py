@@ -12,7 +12,7 @@ from utils.checkpoint import checkpoint_name
 from utils.config.load import load_config
 from utils.config.schema import LoadedConfig
 from utils.errors import UserError
-from utils.run_dir import NEWEST, create_run_dir, find_run_dir, newest_run, remove_leftovers
+from utils.run_dir import NEWEST, create_run_dir, find_run_dir, newest_run, record_config, remove_leftovers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -175,3 +175,14 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path) -> None:
         path.mkdir()
     remove_leftovers(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_longer_run_records_its_config_and_keeps_the_old_one(config) -> None:
+    run = create_run_dir(config, describe)
+    before = (run.path / "config.toml").read_text()
+    record_config(run.path, config.train, step=3)
+    assert not list((run.path / "inputs").glob("config_until*"))
+    longer = changed(config, epochs=7).train
+    record_config(run.path, longer, step=3)
+    assert (run.path / "inputs" / "config_until_step3.toml").read_text() == before
+    assert load_config(run.path / "config.toml").train == longer
