@@ -18,6 +18,8 @@ _own_environment: list[str] = []
 _has_joined: list[bool] = []
 # Objects travel over gloo also where tensors use nccl: no GPU is kept busy, and a peer that dies is noticed at once.
 _object_group: list[Any] = []
+# Rank 0 may read a large dataset for hours, or the ranks' shares of caching may differ, while the others wait.
+_OBJECT_TIMEOUT = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def init_processes(timeout_minutes: float) -> Processes:
             f"{str(error).splitlines()[0]}"
         ) from error
     _has_joined.append(True)
-    if backend == "nccl":
-        _object_group.append(dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)))
+    if world_size > 1:
+        _object_group.append(dist.new_group(backend="gloo", timeout=_OBJECT_TIMEOUT))
     return Processes(rank, local_rank, world_size, device, timeout_minutes)
 
 
