@@ -340,6 +340,25 @@ def test_a_dry_run_writes_nothing_but_the_cache(workspace, capsys) -> None:
     assert (workspace.cache / "items" / "latents").is_dir() and (workspace.cache / "items" / "text").is_dir()
 
 
+@pytest.mark.parametrize("mode", ["dit_lora", "encoder_ft"])
+def test_several_clips_and_captions_of_a_file_are_cached_and_trained(mode, workspace, capsys) -> None:
+    assert workspace.train(mode, flags=["--cache_only"]) == 0
+    workspace.write_dataset('video_clip_mode = "uniform:3"')
+    caption = (workspace.media / "image_00.txt").read_text()
+    (workspace.media / "image_00.txt").unlink()
+    table = {"image_00.png": [caption, "a shape"], "ghost.png": "a shape"}
+    (workspace.media / "captions.json").write_text(json.dumps(table))
+    capsys.readouterr()
+    assert workspace.train(mode, "epochs=1") == 0
+    said = capsys.readouterr().err
+    assert "dataset: 12 samples (" in said
+    assert f"skipped {workspace.media / 'ghost.png'}: captions.json names it" in said
+    assert "cache of latents: 12 items, 6 encoded now, 6 there already" in said
+    if mode == "dit_lora":
+        assert "cache of captions: 8 items, 1 encoded now, 7 there already" in said
+    assert ", 12 samples, " in said
+
+
 def test_the_cache_alone_and_anew(workspace, capsys) -> None:
     def items() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in (workspace.cache / "items").rglob("*.safetensors")}

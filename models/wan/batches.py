@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +62,10 @@ class WanBatches:
     def workload(self) -> Workload:
         """The dataset's mean sample."""
         video = [self._sample_tokens(sample) for sample in self._samples]
-        text = [len(self.tokenizer(sample.caption)) for sample in self._samples]
-        return Workload(sum(video) / len(video), sum(text) / len(text))
+        text = [
+            fmean(len(self.tokenizer(caption)) for caption in sample.captions) for sample in self._samples
+        ]
+        return Workload(fmean(video), fmean(text))
 
     def prepare(
         self, batch: MicroBatch, weight: float, *, need_inputs: bool, need_labels: bool
@@ -92,8 +95,10 @@ class WanBatches:
         return sum(self._sample_tokens(self._samples[visit.sample_index]) for visit in batch.visits)
 
     def describe_sample(self, sample_index: int) -> str:
-        """The sample's file."""
-        return str(self._samples[sample_index].path)
+        """The sample's file, and where in it a clip begins if not at the beginning."""
+        sample = self._samples[sample_index]
+        place = f" (clip from {sample.clip_start_seconds:.2f} s)" if sample.clip_start_seconds else ""
+        return f"{sample.path}{place}"
 
     def _noised(self, sample_index: int, visit: int) -> _NoisedSample:
         identity = (self._samples[sample_index].sample_id, visit)
@@ -117,12 +122,16 @@ class WanBatches:
         return nn.utils.rnn.pad_sequence(states, batch_first=True), lens_B
 
     def _caption(self, sample_index: int, visit: int) -> str:
+        """The caption that a visit sees: the empty one, or one of the sample's, all equally likely."""
         sample = self._samples[sample_index]
         if self._config.uncond_fraction > 0:
             draw = torch.rand((), generator=generator(self._config.seed, "uncond", sample.sample_id, visit))
             if draw.item() < self._config.uncond_fraction:
                 return EMPTY_CAPTION
-        return sample.caption
+        if len(sample.captions) == 1:
+            return sample.captions[0]
+        random = generator(self._config.seed, "caption", sample.sample_id, visit)
+        return sample.captions[int(torch.randint(len(sample.captions), (), generator=random))]
 
     def _micro_batch_seed(self, batch: MicroBatch) -> int:
         names = "/".join(f"{self._samples[v.sample_index].sample_id}:{v.visit}" for v in batch.visits)

@@ -5,7 +5,7 @@ encoders live only while the cache fills.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -87,7 +87,7 @@ class WanCache:
                 config.dtype,
                 {"attention": config.text_attn_implementation, "max_tokens": MAX_TEXT_TOKENS},
             )
-            for caption in sorted({EMPTY_CAPTION, *(sample.caption for sample in self._samples)})
+            for caption in sorted({EMPTY_CAPTION, *all_captions(self._samples)})
         }
 
     def read_latents(self, sample_index: int) -> dict[str, Tensor]:
@@ -175,6 +175,11 @@ class WanCache:
                 yield encoded
 
         return encode
+
+
+def all_captions(samples: Iterable[SampleRecord]) -> set[str]:
+    """Every caption of every sample."""
+    return {caption for sample in samples for caption in sample.captions}
 
 
 def _bucket_group(sample: SampleRecord) -> tuple[int, ...]:

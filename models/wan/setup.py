@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import xxhash
 
-from models.wan.caching import OnProgress, WanCache, WeightHashes, hash_weights, media_rules
+from models.wan.caching import OnProgress, WanCache, WeightHashes, all_captions, hash_weights, media_rules
 from models.wan.checkpoint import CheckpointPaths
 from models.wan.model import WanModel
 from models.wan.text_encoder import MAX_TEXT_TOKENS, WanTokenizer
@@ -31,6 +31,7 @@ TARGETS_FILE = "targets.json"
 BASE_KEYS_FILE = "base_keys.csv"
 _MEMO_FILE = "content_hashes.jsonl"
 _MAX_LINES_SHOWN = 10
+_ACCIDENTS = ("unreadable", "caption_conflict", "absent")
 
 
 @dataclass(frozen=True)
@@ -153,19 +154,22 @@ def _say_manifest(manifest: Manifest, say: Say) -> None:
         counts[str(sample.bucket)] = counts.get(str(sample.bucket), 0) + 1
     buckets = ", ".join(f"{bucket}: {count}" for bucket, count in sorted(counts.items()))
     say(f"dataset: {len(manifest.samples)} samples ({buckets}); {len(manifest.skipped)} files skipped")
-    # Damaged files first: the others are left out by rules, these by accident.
-    by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code != "unreadable")
+    # What is left out by accident comes first, before what is left out by rule.
+    by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code not in _ACCIDENTS)
     _say_some([f"  skipped {skipped.path}: {skipped.reason}" for skipped in by_urgency], say)
 
 
 def _say_long_captions(manifest: Manifest, tokenizer: WanTokenizer, say: Say) -> None:
     """Name every caption of which the model does not see the end."""
-    counts = {caption: tokenizer.count(caption) for caption in {s.caption for s in manifest.samples}}
+    counts = {caption: tokenizer.count(caption) for caption in all_captions(manifest.samples)}
+    # Clips of one video share its captions; each is named once.
+    files = dict.fromkeys((sample.path, sample.captions) for sample in manifest.samples)
     too_long = [
-        f"warning: {sample.path}: its caption has {counts[sample.caption]} tokens, and UMT5 reads {MAX_TEXT_TOKENS} here: "
-        "the rest is cut off; shorten it"
-        for sample in manifest.samples
-        if counts[sample.caption] > MAX_TEXT_TOKENS
+        f"warning: {path}: its caption {f'{number} of {len(captions)} ' if len(captions) > 1 else ''}"
+        f"has {counts[caption]} tokens, and UMT5 reads {MAX_TEXT_TOKENS} here: the rest is cut off; shorten it"
+        for path, captions in files
+        for number, caption in enumerate(captions, start=1)
+        if counts[caption] > MAX_TEXT_TOKENS
     ]
     _say_some(too_long, say)
 
@@ -180,7 +184,14 @@ def _say_some(lines: Sequence[str], say: Say) -> None:
 def data_fingerprint(manifest: Manifest) -> str:
     """Names everything about the dataset that the order and content of samples depends on."""
     rows = sorted(
-        (sample.sample_id, sample.content_hash, sample.caption, str(sample.bucket), sample.num_repeats)
+        (
+            sample.sample_id,
+            sample.content_hash,
+            sample.captions,
+            str(sample.bucket),
+            sample.num_repeats,
+            sample.clip_start_seconds,
+        )
         for sample in manifest.samples
     )
     return xxhash.xxh3_128_hexdigest(json.dumps(rows).encode())

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from utils.config.rules import Rule
 from utils.config.schema import DatasetConfig, DirectoryConfig, Problem
+from utils.data.clips import CLIP_MODES, MAX_UNIFORM_CLIPS, is_clip_mode
 
 FRAME_QUANTUM = 4  # Every Wan VAE packs frame 1 alone and then four at a time.
 
@@ -58,6 +59,17 @@ def check_frame_counts(dataset: DatasetConfig) -> list[Problem]:
     return problems
 
 
+def check_clip_modes(dataset: DatasetConfig) -> list[Problem]:
+    """video_clip_mode is single_beginning, single_middle, multiple_overlapping or uniform:N."""
+    problems = []
+    for where, table in _tables(dataset):
+        mode = table.video_clip_mode
+        if mode is not None and not is_clip_mode(mode):
+            fix = f"use {', '.join(CLIP_MODES[:-1])} or {CLIP_MODES[-1]} with N from 1 to {MAX_UNIFORM_CLIPS}"
+            problems.append(Problem(where("video_clip_mode"), f"is {mode!r}, which is no clip mode", fix))
+    return problems
+
+
 def _tables(dataset: DatasetConfig) -> Iterator[tuple[Callable[[str], str], DatasetConfig | DirectoryConfig]]:
     """The top level and each directory, with what turns a key's name into its dotted key."""
     yield str, dataset
@@ -80,4 +92,5 @@ DATASET_RULES = (
     Rule(check_lists, ("ar_buckets", *_everywhere(*_OVERRIDABLE))),
     Rule(check_size_buckets, _everywhere("size_buckets")),
     Rule(check_frame_counts, _everywhere("frame_buckets", "size_buckets")),
+    Rule(check_clip_modes, _everywhere("video_clip_mode")),
 )

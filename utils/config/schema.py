@@ -200,12 +200,13 @@ class DirectoryConfig:
 
     path: str = option("Folder of images and videos.")
     num_repeats: float = option(
-        "How often each file is seen per epoch; fractions work.", 1.0, gt=0.0, le=10_000.0
+        "How often each image or clip is seen per epoch; fractions work.", 1.0, gt=0.0, le=10_000.0
     )
     caption_prefix: str = option("Put before every caption.", "")
     resolutions: tuple[int, ...] | None = option("Overrides the top level.", None, ge=16, le=8192)
     frame_buckets: tuple[int, ...] | None = option("Overrides the top level.", None, ge=1, le=4001)
     size_buckets: tuple[tuple[int, ...], ...] | None = option("Overrides the top level.", None, ge=1, le=8192)
+    video_clip_mode: str | None = option("Overrides the top level.", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,13 +229,17 @@ class DatasetConfig:
     frame_buckets: tuple[int, ...] = option(
         "Clip lengths in frames, each 4n+1; 1 is for images.", (1, 33), ge=1, le=4001
     )
-    video_clip_mode: Literal["single_beginning", "single_middle"] = option(
-        "Which part of a longer video is used.", "single_beginning"
+    video_clip_mode: str = option(
+        "Which part of a longer video is used: single_beginning or single_middle (one clip), multiple_overlapping "
+        "(as few clips as cover it), or uniform:N (N clips, evenly spaced).",
+        "single_beginning",
     )
     missing_caption: Literal["skip", "empty", "error"] = option(
         "What becomes of a file without a caption.", "skip"
     )
-    on_bad_file: Literal["skip", "error"] = option("What becomes of a file that cannot be read.", "skip")
+    on_bad_file: Literal["skip", "error"] = option(
+        "What becomes of a file (or caption) that cannot be read.", "skip"
+    )
     cache_dir: str | None = option(
         "Where latents and embeddings are kept. Default: .wan_cache in the first directory.", None
     )

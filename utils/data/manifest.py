@@ -1,4 +1,4 @@
-"""The manifest: what the dataset's folders hold, each file either kept as a sample or skipped with a reason."""
+"""The manifest: what the dataset's folders hold, each file either kept as samples or skipped with a reason."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,27 +10,45 @@ import xxhash
 
 from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.data.buckets import Bucket, MediaRules, assign_bucket, build_buckets
+from utils.data.captions import (
+    SIDECAR_SUFFIX,
+    TABLE_NAMES,
+    CaptionError,
+    CaptionTables,
+    NoCaptionError,
+    read_caption_tables,
+    read_captions,
+)
+from utils.data.clips import clip_starts
 from utils.data.media import MediaInfo, MediaKind, frames_available, media_kind
 from utils.data.memo import HashMemo
 from utils.errors import UserError
 
-CAPTION_SUFFIX = ".txt"
 _SAMPLE_ID_MASK = (1 << 63) - 1
 
 SkipCode = Literal[
-    "not_media", "folder", "link", "no_caption", "unreadable", "too_small", "too_short", "no_bucket"
+    "not_media",
+    "folder",
+    "link",
+    "absent",
+    "no_caption",
+    "caption_conflict",
+    "unreadable",
+    "too_small",
+    "too_short",
+    "no_bucket",
 ]
 
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """One sample: a clip of a media file and its caption.
+    """One sample: an image or a clip of a video, and its captions.
 
     Attributes:
         sample_id: 63 bits; stays the same whatever other files come and go (see `make_sample_id`).
         path: the media file.
         kind: image or video.
-        caption: with the directory's prefix, stripped.
+        captions: at least one, with the directory's prefix, stripped; a visit of the sample sees one of them.
         bucket: the size and length the model sees.
         num_repeats: appearances per epoch.
         content_hash: xxh3-128 of the media file.
@@ -41,12 +59,17 @@ class SampleRecord:
     sample_id: int
     path: Path
     kind: MediaKind
-    caption: str
+    captions: tuple[str, ...]
     bucket: Bucket
     num_repeats: float
     content_hash: str
     clip_start_seconds: float
     info: MediaInfo
+
+    @property
+    def caption(self) -> str:
+        """The first of the captions, where one has to stand for all."""
+        return self.captions[0]
 
 
 @dataclass(frozen=True)
@@ -68,11 +91,13 @@ class Manifest:
 
 @dataclass(frozen=True)
 class _Source:
-    """A directory with what all its files share: the name in their ids, and the buckets."""
+    """A directory with what all its files share: the name in their ids, buckets, clip mode, tables of captions."""
 
     directory: DirectoryConfig
     id_name: str
     buckets: tuple[Bucket, ...]
+    clip_mode: str
+    tables: CaptionTables
 
 
 class _SkipError(Exception):
@@ -92,7 +117,8 @@ def build_manifest(
 ) -> Manifest:
     """Examine every file of the dataset's directories (not of folders in them) and give each its bucket.
 
-    Hidden files and captions (`.txt`) are passed over; everything else is a sample or is listed as skipped.
+    Hidden files and captions (`.txt`, `captions.json`, `captions.jsonl`) are passed over; everything else gives
+    samples or is listed as skipped. So is what is wrong with a table of captions, and files that only a table knows.
 
     Args:
         dataset: its relative directory paths count from the working directory.
@@ -105,15 +131,21 @@ def build_manifest(
             `missing_caption` or `on_bad_file` = "error" makes of it, or nothing is left.
     """
     found: list[tuple[Path, _Source]] = []
-    for directory, id_name in _with_id_names(dataset.directory):
-        source = _Source(directory, id_name, build_buckets(dataset, directory, rules))
-        found.extend((path, source) for path in _visible_entries(Path(directory.path)))
     samples: list[SampleRecord] = []
     skipped: list[SkippedFile] = []
+    for directory, id_name in _with_id_names(dataset.directory):
+        folder = Path(directory.path)
+        buckets = build_buckets(dataset, directory, rules)
+        entries = _visible_entries(folder)
+        tables = read_caption_tables(folder)
+        skipped.extend(_table_problems(folder, tables, entries, dataset))
+        clip_mode = directory.video_clip_mode or dataset.video_clip_mode
+        source = _Source(directory, id_name, buckets, clip_mode, tables)
+        found.extend((path, source) for path in entries)
     try:
         for done, (path, source) in enumerate(found, start=1):
             try:
-                samples.append(_examine(path, source, dataset, rules, hashes))
+                samples.extend(_examine(path, source, dataset, rules, hashes))
             except _SkipError as skip:
                 skipped.append(SkippedFile(path, skip.reason, skip.code))
             if on_progress is not None:
@@ -157,32 +189,59 @@ def _visible_entries(directory: Path) -> list[Path]:
         ) from error
     except OSError as error:
         raise UserError(f"dataset, [[directory]] {directory}: cannot be listed ({error.strerror})") from error
-    return [e for e in entries if not e.name.startswith(".") and e.suffix.lower() != CAPTION_SUFFIX]
+    return [entry for entry in entries if not entry.name.startswith(".") and not _holds_captions(entry)]
+
+
+def _holds_captions(path: Path) -> bool:
+    return path.suffix.lower() == SIDECAR_SUFFIX or path.name in TABLE_NAMES
+
+
+def _table_problems(
+    folder: Path, tables: CaptionTables, entries: list[Path], dataset: DatasetConfig
+) -> Iterator[SkippedFile]:
+    """What is wrong with a directory's tables of captions, apart from entries of files that are there."""
+    present = {entry.name for entry in entries}
+    problems: list[tuple[Path, str, SkipCode]] = [
+        (damage.path, damage.reason, "unreadable") for damage in tables.damages
+    ]
+    for name, entry in tables.entries.items():
+        if name not in present:
+            problems.append(
+                (folder / name, f"{entry.table} names it, but it is not in this folder", "absent")
+            )
+    for path, reason, code in problems:
+        if dataset.on_bad_file == "error":
+            raise _bad_file(path, reason, dataset)
+        yield SkippedFile(path, reason, code)
 
 
 def _examine(
     path: Path, source: _Source, dataset: DatasetConfig, rules: MediaRules, hashes: HashMemo
-) -> SampleRecord:
-    """One file of a directory as a sample; raises _SkipError or, where the dataset says so, UserError."""
+) -> list[SampleRecord]:
+    """The samples of one file of a directory; raises _SkipError or, where the dataset says so, UserError."""
     kind = _check_is_media(path)
-    caption = _read_caption(path, dataset, source.directory.caption_prefix)
+    captions = _prefixed_captions(path, source, dataset)
     try:
         info = hashes.media_info(path)
         bucket = _choose_bucket(info, source.buckets, rules)
         content_hash = hashes.content_hash(path)
     except (OSError, UserError) as error:
-        raise _bad_file(path, error, dataset) from error
-    return SampleRecord(
-        sample_id=make_sample_id(source.id_name, path.name),
-        path=path,
-        kind=kind,
-        caption=caption,
-        bucket=bucket,
-        num_repeats=source.directory.num_repeats,
-        content_hash=content_hash,
-        clip_start_seconds=_clip_start(info, bucket, dataset, rules),
-        info=info,
-    )
+        reason = f"not readable ({error.strerror})" if isinstance(error, OSError) else str(error)
+        raise _bad_file(path, reason, dataset) from error
+    return [
+        SampleRecord(
+            sample_id=make_sample_id(source.id_name, path.name, clip_index),
+            path=path,
+            kind=kind,
+            captions=captions,
+            bucket=bucket,
+            num_repeats=source.directory.num_repeats,
+            content_hash=content_hash,
+            clip_start_seconds=start / rules.fps,
+            info=info,
+        )
+        for clip_index, start in enumerate(_clip_starts(info, bucket, source, rules))
+    ]
 
 
 def _check_is_media(path: Path) -> MediaKind:
@@ -196,34 +255,33 @@ def _check_is_media(path: Path) -> MediaKind:
     return kind
 
 
-def _read_caption(path: Path, dataset: DatasetConfig, prefix: str) -> str:
-    """Prefix and sidecar text, stripped. A blank sidecar counts as none."""
-    sidecar = path.with_suffix(CAPTION_SUFFIX)
+def _prefixed_captions(path: Path, source: _Source, dataset: DatasetConfig) -> tuple[str, ...]:
+    """Prefix and text of each caption of a file; the prefix alone if it has none and may."""
+    prefix = source.directory.caption_prefix
     try:
-        text = sidecar.read_text(encoding="utf-8-sig").strip()
-        lack = f"its caption file {sidecar.name} is blank"
-    except FileNotFoundError:
-        text, lack = "", f"it has no caption file {sidecar.name}"
-    except UnicodeDecodeError as error:
-        reason = UserError(f"{sidecar}: not UTF-8 (byte {error.start}); save it as UTF-8")
-        raise _bad_file(path, reason, dataset) from error
-    except OSError as error:
-        raise _bad_file(path, UserError(f"{sidecar}: not readable ({error.strerror})"), dataset) from error
-    if not text and dataset.missing_caption == "skip":
-        raise _SkipError(lack, "no_caption")
-    if not text and dataset.missing_caption == "error":
-        raise UserError(
-            f'{path}: {lack}; write one, or set missing_caption = "skip" or "empty" in the dataset'
-        )
-    return (prefix + text).strip()
+        return tuple((prefix + caption).strip() for caption in read_captions(path, source.tables))
+    except CaptionError as error:
+        raise _bad_file(path, error.reason, dataset, error.code) from error
+    except NoCaptionError as lack:
+        if dataset.missing_caption == "skip":
+            raise _SkipError(str(lack), "no_caption") from lack
+        if dataset.missing_caption == "error":
+            raise UserError(
+                f'{path}: {lack}; write one, or set missing_caption = "skip" or "empty" in the dataset'
+            ) from lack
+        return (prefix.strip(),)
 
 
-def _bad_file(path: Path, error: Exception, dataset: DatasetConfig) -> Exception:
-    """What becomes of a file that cannot be read, by `on_bad_file`."""
-    reason = f"{path}: not readable ({error.strerror})" if isinstance(error, OSError) else str(error)
+def _bad_file(
+    path: Path, reason: str, dataset: DatasetConfig, code: SkipCode = "unreadable"
+) -> UserError | _SkipError:
+    """What becomes of a file that cannot be used as it is, by `on_bad_file`."""
+    reason = reason.removeprefix(f"{path}: ")
     if dataset.on_bad_file == "error":
-        return UserError(f'{reason}. Mend it, take it away, or set on_bad_file = "skip" in the dataset')
-    return _SkipError(reason.removeprefix(f"{path}: "), "unreadable")
+        return UserError(
+            f'{path}: {reason}. Mend it, take it away, or set on_bad_file = "skip" in the dataset'
+        )
+    return _SkipError(reason, code)
 
 
 def _choose_bucket(info: MediaInfo, buckets: tuple[Bucket, ...], rules: MediaRules) -> Bucket:
@@ -248,11 +306,11 @@ def _choose_bucket(info: MediaInfo, buckets: tuple[Bucket, ...], rules: MediaRul
     return bucket
 
 
-def _clip_start(info: MediaInfo, bucket: Bucket, dataset: DatasetConfig, rules: MediaRules) -> float:
-    """Seconds from the video's first frame, on the grid of the model's frames so that the clip ends in the video."""
-    if info.kind == "image" or dataset.video_clip_mode == "single_beginning":
-        return 0.0
-    return (frames_available(info, rules.fps) - bucket.num_frames) // 2 / rules.fps
+def _clip_starts(info: MediaInfo, bucket: Bucket, source: _Source, rules: MediaRules) -> tuple[int, ...]:
+    """Where the clips begin, in the model's frames from the video's first, so that each ends in the video."""
+    if info.kind == "image":
+        return (0,)
+    return clip_starts(source.clip_mode, frames_available(info, rules.fps), bucket.num_frames)
 
 
 def _nothing_left(dataset: DatasetConfig, skipped: list[SkippedFile]) -> str:

@@ -40,17 +40,19 @@ class MemoryCache:
 
 @pytest.fixture
 def make_batches(tiny_ti2v, make_config):
-    def make(mode="dit_lora", variant="ti2v-5b", order=(0, 1, 2), model=None, **top) -> WanBatches:
+    def make(
+        mode="dit_lora", variant="ti2v-5b", order=(0, 1, 2), model=None, more=(), start=0.0, **top
+    ) -> WanBatches:
         samples = [
             SampleRecord(
                 sample_id=1000 + number,
                 path=Path(f"clip_{number}.mp4"),
                 kind="video",
-                caption=CAPTIONS[number],
+                captions=(CAPTIONS[number], *more),
                 bucket=BUCKET,
                 num_repeats=1.0,
                 content_hash="0" * 32,
-                clip_start_seconds=0.0,
+                clip_start_seconds=start,
                 info=MediaInfo("video", 64, 32, 48, 24.0, 2.0),
             )
             for number in order
@@ -233,3 +235,28 @@ def test_tokens_are_counted_from_the_bucket(make_batches):
 
 def test_a_sample_is_described_by_its_file(make_batches):
     assert make_batches().describe_sample(2) == "clip_2.mp4"
+    assert make_batches(start=1.5).describe_sample(2) == "clip_2.mp4 (clip from 1.50 s)"
+
+
+def test_each_visit_sees_one_of_several_captions(make_batches):
+    def seen(visits=range(90), index=0, **top) -> list[int]:
+        batches = make_batches(more=("a disc", "a ball that rolls"), **top)
+        prepared = [batches.prepare(batch_of((index, visit)), 1.0, **BOTH) for visit in visits]
+        return [int(TextWire(*one.inputs).lens_B) for one in prepared]  # this cache has a row for each letter
+
+    lengths = [len(caption) for caption in (CAPTIONS[0], "a disc", "a ball that rolls")]
+    reference = seen()
+    assert set(reference) == set(lengths)
+    assert all(15 <= reference.count(length) <= 45 for length in lengths)
+    assert seen([7, 3]) == [reference[7], reference[3]]  # neither order nor other visits matter
+    assert seen(seed=1) != reference
+    assert [length == lengths[1] for length in seen(index=1)] != [
+        length == lengths[1] for length in reference
+    ]
+    assert set(seen(uncond_fraction=0.5)) == {0, *lengths}
+
+
+def test_tokens_of_several_captions_are_averaged(make_batches):
+    batches = make_batches(more=("a disc",))
+    counts = [len(batches.tokenizer(caption)) for caption in (*CAPTIONS, "a disc", "a disc", "a disc")]
+    assert batches.workload.text_tokens == pytest.approx(sum(counts) / 6)

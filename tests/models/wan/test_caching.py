@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from models.wan.text_encoder import TextEncoder, WanTokenizer
 from models.wan.vae import load_vae
 from utils.config.schema import DatasetConfig, DirectoryConfig, ModelConfig
 from utils.data.cache import CacheStore
-from utils.data.manifest import build_manifest
+from utils.data.manifest import Manifest, build_manifest
 from utils.data.media import load_clip
 from utils.data.memo import HashMemo
 from utils.distributed import Processes
@@ -164,6 +165,23 @@ def test_other_variants_are_not_conditioned(manifest, i2v, tmp_path):
     # ... and what was made for one is not taken for the other.
     with pytest.raises(UserError):
         make_cache(manifest, tmp_path, config, variant).read_latents(0)
+
+
+def test_every_caption_of_a_file_is_encoded(manifest, i2v, tmp_path):
+    config, paths, variant = i2v
+    first, *others = manifest.samples
+    several = Manifest((replace(first, captions=("a disc", *first.captions, "a disc")), *others), ())
+    cache = make_cache(several, tmp_path, config, variant)
+    tokenizer = WanTokenizer(paths.tokenizer_dir)
+    assert cache.fill_text(paths, tokenizer, ALONE, False, silent).num_encoded == 4
+    assert len(cache.read_text("a disc")) == len(tokenizer("a disc"))
+    # What is there of the other dataset is not made again.
+    assert (
+        make_cache(manifest, tmp_path, config, variant)
+        .fill_text(paths, tokenizer, ALONE, False, silent)
+        .num_encoded
+        == 0
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

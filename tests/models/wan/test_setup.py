@@ -2,19 +2,27 @@ from pathlib import Path
 
 import pytest
 
-from models.wan.setup import data_fingerprint, without_images
+from models.wan.setup import _say_long_captions, data_fingerprint, without_images
 from utils.data.buckets import Bucket
 from utils.data.manifest import Manifest, SampleRecord
 from utils.data.media import MediaInfo
 from utils.errors import UserError
 
 
-def sample(name: str, frames: int, caption: str = "a red circle") -> SampleRecord:
+def sample(name: str, frames: int, *captions: str, start: float = 0.0) -> SampleRecord:
     kind = "video" if frames > 1 else "image"
     info = MediaInfo(kind, 64, 64, frames, 16.0, frames / 16, 0.0)
     bucket = Bucket(64, 64, frames)
     return SampleRecord(
-        hash(name) & 0xFFFF, Path(name), kind, caption, bucket, 1.0, f"hash of {name}", 0.0, info
+        sample_id=hash(name) & 0xFFFF,
+        path=Path(name),
+        kind=kind,
+        captions=captions or ("a red circle",),
+        bucket=bucket,
+        num_repeats=1.0,
+        content_hash=f"hash of {name}",
+        clip_start_seconds=start,
+        info=info,
     )
 
 
@@ -35,4 +43,24 @@ def test_the_fingerprint_is_of_content_and_not_of_order():
     whole = data_fingerprint(Manifest((one, two), ()))
     assert whole == data_fingerprint(Manifest((two, one), ()))
     assert whole != data_fingerprint(Manifest((one,), ()))
-    assert whole != data_fingerprint(Manifest((one, sample("b.mp4", 5, "a blue circle")), ()))
+    for other in (
+        sample("b.mp4", 5, "a blue circle"),
+        sample("b.mp4", 5, "a red circle", "a disc"),
+        sample("b.mp4", 5, start=0.5),
+    ):
+        assert whole != data_fingerprint(Manifest((one, other), ()))
+
+
+def test_every_caption_that_is_too_long_is_named_once():
+    class Tokenizer:
+        def count(self, caption: str) -> int:
+            return len(caption)
+
+    long = "circle " * 100
+    clips = (sample("b.mp4", 5, "a circle", long), sample("b.mp4", 5, "a circle", long, start=0.5))
+    lines: list[str] = []
+    _say_long_captions(Manifest((sample("a.png", 1, long), *clips), ()), Tokenizer(), lines.append)
+    assert [line.split(",")[0] for line in lines] == [
+        "warning: a.png: its caption has 700 tokens",
+        "warning: b.mp4: its caption 2 of 2 has 700 tokens",
+    ]

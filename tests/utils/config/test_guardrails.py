@@ -325,6 +325,12 @@ def test_permitted(table) -> None:
         (dataset(frame_buckets=[1, 32]), "frame_buckets", "32 frames"),
         (dataset(size_buckets=[[832, 480, 48]]), "size_buckets", "48 frames"),
         (dataset(directory=[{"path": "a", "frame_buckets": [3]}]), "directory[0].frame_buckets", "3 frames"),
+        (dataset(video_clip_mode="uniform"), "video_clip_mode", "no clip mode"),
+        (
+            dataset(directory=[{"path": "a", "video_clip_mode": "uniform:0"}]),
+            "directory[0].video_clip_mode",
+            "'uniform:0'",
+        ),
     ],
 )
 def test_refused_in_a_dataset(table, key, words) -> None:
@@ -339,6 +345,8 @@ def test_refused_in_a_dataset(table, key, words) -> None:
         dataset(min_ar=1.0, max_ar=1.0),
         dataset(ar_buckets=[0.5, 1.0]),
         dataset(frame_buckets=[1, 5, 81]),
+        dataset(video_clip_mode="multiple_overlapping"),
+        dataset(directory=[{"path": "a", "video_clip_mode": "uniform:3"}]),
         dataset(size_buckets=[[832, 480, 49], [480, 832, 1]]),
         dataset(
             directory=[{"path": "a", "frame_buckets": [1]}, {"path": "b", "size_buckets": [[64, 64, 5]]}]

@@ -43,7 +43,7 @@ def make_record():
             "sample_id": 1,
             "path": Path("a.mp4"),
             "kind": "video",
-            "caption": "a red square",
+            "captions": ("a red square",),
             "bucket": Bucket(64, 64, 5),
             "num_repeats": 1.0,
             "content_hash": "0" * 32,

@@ -45,7 +45,7 @@ def test_latent_key_changes_exactly_when_it_must(make_record, monkeypatch):
     assert key.startswith("latents/")
     assert key == latent_key(make_record(), MediaRules(16.0, 16), "vae", "float32", {})
     unaffected = [
-        make_record(caption="another"),
+        make_record(captions=("another",)),
         make_record(path=Path("elsewhere/b.mov")),
         make_record(sample_id=2),
         make_record(num_repeats=3.0),

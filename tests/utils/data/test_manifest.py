@@ -1,12 +1,15 @@
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from utils.config.schema import DirectoryConfig
 from utils.data.buckets import Bucket
+from utils.data.cache import latent_key
 from utils.data.manifest import build_manifest, default_cache_dir, make_sample_id
 from utils.data.media import load_clip
 from utils.data.memo import HashMemo
@@ -94,7 +97,7 @@ def test_nothing_is_left_out_in_silence(tmp_path, write_sample, build):
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
     write_sample(tmp_path / "dot.png", size=(1, 1))
     write_sample(tmp_path / "short.mp4", num_frames=6)
-    for name in ("empty.mp4", "words.mp4", "data.csv", ".hidden.png", "orphan.txt", "captions.json"):
+    for name in ("empty.mp4", "words.mp4", "data.csv", ".hidden.png", "orphan.txt"):
         (tmp_path / name).write_text("" if name == "empty.mp4" else "words")
         (tmp_path / name).with_suffix(".txt").write_text("a caption")
     (tmp_path / "folder").mkdir()
@@ -106,7 +109,6 @@ def test_nothing_is_left_out_in_silence(tmp_path, write_sample, build):
     expected = {
         "bare.png": ("no_caption", "it has no caption file bare.txt"),
         "blank.png": ("no_caption", "blank.txt is blank"),
-        "captions.json": ("not_media", "not an image or video"),
         "cut.png": ("unreadable", "not readable as an image"),
         "dangling.png": ("link", "broken or circular link"),
         "data.csv": ("not_media", "not an image or video"),
@@ -125,6 +127,57 @@ def test_nothing_is_left_out_in_silence(tmp_path, write_sample, build):
     for name, (code, text) in expected.items():
         assert found[name][0] == code
         assert text in found[name][1]
+
+
+def test_captions_of_tables_get_the_prefix_and_are_all_kept(tmp_path, write_sample, build):
+    for name in ("a.png", "b.png", "c.png"):
+        write_sample(tmp_path / name, "a square" if name == "c.png" else None)
+    (tmp_path / "captions.json").write_text('{"a.png": [" a circle ", "a disc"]}')
+    (tmp_path / "captions.jsonl").write_text('{"file": "b.png", "caption": "a ball"}\n')
+    manifest = build(tmp_path, caption_prefix="drawing: ")
+    assert manifest.skipped == ()
+    assert {sample.path.name: sample.captions for sample in manifest.samples} == {
+        "a.png": ("drawing: a circle", "drawing: a disc"),
+        "b.png": ("drawing: a ball",),
+        "c.png": ("drawing: a square",),
+    }
+    assert manifest.samples[0].caption == "drawing: a circle"
+
+
+def test_what_is_wrong_with_tables_is_reported_by_name(tmp_path, write_sample, build):
+    for name in ("both.png", "good.png", "bare.png", "odd.png"):
+        write_sample(tmp_path / name, "a square" if name == "both.png" else None)
+    entries = {"both.png": "a circle", "good.png": "a disc", "odd.png": 3, "ghost.png": "a ball"}
+    (tmp_path / "captions.json").write_text(json.dumps(entries))
+    (tmp_path / "captions.jsonl").write_bytes(b'{"file": "bare.png", "caption": "caf\xe9"}\n')
+    expected = {
+        "bare.png": (
+            "unreadable",
+            "and no entry in captions.jsonl that can be read: captions.jsonl is damaged",
+        ),
+        "both.png": ("caption_conflict", "both a caption file both.txt and an entry in captions.json"),
+        "captions.jsonl": ("unreadable", "line 1: not UTF-8 (byte 36); save it as UTF-8"),
+        "ghost.png": ("absent", "captions.json names it, but it is not in this folder"),
+        "odd.png": ("unreadable", "neither a text nor a list of texts"),
+    }
+    for policy in ("skip", "empty"):  # a file whose caption is lost is never trained without one
+        manifest = build(tmp_path, missing_caption=policy)
+        assert [sample.path.name for sample in manifest.samples] == ["good.png"]
+        found = reasons(manifest)
+        assert found.keys() == expected.keys()
+        for name, (code, text) in expected.items():
+            assert found[name][0] == code
+            assert text in found[name][1]
+    with pytest.raises(UserError, match=r"captions\.jsonl: line 1: not UTF-8.*on_bad_file"):
+        build(tmp_path, on_bad_file="error")
+    (tmp_path / "captions.jsonl").unlink()
+    with pytest.raises(UserError, match=r"ghost\.png: captions\.json names it.*on_bad_file"):
+        build(tmp_path, on_bad_file="error")
+    # The table is sound now, so a file without an entry has none.
+    assert reasons(build(tmp_path))["bare.png"] == (
+        "no_caption",
+        "it has no caption file bare.txt and no entry in captions.json",
+    )
 
 
 def test_media_of_one_stem_share_their_caption(tmp_path, write_sample, build):
@@ -216,6 +269,55 @@ def test_single_middle_takes_the_middle_on_the_models_grid(tmp_path, write_sampl
     assert sample.clip_start_seconds == (32 - 9) // 2 / 16
     assert load_clip(sample, rules).shape[1] == 9
     assert build(tmp_path, video_clip_mode="single_beginning").samples[0].clip_start_seconds == 0.0
+
+
+@pytest.mark.parametrize(
+    ("mode", "starts"),
+    [("uniform:3", [0, 11, 23]), ("multiple_overlapping", [0, 7, 15, 23]), ("single_beginning", [0])],
+)
+def test_several_clips_of_a_video_are_samples_of_their_own(
+    mode, starts, tmp_path, write_sample, build, rules
+):
+    write_sample(tmp_path / "a.mp4", num_frames=48)  # 2 s: 32 frames at 16 per second
+    write_sample(tmp_path / "b.png")
+    *clips, image = build(tmp_path, video_clip_mode=mode).samples
+    assert image.kind == "image"
+    assert [clip.clip_start_seconds for clip in clips] == [start / 16 for start in starts]
+    assert [clip.sample_id for clip in clips] == [
+        make_sample_id(tmp_path.name, "a.mp4", index) for index in range(len(starts))
+    ]
+    # The first is what a video of one clip is called.
+    assert clips[0].sample_id == build(tmp_path).samples[0].sample_id
+    assert len({latent_key(clip, rules, "vae", "float32") for clip in clips}) == len(starts)
+    assert load_clip(clips[-1], rules).shape[1] == 9
+
+
+def test_a_directory_has_its_own_clip_mode(tmp_path, write_sample, build):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_sample(tmp_path / name / "a.mp4", num_frames=48)
+    second = DirectoryConfig(path=str(tmp_path / "two"), video_clip_mode="uniform:2")
+    manifest = build(tmp_path / "one", second, video_clip_mode="single_middle")
+    assert [(sample.path.parent.name, sample.clip_start_seconds) for sample in manifest.samples] == [
+        ("one", 11 / 16),
+        ("two", 0.0),
+        ("two", 23 / 16),
+    ]
+
+
+def test_clips_show_the_time_they_are_named_for(tmp_path, write_video, square, build, rules):
+    """In the file a square moves at 12 px/s; each clip begins where the square is at the clip's start."""
+    write_video(tmp_path / "a.mp4", lambda time: square(20 + 12 * time), num_frames=96)
+    (tmp_path / "a.txt").write_text("a square")
+    for clip in build(tmp_path, video_clip_mode="multiple_overlapping").samples:
+        video_CFHW = load_clip(clip, rules) / 2 + 0.5
+        weight_FW = video_CFHW.mean(dim=(0, 2))
+        centers_F = (weight_FW * (torch.arange(weight_FW.shape[1]) + 0.5)).sum(1) / weight_FW.sum(1)
+        # 96 x 64 px are cropped and scaled to the bucket; a frame of the file lasts 1/24 s, which is 0.5 px.
+        scale = max(clip.bucket.width / 96, clip.bucket.height / 64)
+        times_F = clip.clip_start_seconds + torch.arange(len(centers_F)) / rules.fps
+        expected_F = (20 + 12 * times_F - 48) * scale + clip.bucket.width / 2
+        assert (centers_F - expected_F).abs().max() < 1.0
 
 
 def test_what_was_found_out_is_kept_also_after_an_error(tmp_path, write_sample, make_dataset, rules):
