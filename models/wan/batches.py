@@ -16,6 +16,7 @@ from models.wan.stages import TextWire
 from models.wan.text_encoder import WanTokenizer, pad_token_ids
 from utils.config.guardrails import mode_of
 from utils.config.schema import TrainConfig
+from utils.data.caption_aug import CaptionAug, build_caption_aug
 from utils.data.manifest import SampleRecord
 from utils.data.sampler import MicroBatch
 from utils.flow_matching import NUM_TRAIN_TIMESTEPS, SigmaLaw, add_noise, velocity_target
@@ -50,6 +51,10 @@ class WanBatches:
         self._cache = cache
         self._tokenizer_dir = tokenizer_dir
         model = config.model
+        # Only where captions are encoded at each visit; in dit_lora the cache has whole ones alone.
+        self.caption_aug: CaptionAug | None = (
+            build_caption_aug(model.caption_aug) if self._mode == "encoder_ft" else None
+        )
         low, high = variant.sigma_range(model.expert, model.min_t, model.max_t)
         self.sigma_law = SigmaLaw(model.timestep_sample_method, model.sigmoid_scale, model.shift, low, high)
 
@@ -57,6 +62,23 @@ class WanBatches:
     def tokenizer(self) -> WanTokenizer:
         """The tokenizer, loaded on first use."""
         return WanTokenizer(self._tokenizer_dir)
+
+    def describe_captions(self) -> list[str]:
+        """How captions are augmented, for people; nothing where they are not."""
+        aug = self.caption_aug
+        if aug is None:
+            return []
+        found, total = aug.num_with_keyword(s.caption for s in self._samples), len(self._samples)
+        lines = [
+            f"captions: the keyword alone at {aug.single:.1%} of visits, {aug.window_words} words round it at "
+            f"{aug.short:.1%}, else whole; {found} of {total} captions hold a keyword, the others stay whole"
+        ]
+        if not found:
+            lines.append(
+                "warning: no caption holds a keyword, so caption_aug changes nothing; keywords are whole words, check "
+                "them and case_insensitive"
+            )
+        return lines
 
     @cached_property
     def workload(self) -> Workload:
@@ -128,6 +150,13 @@ class WanBatches:
             draw = torch.rand((), generator=generator(self._config.seed, "uncond", sample.sample_id, visit))
             if draw.item() < self._config.uncond_fraction:
                 return EMPTY_CAPTION
+        caption = self._one_of(sample, visit)
+        if self.caption_aug is None:
+            return caption
+        return self.caption_aug.augment(caption, self._config.seed, sample.sample_id, visit)
+
+    def _one_of(self, sample: SampleRecord, visit: int) -> str:
+        """The caption of this visit, of a file that has several."""
         if len(sample.captions) == 1:
             return sample.captions[0]
         random = generator(self._config.seed, "caption", sample.sample_id, visit)

@@ -70,6 +70,7 @@ class WanCache:
     ) -> None:
         self._samples = manifest.samples
         self._store = store
+        self._hashes = hashes
         self._config = config
         self._variant = variant
         self._rules = media_rules(variant)
@@ -90,6 +91,11 @@ class WanCache:
             for caption in sorted({EMPTY_CAPTION, *all_captions(self._samples)})
         }
 
+    def keys(self) -> set[str]:
+        """Keys of all items that training reads; of captions only where their states are cached."""
+        texts = self._text_keys.values() if self._config.cache_text_embeddings else ()
+        return {*self._latent_keys, *texts}
+
     def read_latents(self, sample_index: int) -> dict[str, Tensor]:
         """`latents` [C, F, H, W] float32, and for I2V `cond` [20, F, H, W]: mask and encoded first frame."""
         return self._store.get(self._latent_keys[sample_index])
@@ -103,7 +109,16 @@ class WanCache:
     ) -> FillStats:
         """Encode this rank's share of the latents: the missing ones, or all with `regenerate`."""
         items = [
-            FillItem(key=key, group=_bucket_group(sample), payload=sample)
+            FillItem(
+                key=key,
+                group=_bucket_group(sample),
+                payload=sample,
+                metadata={
+                    "vae": self._hashes.vae,
+                    "dtype": self._config.vae_dtype,
+                    "bucket": str(sample.bucket),
+                },
+            )
             for key, sample in zip(self._latent_keys, self._samples, strict=True)
         ]
         make = partial(self._latent_encoder, paths.vae, processes.device)
@@ -118,8 +133,10 @@ class WanCache:
         on_progress: OnProgress,
     ) -> FillStats:
         """The same for caption states, captions of like length together."""
+        # What made it, for cache_tool.py; never the caption itself.
+        made_by = {"text_encoder": self._hashes.text_encoder, "dtype": self._config.dtype}
         items = [
-            FillItem(key=key, group=(len(tokenizer(caption)) // _LENGTH_STEP,), payload=caption)
+            FillItem(key, (len(tokenizer(caption)) // _LENGTH_STEP,), payload=caption, metadata=made_by)
             for caption, key in self._text_keys.items()
         ]
 

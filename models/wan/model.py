@@ -71,7 +71,7 @@ class WanModel:
         ]
         if self.targets:
             lines.append(f"{len(self.targets)} adapter targets: {'; '.join(describe_targets(self.targets))}")
-        return lines
+        return lines + self.batches.describe_captions()
 
     def layer_specs(self) -> list[LayerSpec]:
         """All layers of the mode, first to last."""

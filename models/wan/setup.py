@@ -9,12 +9,13 @@ from pathlib import Path
 import pandas as pd
 import xxhash
 
+from models.wan.arch import VariantInfo, load_arch
 from models.wan.caching import OnProgress, WanCache, WeightHashes, all_captions, hash_weights, media_rules
-from models.wan.checkpoint import CheckpointPaths
+from models.wan.checkpoint import CheckpointPaths, find_checkpoint, open_sharded
 from models.wan.model import WanModel
 from models.wan.text_encoder import MAX_TEXT_TOKENS, WanTokenizer
 from utils.config.dump import config_hash
-from utils.config.schema import LoadedConfig
+from utils.config.schema import DatasetConfig, LoadedConfig
 from utils.data.cache import CacheStore
 from utils.data.fill import FillStats
 from utils.data.manifest import Manifest, SkippedFile, build_manifest, default_cache_dir
@@ -65,15 +66,7 @@ def prepare_data(
     variant = model.arch.variant
     memo = HashMemo(root / _MEMO_FILE)
 
-    def scan() -> tuple[Manifest, WeightHashes]:
-        manifest = build_manifest(dataset, media_rules(variant), memo)
-        if variant.model_type == "i2v":
-            manifest = without_images(manifest)
-        hashes = hash_weights(paths, memo)
-        memo.save()
-        return manifest, hashes
-
-    manifest, hashes = on_main(scan)
+    manifest, hashes = on_main(lambda: _scan(dataset, variant, paths, memo))
     _say_manifest(manifest, say)
     store = on_every_rank(lambda: CacheStore(root))
     cache = WanCache(manifest, store, hashes, config.train.model, variant)
@@ -82,7 +75,7 @@ def prepare_data(
         _say_long_captions(manifest, tokenizer, say)
     texts = tokenizer if config.train.model.cache_text_embeddings else None
     _fill(cache, paths, processes, texts, regenerate=regenerate, say=say)
-    model.attach_data(manifest.samples, cache)
+    on_every_rank(lambda: model.attach_data(manifest.samples, cache))
     for line in model.describe():
         say(line)
     plan = BatchPlan(manifest.samples, config.train.micro_batch_size_per_gpu, config.train.seed)
@@ -94,7 +87,38 @@ def prepare_data(
         "the text encoder": hashes.text_encoder,
         "the tokenizer": hashes.tokenizer,
     }
+    if model.batches.caption_aug is not None:
+        fingerprints["the keywords"] = model.batches.caption_aug.keywords_digest
     return PreparedData(manifest, plan, hashes, root, fingerprints)
+
+
+def needed_items(config: LoadedConfig) -> tuple[set[str], Manifest]:
+    """Keys of all items of the cache that training by this configuration reads, and the dataset they come from.
+
+    Reads the files of the dataset and the weights that are new or changed since the cache last saw them.
+
+    Raises:
+        UserError: the checkpoint or the dataset is not right.
+    """
+    dataset, model = config.dataset, config.train.model
+    assert dataset is not None, "load_config with check_files has read it"
+    root = default_cache_dir(dataset)
+    paths = find_checkpoint(model)
+    variant = load_arch(paths.config_json, open_sharded(paths.transformer_dir).shapes).variant
+    manifest, hashes = _scan(dataset, variant, paths, HashMemo(root / _MEMO_FILE))
+    return WanCache(manifest, CacheStore(root), hashes, model, variant).keys(), manifest
+
+
+def _scan(
+    dataset: DatasetConfig, variant: VariantInfo, paths: CheckpointPaths, memo: HashMemo
+) -> tuple[Manifest, WeightHashes]:
+    """The samples that this variant trains on, and hashes of what encodes them."""
+    manifest = build_manifest(dataset, media_rules(variant), memo)
+    if variant.model_type == "i2v":
+        manifest = without_images(manifest)
+    hashes = hash_weights(paths, memo)
+    memo.save()
+    return manifest, hashes
 
 
 def without_images(manifest: Manifest) -> Manifest:

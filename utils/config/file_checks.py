@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+from utils.config.keywords import read_keywords
 from utils.config.schema import AdapterConfig, DatasetConfig, ModelConfig, Problem
+from utils.errors import UserError
 
 
 def can_be_seen(path: str) -> bool:
@@ -14,10 +16,13 @@ def can_be_seen(path: str) -> bool:
 
 
 def check_model_paths(model: ModelConfig) -> list[Problem]:
-    """Every weight file or directory that `[model]` names exists."""
+    """Every weight file or directory that `[model]` names exists, and the keyword file can be read."""
     names = [field.name for field in fields(model) if field.name.endswith("_path")]
     named = {name: path for name in names if (path := getattr(model, name)) is not None}
-    return [problem for name, path in named.items() for problem in _check_exists(f"model.{name}", path)]
+    problems = [problem for name, path in named.items() for problem in _check_exists(f"model.{name}", path)]
+    if model.caption_aug is not None and model.caption_aug.keywords_file is not None:
+        problems += _check_keywords_file("model.caption_aug.keywords_file", model.caption_aug.keywords_file)
+    return problems
 
 
 def check_output_path(output_dir: str) -> list[Problem]:
@@ -65,6 +70,17 @@ def _check_exists(key: str, path: str, only_file: bool = False) -> list[Problem]
         ]
     if only_file and not Path(path).is_file():
         return [Problem(key, f'"{path}" is not a file', "name a text file with one module path per line")]
+    return []
+
+
+def _check_keywords_file(key: str, path: str) -> list[Problem]:
+    try:
+        read_keywords(path)
+    except UserError as error:
+        fix = (
+            "name a UTF-8 text file with one keyword per line; its path is relative to the working directory"
+        )
+        return [Problem(key, str(error), fix)]
     return []
 
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from utils.config.caption_rules import CAPTION_RULES
 from utils.config.introspect import keys_of
 from utils.config.rules import Rule
 from utils.config.schema import ModelConfig, Problem, TrainConfig
@@ -205,6 +206,7 @@ RULES = (
     Rule(check_frozen_transformer, ("model.freeze_transformer",)),
     Rule(check_adapter_fits_mode, (*_MODE_KEYS, "adapter")),
     Rule(check_encoder_options, (*_MODE_KEYS, *(f"model.{name}" for name in _ENCODER_ONLY_KEYS))),
+    *CAPTION_RULES,
     *TARGET_RULES,
     Rule(check_blocks_range, ("adapter.train_blocks_range",)),
     Rule(check_budget_has_adapter, ("adapter", "budget")),

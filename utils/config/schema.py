@@ -36,6 +36,36 @@ def option(
 
 
 @dataclass(frozen=True, kw_only=True)
+class CaptionMix:
+    """`[model.caption_aug.mix]`: the law of caption augmentation as three shares that add up to 1."""
+
+    single: float = option("Share of visits that see the keyword alone.", ge=0.0, le=1.0)
+    short: float = option("Share of visits that see a short window round the keyword.", ge=0.0, le=1.0)
+    verbose: float = option("Share of visits that see the whole caption.", ge=0.0, le=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionAugConfig:
+    """`[model.caption_aug]`: at each visit the whole caption, a window round a keyword, or the keyword (encoder_ft)."""
+
+    enable: bool = option("Whether captions are augmented.")
+    keywords: tuple[str, ...] = option(
+        "Domain keywords, whole words. They are written into run directories; keywords_file keeps them out.",
+        (),
+    )
+    keywords_file: str | None = option(
+        "Instead: a private UTF-8 text file outside the repository, one keyword per line.", None
+    )
+    case_insensitive: bool = option("Find a keyword also where its case differs.", True)
+    single_token: float | None = option("Probability of the keyword alone. Not set: 0.", None, ge=0.0, le=1.0)
+    trim_prob: float | None = option(
+        "Else, probability of a short window round the keyword. Not set: 0.", None, ge=0.0, le=1.0
+    )
+    trim_window_words: int = option("Words in that window, the keyword's own included.", 8, ge=1, le=512)
+    mix: CaptionMix | None = option("The same three probabilities, instead of the two above.", None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """`[model]`: which weights, in which precision, and what is trained."""
 
@@ -87,6 +117,7 @@ class ModelConfig:
     )
     min_t: float = option("Lowest noise level (after the shift) that is trained.", 0.0, ge=0.0, lt=1.0)
     max_t: float = option("Highest noise level (after the shift) that is trained.", 1.0, gt=0.0, le=1.0)
+    caption_aug: CaptionAugConfig | None = option("Caption augmentation; encoder_ft only.", None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -23,6 +23,7 @@ STORE_FORMAT = 1
 Setting = str | int | float | bool | None
 
 _KEY = re.compile(r"([a-z_]+)/([0-9a-f]{32})")
+_KIND = re.compile(r"[a-z_]+")
 _SUFFIX = ".safetensors"
 _CHECKSUM, _KEY_FIELD = "checksum", "key"
 
@@ -88,6 +89,10 @@ def text_key(
 def _make_key(kind: str, **parts: object) -> str:
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return f"{kind}/{xxhash.xxh3_128_hexdigest(canonical.encode())}"
+
+
+class _DamagedError(Exception):
+    """An item that is there is not whole; the message says in what way."""
 
 
 class CacheStore:
@@ -169,9 +174,10 @@ class CacheStore:
         return tensors
 
     def metadata(self, key: str) -> dict[str, str]:
-        """The text kept with an item that is there."""
+        """The text that `put` was given with an item that is there."""
         with safe_open(self.path(key), framework="pt") as file:
-            return dict(file.metadata())
+            metadata = file.metadata() or {}
+        return {name: value for name, value in metadata.items() if name not in (_CHECKSUM, _KEY_FIELD)}
 
     def verify(self, key: str) -> bool:
         """Read the item and compare its checksum. False: it is not there, or was damaged and has been removed."""
@@ -183,7 +189,40 @@ class CacheStore:
         self.path(key).unlink(missing_ok=True)
         self._verified.discard(key)
 
+    def damage(self, key: str) -> str | None:
+        """Read the item, compare its checksum and say what is wrong with it; None where it is whole or not there.
+
+        Unlike `verify` it leaves a damaged item where it is.
+        """
+        self._verified.discard(key)
+        try:
+            self._load(key)
+        except _DamagedError as error:
+            return str(error)
+        return None
+
+    def kinds(self) -> list[str]:
+        """The kinds of items that the store has folders for."""
+        return sorted(name for name in _file_names(self.root / "items") if _KIND.fullmatch(name))
+
+    def keys(self, kind: str) -> Iterator[str]:
+        """Keys of all items of a kind, in the order of their digests; other files are passed over."""
+        folder = self.root / "items" / kind
+        for prefix in sorted(_file_names(folder)):
+            for name in sorted(_file_names(folder / prefix)):
+                key = f"{kind}/{name.removesuffix(_SUFFIX)}"
+                if _KEY.fullmatch(key) and _place(key) == (kind, prefix, name):
+                    yield key
+
     def _read(self, key: str) -> dict[str, torch.Tensor] | None:
+        try:
+            return self._load(key)
+        except _DamagedError:
+            self.remove(key)
+            return None
+
+    def _load(self, key: str) -> dict[str, torch.Tensor] | None:
+        """The tensors, None where the item is not there; raises _DamagedError."""
         path = self.path(key)
         try:
             with safe_open(path, framework="pt") as file:
@@ -193,13 +232,13 @@ class CacheStore:
             return None
         except OSError as error:
             raise UserError(f"{path}: not readable ({error.strerror or error}); mend its rights") from error
-        except SafetensorError:
-            self.remove(key)
-            return None
+        except SafetensorError as error:
+            raise _DamagedError("is not a whole safetensors file") from error
         if key not in self._verified:
-            if metadata.get(_KEY_FIELD) != key or metadata.get(_CHECKSUM) != _checksum(tensors):
-                self.remove(key)
-                return None
+            if metadata.get(_KEY_FIELD) != key:
+                raise _DamagedError("holds another item than its name says")
+            if metadata.get(_CHECKSUM) != _checksum(tensors):
+                raise _DamagedError("does not match its checksum")
             self._verified.add(key)
         return tensors
 
@@ -236,7 +275,7 @@ def _file_names(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return [entry.name for entry in entries]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -1,5 +1,6 @@
 """Micro-batches, made of a cache in memory: what the model sees, what it should answer, and that both are repeatable."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from models.wan.arch import VARIANTS
 from models.wan.batches import WanBatches
 from models.wan.checkpoint import TOKENIZER_DIR
 from models.wan.stages import TextWire
+from utils.config.schema import CaptionAugConfig
 from utils.data.buckets import Bucket
 from utils.data.manifest import SampleRecord
 from utils.data.media import MediaInfo
@@ -189,6 +191,45 @@ def test_a_share_of_visits_sees_the_empty_caption(mode, make_batches):
     assert set(some) == {full, empty}
     assert 8 <= some.count(empty) <= 28
     assert lengths(0.3) == some
+
+
+AUG = CaptionAugConfig(enable=True, keywords=("circle",), single_token=0.5)
+
+
+def visits_of(batches: WanBatches, sample: int, visits: int = 40) -> list[list[int]]:
+    wires = [TextWire(*batches.prepare(batch_of((sample, v)), 1.0, **BOTH).inputs) for v in range(visits)]
+    return [wire.text[0, : int(wire.lens_B)].tolist() for wire in wires]
+
+
+def test_the_encoder_sees_augmented_captions(make_batches):
+    batches = make_batches("encoder_ft", model={"caption_aug": AUG})
+    alone, whole = batches.tokenizer("circle"), batches.tokenizer(CAPTIONS[0])
+    seen = visits_of(batches, 0)
+    assert 8 <= seen.count(alone) <= 32
+    assert seen.count(alone) + seen.count(whole) == len(seen)
+    assert visits_of(make_batches("encoder_ft", model={"caption_aug": AUG}), 0) == seen
+    assert visits_of(batches, 1) == [batches.tokenizer(CAPTIONS[1])] * 40  # holds no keyword
+    (line,) = batches.describe_captions()
+    assert "alone at 50.0% of visits" in line and "1 of 3 captions" in line and "circle" not in line
+
+
+def test_augmentation_leaves_empty_captions_and_noise_as_they_are(make_batches):
+    plain = make_batches("encoder_ft", uncond_fraction=0.4)
+    both = make_batches("encoder_ft", uncond_fraction=0.4, model={"caption_aug": AUG})
+    empty = plain.tokenizer("")
+    assert [ids == empty for ids in visits_of(both, 0)] == [ids == empty for ids in visits_of(plain, 0)]
+    assert any(ids != empty and ids != plain.tokenizer(CAPTIONS[0]) for ids in visits_of(both, 0))
+    left, right = (TextWire(*b.prepare(batch_of((0, 3)), 1.0, **BOTH).inputs) for b in (plain, both))
+    assert torch.equal(left.latents_BCFHW, right.latents_BCFHW)
+
+
+def test_keywords_that_are_nowhere_are_warned_of(make_batches):
+    aug = replace(AUG, keywords=("triangle",))
+    assert any(
+        line.startswith("warning: no caption holds a keyword") and "triangle" not in line
+        for line in make_batches("encoder_ft", model={"caption_aug": aug}).describe_captions()
+    )
+    assert make_batches("encoder_ft").describe_captions() == []
 
 
 def test_dropout_seeds_name_the_samples_and_their_visits(make_batches):

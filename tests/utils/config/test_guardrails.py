@@ -24,6 +24,12 @@ ENCODER_FT = dict(zip(SWITCHES, (False, True, True), strict=True))
 DIT_LORA = dict(zip(SWITCHES, (True, False, True), strict=True))
 APPROVAL = {"reason": "the shapes lose their outline", "blocks": [3, 4]}
 BUDGET = {"max_delta_ratio": 0.05}
+AUG = {"enable": True, "keywords": ["circle"], "single_token": 0.2, "trim_prob": 0.5}
+BY_MIX = {
+    "enable": True,
+    "keywords_file": "words.txt",
+    "mix": {"single": 0.2, "short": 0.3, "verbose": 0.5},
+}
 
 
 def dit_lora(adapter=None, model=None, **top):
@@ -253,6 +259,33 @@ def found_in_dataset(table) -> list[Problem]:
         ),
         (dit_lora(output_dir="reports"), "output_dir", "never mix"),
         (dit_lora(output_dir="./output/../reports/runs"), "output_dir", "never mix"),
+        (dit_lora(model={"caption_aug": AUG}), "model.caption_aug", "read from the cache at every visit"),
+        (
+            encoder_ft({"caption_aug": AUG | {"keywords_file": "words.txt"}}),
+            "model.caption_aug.keywords_file",
+            "together with keywords",
+        ),
+        (encoder_ft({"caption_aug": AUG | {"keywords": []}}), "model.caption_aug", "without keywords"),
+        (
+            encoder_ft({"caption_aug": {"enable": True, "keywords": ["circle"]}}),
+            "model.caption_aug",
+            "without a law",
+        ),
+        (
+            encoder_ft({"caption_aug": BY_MIX | {"single_token": 0.0}}),
+            "model.caption_aug.mix",
+            "together with single_token:",
+        ),
+        (
+            encoder_ft({"caption_aug": BY_MIX | AUG | {"keywords": []}}),
+            "model.caption_aug.mix",
+            "single_token and trim_prob",
+        ),
+        (
+            encoder_ft({"caption_aug": BY_MIX | {"mix": {"single": 0.2, "short": 0.3, "verbose": 0.6}}}),
+            "model.caption_aug.mix",
+            "adds up to 1.1",
+        ),
     ],
 )
 def test_refused(table, key, words) -> None:
@@ -302,6 +335,12 @@ def test_refused(table, key, words) -> None:
         dit_lora(warmup_steps=500),
         dit_lora(output_dir="output/reports"),
         dit_lora(output_dir="reports_of_mine"),
+        encoder_ft({"caption_aug": AUG}),
+        encoder_ft({"caption_aug": BY_MIX}),
+        encoder_ft({"caption_aug": BY_MIX | {"mix": {"single": 0.7, "short": 0.1, "verbose": 0.2}}}),
+        encoder_ft({"caption_aug": {"enable": True, "keywords": ["circle"], "trim_prob": 0.0}}),
+        encoder_ft({"caption_aug": {"enable": False}}),
+        dit_lora(model={"caption_aug": AUG | {"enable": False}}),
         dit_lora(save_every_n_epochs=0, checkpoint_every_n_epochs=0),
     ],
 )

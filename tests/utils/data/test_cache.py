@@ -99,7 +99,7 @@ def test_there_and_back(store):
         assert opened.has(key)
         assert same(opened.get(key), TENSORS)
         assert opened.verify(key)
-    assert store.metadata(key)["path"] == "a.mp4"
+    assert store.metadata(key) == {"path": "a.mp4"}
     assert same(load_file(store.path(key)), TENSORS)  # an ordinary safetensors file
 
 
@@ -165,6 +165,10 @@ def test_damaged_items_are_found_removed_and_missing(store, damage):
         store.put(key_of(2), TENSORS)
         data = bytearray(store.path(key_of(2)).read_bytes())
     path.write_bytes(data[: {"cut": len(data) // 2, "empty": 0}.get(damage, len(data))])
+    words = {"bit": "checksum", "other_item": "another item"}.get(damage, "not a whole safetensors file")
+    assert words in CacheStore(store.root).damage(key)
+    assert words in store.damage(key)  # also where this process has checked the item before
+    assert path.exists()
     by_get, by_verify = CacheStore(store.root), CacheStore(store.root)
     content = path.read_bytes()
     assert not by_verify.verify(key)
@@ -175,6 +179,26 @@ def test_damaged_items_are_found_removed_and_missing(store, damage):
         by_get.get(key)
     assert str(path) in str(caught.value)
     assert not path.exists()
+
+
+def test_a_whole_or_missing_item_has_no_damage(store):
+    store.put(key_of(1), TENSORS)
+    assert CacheStore(store.root).damage(key_of(1)) is None
+    assert store.damage(key_of(2)) is None
+
+
+def test_all_keys_of_a_kind_are_listed(store):
+    assert store.kinds() == [] and list(store.keys("latents")) == []
+    keys = sorted(key_of(number << 120 | number) for number in range(20))
+    for key in [*keys, key_of(3, "text")]:
+        store.put(key, {"x": torch.zeros(1)})
+    folder = store.path(keys[0]).parent
+    for other in ("notes.txt", f".{'0' * 32}.safetensors.x.tmp", "ff" + "0" * 30 + ".safetensors"):
+        (folder / other).touch()
+    (store.root / "items" / "latents" / "stray").touch()
+    assert store.kinds() == ["latents", "text"]
+    assert list(store.keys("latents")) == keys
+    assert list(store.keys("text")) == [key_of(3, "text")]
 
 
 def test_a_checksum_is_compared_once_per_process(store, monkeypatch):

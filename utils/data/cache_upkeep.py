@@ -1,0 +1,155 @@
+"""Looking after a cache: what is in it, which items are damaged, which nobody needs, what killed processes left.
+
+Other processes may fill the cache meanwhile: items that come or go while it is looked at are no error.
+"""
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from utils.data.cache import CacheStore
+from utils.errors import UserError
+from utils.files import TEMPORARY_SUFFIX, disk_errors_as_user_errors
+
+# A process that still writes has touched its file more recently than this.
+LEFTOVER_AGE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class KindStats:
+    """All items of one kind.
+
+    Attributes:
+        kind: latents, text.
+        num_items: how many there are.
+        num_bytes: what their files hold.
+        oldest, newest: seconds since the epoch at which the first and last one was written.
+        made_by: per name of the metadata how many items have each value.
+        num_unreadable: items whose header cannot be read.
+    """
+
+    kind: str
+    num_items: int
+    num_bytes: int
+    oldest: float
+    newest: float
+    made_by: dict[str, Counter[str]]
+    num_unreadable: int
+
+
+@dataclass(frozen=True)
+class Unneeded:
+    """Files that may go, and their size."""
+
+    paths: tuple[Path, ...]
+    num_bytes: int
+
+
+def open_existing(root: Path) -> CacheStore:
+    """Open a cache that is there; unlike `CacheStore` it makes none.
+
+    Raises:
+        UserError: there is no cache, or a newer version made it.
+    """
+    if not (root / "FORMAT").is_file():
+        inside = root / ".wan_cache"
+        hint = f"; {inside} is one" if (inside / "FORMAT").is_file() else ""
+        raise UserError(
+            f"{root}: is no cache{hint}; give the dataset's cache_dir, by default .wan_cache in its first directory"
+        )
+    return CacheStore(root)
+
+
+def measure(store: CacheStore) -> list[KindStats]:
+    """Count the items of each kind, by their files and headers."""
+    return [stats for kind in store.kinds() if (stats := _measure_kind(store, kind)).num_items]
+
+
+def _measure_kind(store: CacheStore, kind: str) -> KindStats:
+    sizes: list[int] = []
+    times: list[float] = []
+    made_by: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    num_unreadable = 0
+    for key in store.keys(kind):
+        try:
+            status = store.path(key).stat()
+            metadata = store.metadata(key)
+        except FileNotFoundError:
+            continue
+        except (SafetensorError, OSError):
+            metadata = {}
+            num_unreadable += 1
+        sizes.append(status.st_size)
+        times.append(status.st_mtime)
+        for name, value in metadata.items():
+            made_by[name][value] += 1
+    return KindStats(
+        kind,
+        len(sizes),
+        sum(sizes),
+        min(times, default=0.0),
+        max(times, default=0.0),
+        dict(made_by),
+        num_unreadable,
+    )
+
+
+def all_keys(store: CacheStore) -> list[str]:
+    """Keys of every item."""
+    return [key for kind in store.kinds() for key in store.keys(kind)]
+
+
+def find_damaged(
+    store: CacheStore, keys: Iterable[str], on_item: Callable[[], None] = lambda: None
+) -> dict[str, str]:
+    """What is wrong with each damaged item, by key; nothing is removed. `on_item` is called after each.
+
+    Raises:
+        UserError: an item cannot be read, which is not damage: its rights may be mended.
+    """
+    damaged = {}
+    for key in keys:
+        reason = store.damage(key)
+        if reason is not None:
+            damaged[key] = reason
+        on_item()
+    return damaged
+
+
+def find_unneeded(store: CacheStore, keys: Iterable[str], needed: Set[str]) -> Unneeded:
+    """The files of those of `keys` that are not in `needed`."""
+    return _sized(store.path(key) for key in keys if key not in needed)
+
+
+def find_leftovers(root: Path, min_age_seconds: float = LEFTOVER_AGE_SECONDS) -> Unneeded:
+    """Temporary files that killed processes left anywhere in the cache, as far as they are old enough to be left."""
+    newest = time.time() - min_age_seconds
+    return _sized(root.rglob(f".*{TEMPORARY_SUFFIX}"), newest)
+
+
+def delete(unneeded: Unneeded) -> None:
+    """Delete the files; one that has gone already is no error.
+
+    Raises:
+        UserError: the cache is not writable.
+    """
+    for path in unneeded.paths:
+        with disk_errors_as_user_errors(path):
+            path.unlink(missing_ok=True)
+
+
+def _sized(paths: Iterable[Path], newest: float | None = None) -> Unneeded:
+    """The files among `paths`, written at `newest` at the latest."""
+    sizes: dict[Path, int] = {}
+    for path in paths:
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        if path.is_file() and (newest is None or status.st_mtime <= newest):
+            sizes[path] = status.st_size
+    return Unneeded(tuple(sizes), sum(sizes.values()))
