@@ -14,7 +14,7 @@ from models.wan.layers import Workload
 from models.wan.stages import TextWire
 from models.wan.text_encoder import WanTokenizer, pad_token_ids
 from utils.config.guardrails import mode_of
-from utils.config.schema import TrainConfig
+from utils.config.schema import ModelConfig, TrainConfig
 from utils.data.manifest import SampleRecord
 from utils.data.sampler import MicroBatch
 from utils.flow_matching import NUM_TRAIN_TIMESTEPS, SigmaLaw, add_noise, velocity_target
@@ -29,6 +29,16 @@ class _NoisedSample:
     inputs_CFHW: Tensor
     target_CFHW: Tensor
     sigma: float
+
+
+def build_sigma_law(model: ModelConfig, variant: VariantInfo) -> SigmaLaw:
+    """The configured law of the noise level, restricted to what the chosen expert is responsible for.
+
+    Raises:
+        UserError: nothing is left of the range.
+    """
+    low, high = variant.sigma_range(model.expert, model.min_t, model.max_t)
+    return SigmaLaw(model.timestep_sample_method, model.sigmoid_scale, model.shift, low, high)
 
 
 class WanBatches:
@@ -48,9 +58,7 @@ class WanBatches:
         self._samples = samples
         self._cache = cache
         self._tokenizer_dir = tokenizer_dir
-        model = config.model
-        low, high = variant.sigma_range(model.expert, model.min_t, model.max_t)
-        self.sigma_law = SigmaLaw(model.timestep_sample_method, model.sigmoid_scale, model.shift, low, high)
+        self.sigma_law = build_sigma_law(config.model, variant)
 
     @cached_property
     def tokenizer(self) -> WanTokenizer:

@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 THE_DIT = "the DiT"
 TARGETS_FILE = "targets.json"
 BASE_KEYS_FILE = "base_keys.csv"
-_MEMO_FILE = "content_hashes.jsonl"
+MEMO_FILE = "content_hashes.jsonl"
 _MAX_LINES_SHOWN = 10
 
 
@@ -62,7 +62,7 @@ def prepare_data(
     assert dataset is not None, "load_config with check_files has read it"
     root = default_cache_dir(dataset)
     variant = model.arch.variant
-    memo = HashMemo(root / _MEMO_FILE)
+    memo = HashMemo(root / MEMO_FILE)
 
     def scan() -> tuple[Manifest, WeightHashes]:
         manifest = build_manifest(dataset, media_rules(variant), memo)
@@ -96,18 +96,18 @@ def prepare_data(
     return PreparedData(manifest, plan, hashes, root, fingerprints)
 
 
-def without_images(manifest: Manifest) -> Manifest:
+def without_images(manifest: Manifest, *, allow_empty: bool = False) -> Manifest:
     """Leave images out: to an image-to-video model an image shows its first frame, which is all of the answer.
 
     Raises:
-        UserError: nothing is left.
+        UserError: nothing is left, unless `allow_empty`.
     """
     videos = tuple(sample for sample in manifest.samples if sample.kind == "video")
     reason = "is an image, and an image-to-video model learns from videos only"
     images = tuple(
         SkippedFile(sample.path, reason, "no_bucket") for sample in manifest.samples if sample.kind == "image"
     )
-    if not videos:
+    if not videos and not allow_empty:
         raise UserError(f"the dataset has no video among its {len(images)} usable files: each {reason}")
     return Manifest(videos, manifest.skipped + images)
 
