@@ -52,6 +52,16 @@ class SigmaLaw:
         logit = math.log(sigma) - math.log1p(-sigma) - math.log(self.shift)
         return _NORMAL.cdf(logit / self.sigmoid_scale)
 
+    def share_between(self, low: float, high: float) -> float:
+        """Share of draws from `low` to below `high` (1 included), of the law as it is restricted to [min_t, max_t]."""
+        start, end = self.probability_below(self.min_t), self.probability_below(self.max_t)
+        if end <= start:
+            # So far out in the law's tail that all draws fall on the end of the range that is nearer to the law.
+            only = min(max(self.quantile(start), self.min_t), self.max_t)
+            return float(low <= only < high or only == high == 1)
+        below_low, below_high = (min(max(self.probability_below(sigma), start), end) for sigma in (low, high))
+        return (below_high - below_low) / (end - start)
+
     def sample(self, generator: torch.Generator) -> float:
         """Draw one sigma inside [min_t, max_t]."""
         uniform = torch.rand((), generator=generator, dtype=torch.float64).item()

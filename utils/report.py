@@ -26,6 +26,7 @@ from utils.report_summary import SUMMARY_NAME, InputFile, Summary, Verdict, read
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 __all__ = ["InputFile", "Report", "Summary", "Verdict", "read_summary", "utc_run_tag"]
 
@@ -135,10 +136,15 @@ class Report:
 
     def plot(self, name: str, figure: "Figure", title: str = "") -> None:
         """Add `<name>.png`, drawn now; keep figures at most about 9 x 5 inches, they are stored at 100 dpi."""
-        file_name = self._file_name(name, ".png")
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=_PLOT_DPI, pil_kwargs={"optimize": True})
-        self._plots.append(Plot(title or name, file_name, image.getvalue()))
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=_PLOT_DPI, pil_kwargs={"optimize": True})
+        self._plots.append(Plot(title or name, self._file_name(name, ".png"), png.getvalue()))
+
+    def picture(self, name: str, image: "Image", title: str = "") -> None:
+        """Add `<name>.png` from pixels, such as a contact sheet; keep it at most about 1000 px wide."""
+        png = io.BytesIO()
+        image.save(png, format="png", optimize=True)
+        self._plots.append(Plot(title or name, self._file_name(name, ".png"), png.getvalue()))
 
     def section(self, title: str, markdown: str) -> None:
         """Add a passage of Markdown, after the key numbers."""

@@ -15,7 +15,7 @@ from models.wan.layers import Workload
 from models.wan.stages import TextWire
 from models.wan.text_encoder import WanTokenizer, pad_token_ids
 from utils.config.guardrails import mode_of
-from utils.config.schema import TrainConfig
+from utils.config.schema import ModelConfig, TrainConfig
 from utils.data.caption_aug import CaptionAug, build_caption_aug
 from utils.data.manifest import SampleRecord
 from utils.data.sampler import MicroBatch
@@ -31,6 +31,16 @@ class _NoisedSample:
     inputs_CFHW: Tensor
     target_CFHW: Tensor
     sigma: float
+
+
+def build_sigma_law(model: ModelConfig, variant: VariantInfo) -> SigmaLaw:
+    """The configured law of the noise level, restricted to what the chosen expert is responsible for.
+
+    Raises:
+        UserError: nothing is left of the range.
+    """
+    low, high = variant.sigma_range(model.expert, model.min_t, model.max_t)
+    return SigmaLaw(model.timestep_sample_method, model.sigmoid_scale, model.shift, low, high)
 
 
 class WanBatches:
@@ -50,13 +60,11 @@ class WanBatches:
         self._samples = samples
         self._cache = cache
         self._tokenizer_dir = tokenizer_dir
-        model = config.model
         # Only where captions are encoded at each visit; in dit_lora the cache has whole ones alone.
         self.caption_aug: CaptionAug | None = (
-            build_caption_aug(model.caption_aug) if self._mode == "encoder_ft" else None
+            build_caption_aug(config.model.caption_aug) if self._mode == "encoder_ft" else None
         )
-        low, high = variant.sigma_range(model.expert, model.min_t, model.max_t)
-        self.sigma_law = SigmaLaw(model.timestep_sample_method, model.sigmoid_scale, model.shift, low, high)
+        self.sigma_law = build_sigma_law(config.model, variant)
 
     @cached_property
     def tokenizer(self) -> WanTokenizer:
@@ -68,7 +76,8 @@ class WanBatches:
         aug = self.caption_aug
         if aug is None:
             return []
-        found, total = aug.num_with_keyword(s.caption for s in self._samples), len(self._samples)
+        captions = [caption for sample in self._samples for caption in sample.captions]
+        found, total = aug.num_with_keyword(captions), len(captions)
         lines = [
             f"captions: the keyword alone at {aug.single:.1%} of visits, {aug.window_words} words round it at "
             f"{aug.short:.1%}, else whole; {found} of {total} captions hold a keyword, the others stay whole"

@@ -37,6 +37,7 @@ __all__ = [
     "Umt5Sizes",
     "check_checkpoint",
     "find_checkpoint",
+    "has_tokenizer",
     "locate",
     "open_pth",
     "open_safetensors",
@@ -44,6 +45,7 @@ __all__ = [
     "open_text_encoder",
     "open_vae",
     "open_weights",
+    "read_variant",
     "text_encoder_sizes",
     "vae_kind",
 ]
@@ -52,7 +54,7 @@ TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 VAE_FILES = {"2.1": "Wan2.1_VAE.pth", "2.2": "Wan2.2_VAE.pth"}
 TOKENIZER_DIR = "google/umt5-xxl"
 EXPERT_DIRS = {"high_noise": "high_noise_model", "low_noise": "low_noise_model"}
-_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _BY_MODEL_TYPE = {info.model_type: info for info in VARIANTS.values()}
 # In files for ComfyUI the tokenizer travels with the encoder, as bytes.
 _NOT_WEIGHTS = ("spiece_model",)
@@ -116,6 +118,35 @@ def open_vae(path: Path) -> TensorSource:
         UserError: the file is missing or damaged.
     """
     return open_weights(path)
+
+
+def read_variant(model: ModelConfig) -> VariantInfo:
+    """The variant by the DiT's `config.json` alone; where that is not there, what `model.variant` says. No weights.
+
+    Raises:
+        UserError: neither tells, the two differ, or `expert` is missing or out of place.
+    """
+    paths, problems = locate(model)
+    about_expert = [problem for problem in problems if problem.key == "model.expert"]
+    if about_expert:
+        raise UserError("\n".join(map(str, about_expert)))
+    found = _read_variant(paths.config_json)
+    if found is None and model.variant is None:
+        raise UserError(
+            f"{paths.config_json}: missing, or not the config.json of a Wan 2.2 DiT, so the variant is not known; mend "
+            "model.ckpt_path, or write model.variant"
+        )
+    if found is not None and model.variant not in (None, found.name):
+        raise UserError(
+            f"model.variant: is {model.variant!r}, but {paths.config_json} is that of {found.name!r}; write "
+            f'variant = "{found.name}", leave it out, or give another ckpt_path'
+        )
+    return found or VARIANTS[str(model.variant)]
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether the files of a tokenizer are there."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
 def check_checkpoint(model: ModelConfig) -> list[Problem]:
@@ -213,8 +244,8 @@ def _check_present(model: ModelConfig, paths: CheckpointPaths, problems: list[Pr
             if not path.exists():
                 problems.append(Problem(_key(model, option), f"{path} is missing", fix))
     tokenizer = paths.tokenizer_dir
-    if tokenizer.exists() and not any((tokenizer / name).is_file() for name in _TOKENIZER_FILES):
-        reason = f"{tokenizer} holds neither {' nor '.join(_TOKENIZER_FILES)}"
+    if tokenizer.exists() and not has_tokenizer(tokenizer):
+        reason = f"{tokenizer} holds neither {' nor '.join(TOKENIZER_FILES)}"
         problems.append(
             Problem(
                 _key(model, "tokenizer_path"), reason, "give the directory of google/umt5-xxl's tokenizer"

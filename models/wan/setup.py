@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 THE_DIT = "the DiT"
 TARGETS_FILE = "targets.json"
 BASE_KEYS_FILE = "base_keys.csv"
-_MEMO_FILE = "content_hashes.jsonl"
+MEMO_FILE = "content_hashes.jsonl"
 _MAX_LINES_SHOWN = 10
 _ACCIDENTS = ("unreadable", "caption_conflict", "absent")
 
@@ -64,7 +64,7 @@ def prepare_data(
     assert dataset is not None, "load_config with check_files has read it"
     root = default_cache_dir(dataset)
     variant = model.arch.variant
-    memo = HashMemo(root / _MEMO_FILE)
+    memo = HashMemo(root / MEMO_FILE)
 
     manifest, hashes = on_main(lambda: _scan(dataset, variant, paths, memo))
     _say_manifest(manifest, say)
@@ -105,7 +105,7 @@ def needed_items(config: LoadedConfig) -> tuple[set[str], Manifest]:
     root = default_cache_dir(dataset)
     paths = find_checkpoint(model)
     variant = load_arch(paths.config_json, open_sharded(paths.transformer_dir).shapes).variant
-    manifest, hashes = _scan(dataset, variant, paths, HashMemo(root / _MEMO_FILE))
+    manifest, hashes = _scan(dataset, variant, paths, HashMemo(root / MEMO_FILE))
     return WanCache(manifest, CacheStore(root), hashes, model, variant).keys(), manifest
 
 
@@ -121,18 +121,18 @@ def _scan(
     return manifest, hashes
 
 
-def without_images(manifest: Manifest) -> Manifest:
+def without_images(manifest: Manifest, *, allow_empty: bool = False) -> Manifest:
     """Leave images out: to an image-to-video model an image shows its first frame, which is all of the answer.
 
     Raises:
-        UserError: nothing is left.
+        UserError: nothing is left, unless `allow_empty`.
     """
     videos = tuple(sample for sample in manifest.samples if sample.kind == "video")
     reason = "is an image, and an image-to-video model learns from videos only"
     images = tuple(
         SkippedFile(sample.path, reason, "no_bucket") for sample in manifest.samples if sample.kind == "image"
     )
-    if not videos:
+    if not videos and not allow_empty:
         raise UserError(f"the dataset has no video among its {len(images)} usable files: each {reason}")
     return Manifest(videos, manifest.skipped + images)
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from utils.flow_matching import (
     sigma_bin,
     velocity_target,
 )
+from utils.rng import generator
 
 NUM_DRAWS = 4000
 
@@ -150,3 +152,24 @@ def test_loss_is_the_mean_square_of_each_sample_in_float32():
 def test_sigma_bins():
     sigmas = torch.tensor([0.0, 0.05, 0.1, 0.55, 0.999, 1.0])
     assert sigma_bin(sigmas).tolist() == [0, 0, 1, 5, NUM_SIGMA_BINS - 1, NUM_SIGMA_BINS - 1]
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        SigmaLaw(),
+        SigmaLaw("uniform", shift=3.0, min_t=0.2, max_t=0.7),
+        SigmaLaw(shift=5.0, min_t=0.875),
+        SigmaLaw(sigmoid_scale=0.01, shift=1000.0, max_t=0.5),  # all draws on the upper end
+    ],
+)
+def test_shares_are_those_of_draws(law):
+    draws = generator(0, "draws")
+    sigmas = torch.tensor([law.sample(draws) for _ in range(20_000)])
+    edges = [0.0, 0.3, 0.6, 0.9, 1.0]
+    shares = [law.share_between(low, high) for low, high in itertools.pairwise(edges)]
+    drawn = [
+        ((sigmas >= low) & (sigmas < high)).float().mean().item() for low, high in itertools.pairwise(edges)
+    ]
+    # Standard error of a share: at most 0.0035.
+    assert shares == pytest.approx(drawn, abs=0.015)

@@ -114,6 +114,8 @@ def build_manifest(
     rules: MediaRules,
     hashes: HashMemo,
     on_progress: Callable[[int, int], None] | None = None,
+    *,
+    allow_empty: bool = False,
 ) -> Manifest:
     """Examine every file of the dataset's directories (not of folders in them) and give each its bucket.
 
@@ -125,6 +127,7 @@ def build_manifest(
         rules: of the model's variant.
         hashes: what is known of the files already; saved at the end, also after an error.
         on_progress: called with (done, total) after each file.
+        allow_empty: return a manifest without samples, for who wants to see all reasons, instead of raising.
 
     Raises:
         UserError: a directory is missing, the bucket keys are illegal, a file breaks the rule that
@@ -152,7 +155,7 @@ def build_manifest(
                 on_progress(done, len(found))
     finally:
         hashes.save()
-    if not samples:
+    if not samples and not allow_empty:
         raise UserError(_nothing_left(dataset, skipped))
     return Manifest(tuple(samples), tuple(skipped))
 

@@ -35,9 +35,10 @@ class HashMemo:
     empty and is made anew. Nothing is written before `save`.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        """Read the memo at `path`, if there is one; None keeps it in memory only."""
+    def __init__(self, path: Path | None = None, *, read_only: bool = False) -> None:
+        """Read the memo at `path`, if there is one; None keeps it in memory only, and `read_only` what is new."""
         self._path = path
+        self._read_only = read_only
         self._entries: dict[str, _Entry] = dict(_read_entries(path)) if path is not None else {}
         self._is_changed = False
 
@@ -67,14 +68,14 @@ class HashMemo:
         return entry.info
 
     def save(self) -> None:
-        """Write the memo, if anything is new and it has a path.
+        """Write the memo, if anything is new, it has a path and is not read-only.
 
         Files changed within the last two seconds are left out: another change could leave the same time stamp.
 
         Raises:
             UserError: the disk is full or the folder not writable.
         """
-        if self._path is None or not self._is_changed:
+        if self._path is None or self._read_only or not self._is_changed:
             return
         newest_ns = time.time_ns() - _TOO_FRESH_NS
         lines = [

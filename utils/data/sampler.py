@@ -110,6 +110,12 @@ class BatchPlan:
             )
         return self._batches_before[epoch]
 
+    def visits_before(self, epoch: int) -> tuple[int, ...]:
+        """How often each of `samples`, in their order, appears in epochs 0 .. epoch - 1."""
+        visits = np.empty(len(self._sample_indices), dtype=np.int64)
+        visits[self._sample_indices] = self._appearances_before(epoch)
+        return tuple(visits.tolist())
+
     def micro_batch(self, index: int) -> MicroBatch:
         """The micro-batch at a position in the endless stream."""
         epoch = self.epoch_of(index)

@@ -125,3 +125,20 @@ def test_failures_are_not_remembered(tmp_path):
             memo.media_info(path)
     with pytest.raises(OSError, match="No such file"):
         memo.content_hash(tmp_path / "gone.png")
+
+
+def test_a_read_only_memo_knows_what_there_is_and_writes_nothing(tmp_path, reads):
+    known, new = tmp_path / "known.png", tmp_path / "new.png"
+    for path in (known, new):
+        path.write_bytes(b"content")
+        os.utime(path, ns=(OLD_NS, OLD_NS))
+    memo = HashMemo(tmp_path / "memo")
+    memo.content_hash(known)
+    memo.save()
+    before = (tmp_path / "memo").read_bytes()
+    reads.clear()
+    memo = HashMemo(tmp_path / "memo", read_only=True)
+    assert memo.content_hash(known) == memo.content_hash(new)
+    memo.save()
+    assert reads == ["hash new.png"]
+    assert (tmp_path / "memo").read_bytes() == before

@@ -160,3 +160,16 @@ def test_what_makes_no_plan_is_refused():
         BatchPlan([sample], 1, 0).micro_batch(-1)
     with pytest.raises(UserError, match="num_repeats = 1e-06"):
         BatchPlan([Sample(1, BUCKETS[0], 1e-6)], 1, 0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(drawn=plans(), epochs=st.integers(0, 5))
+def test_visits_before_an_epoch_are_those_of_its_batches(drawn, epochs):
+    samples, plan = drawn
+    seen = Counter(
+        visit.sample_index
+        for epoch in range(epochs)
+        for batch in plan.epoch_batches(epoch)
+        for visit in batch.visits
+    )
+    assert plan.visits_before(epochs) == tuple(seen[index] for index in range(len(samples)))
