@@ -9,6 +9,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -308,24 +309,18 @@ def build_pipeline(
     }
     topology = PipeDataParallelTopology(num_pp=num_stages, num_dp=dp_size)
     stage = topology.get_coord(processes.rank).pipe
-    own = range(bounds[stage], bounds[stage + 1])
     # Before DeepSpeed's constructors, which exchange messages: a file that one rank cannot read must not leave the
     # others waiting in them.
-    layers = dict(on_every_rank(lambda: [(index, specs[index].build(processes.device)) for index in own]))
-    parameters: dict[str, nn.Parameter] = {}
-    tables: set[str] = set()
-    for index, layer in layers.items():
-        parameters |= global_names(specs[index].name, layer)
-        tables |= table_names(specs[index].name, layer)
-    trainables = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    own = on_every_rank(lambda: _build_layers(specs, bounds[stage], bounds[stage + 1], processes.device))
+    trainables = {name: parameter for name, parameter in own.parameters.items() if parameter.requires_grad}
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its topology with bare prints
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-        lazy = [_LazyLayer(layers.get(index)) for index in range(len(specs))]
+        lazy = [_LazyLayer(own.layers.get(index)) for index in range(len(specs))]
         module = _SplitModule(lazy, bounds, topology=topology, loss_fn=loss_fn)
         engine = BandEngine(
             args=None,
             model=module,
-            optimizer=lambda _: make_optimizer(trainables, tables),
+            optimizer=lambda _: make_optimizer(trainables, own.tables),
             model_parameters=list(trainables.values()),
             mpu=module.mpu(),
             config=config,
@@ -337,4 +332,23 @@ def build_pipeline(
         # DeepSpeed makes its groups with the backend's default, which is not the configured one.
         _set_pg_timeout(timedelta(minutes=processes.timeout_minutes), group)
     engine.watch_gradients(trainables, gradient_clipping)
-    return Pipeline(engine, parameters)
+    return Pipeline(engine, own.parameters)
+
+
+@dataclass(frozen=True)
+class _OwnLayers:
+    """One stage's built layers by index, their parameters by global name, and which of these are lookup tables."""
+
+    layers: dict[int, nn.Module]
+    parameters: dict[str, nn.Parameter]
+    tables: set[str]
+
+
+def _build_layers(specs: Sequence[LayerSpec], start: int, stop: int, device: torch.device) -> _OwnLayers:
+    built = _OwnLayers({}, {}, set())
+    for index in range(start, stop):
+        layer = specs[index].build(device)
+        built.layers[index] = layer
+        built.parameters.update(global_names(specs[index].name, layer))
+        built.tables.update(table_names(specs[index].name, layer))
+    return built

@@ -234,16 +234,22 @@ def _check_shapes(arch: WanArch, shapes: dict[str, Shape], config_path: Path) ->
         raise UserError(
             f"{config_path.parent}: {image_keys[0]} belongs to a Wan 2.1 image-to-video model; this project trains Wan 2.2 only"
         )
-    wrong = [
-        f"{key} is {list(shapes[key])}, config.json says {list(shape)}"
-        for key, shape in expected.items()
-        if key in shapes and shapes[key] != shape
-    ]
-    missing = [f"{key} is missing" for key in expected if key not in shapes]
-    extra = [f"{key} is not a tensor of this model" for key in shapes if key not in expected]
-    problems = wrong + missing + extra
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    mismatch = describe_mismatch(shapes, expected)
+    if mismatch:
         raise UserError(
-            f"{config_path.parent}: weights and config.json disagree: {'; '.join(problems[:3])}{more}"
+            f"{config_path.parent}: the weights are not those that config.json describes: {mismatch}"
         )
+
+
+def describe_mismatch(shapes: dict[str, Shape], expected: dict[str, Shape]) -> str:
+    """How a header differs from the tensors a model should have: the first three differences, or nothing."""
+    wrong = [
+        f"{name} is {list(shapes[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    missing = [f"{name} is missing" for name in expected if name not in shapes]
+    extra = [f"{name} is not one of its tensors" for name in shapes if name not in expected]
+    problems = wrong + missing + extra
+    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more

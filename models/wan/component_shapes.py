@@ -7,7 +7,7 @@ from a file's header needs no tensor. Sources: `wan/modules/{t5,vae2_1,vae2_2}.p
 import re
 from dataclasses import dataclass
 
-from models.wan.arch import Shape, VaeKind
+from models.wan.arch import Shape, VaeKind, describe_mismatch
 from utils.errors import UserError
 
 # Fixed by the structure of both VAEs, whatever their width.
@@ -224,14 +224,6 @@ def _shape_of(shapes: dict[str, Shape], name: str, num_dims: int, what: str) -> 
 
 
 def _check_against(shapes: dict[str, Shape], expected: dict[str, Shape], what: str) -> None:
-    wrong = [
-        f"{name} is {list(shapes[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    missing = [f"{name} is missing" for name in expected if name not in shapes]
-    extra = [f"{name} is not one of its tensors" for name in shapes if name not in expected]
-    problems = wrong + missing + extra
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise UserError(f"the tensors are not those of a {what}: {'; '.join(problems[:3])}{more}")
+    mismatch = describe_mismatch(shapes, expected)
+    if mismatch:
+        raise UserError(f"the tensors are not those of a {what}: {mismatch}")

@@ -113,11 +113,11 @@ def test_a_range_that_is_the_other_experts_is_refused(expert, wanted):
     [
         (
             {"dim": 512},
-            r"patch_embedding\.weight is \[256, 16, 1, 2, 2\], config\.json says \[512, 16, 1, 2, 2\]",
+            r"patch_embedding\.weight is \[256, 16, 1, 2, 2\] instead of \[512, 16, 1, 2, 2\]",
         ),
-        ({"ffn_dim": 100}, r"blocks\.0\.ffn\.0\.weight is \[512, 256\], config\.json says \[100, 256\]"),
+        ({"ffn_dim": 100}, r"blocks\.0\.ffn\.0\.weight is \[512, 256\] instead of \[100, 256\]"),
         ({"num_layers": 4}, r"blocks\.3\.modulation is missing"),
-        ({"num_layers": 2}, r"blocks\.2\.modulation is not a tensor of this model"),
+        ({"num_layers": 2}, r"blocks\.2\.modulation is not one of its tensors"),
         ({"num_layers": 10**9}, "num_layers = 1000000000 cannot be right"),
         ({"num_heads": 3}, "dim 256 does not split into 3 heads"),
         ({"num_heads": 256}, "dim 256 does not split into 256 heads of even width"),
