@@ -42,9 +42,14 @@ def run_command(function: Callable[[], int], *, debug: bool) -> int:
 
 
 def end_process(status: int) -> NoReturn:
-    """End the process with this status; at once, waiting for no peer, where it could not leave its process group."""
+    """End the process with this status; at once, and waiting for no peer, where it has been in a process group.
+
+    The threads of a group that anything still refers to (DeepSpeed keeps references) would otherwise be torn down
+    together with the interpreter, which now and then aborts the process after its work is done.
+    """
     distributed = sys.modules.get("utils.distributed")  # not imported here: a config error needs no torch
-    if distributed is not None and distributed.is_joined():
+    if distributed is not None and distributed.has_joined():
+        logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

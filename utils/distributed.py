@@ -183,11 +183,6 @@ def process_group(timeout_minutes: float) -> Iterator[Processes]:
     shutdown()
 
 
-def is_joined() -> bool:
-    """Whether this process is in a group now."""
-    return dist.is_initialized()
-
-
 def is_shared(error: BaseException) -> bool:
     """Whether every process raises this error."""
     return isinstance(error, TrainingStoppedError) or bool(getattr(error, "on_every_rank", False))

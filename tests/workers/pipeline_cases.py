@@ -5,7 +5,6 @@ Run by tests/utils/test_pipeline.py, once per number of processes: many cases pe
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from models.wan.arch import load_arch
 from models.wan.checkpoint import find_checkpoint, open_sharded, open_text_encoder
 from models.wan.layers import Workload, dit_layers, text_layers
 from models.wan.stages import TextWire
+from utils.cli import end_process
 from utils.config.schema import AdapterConfig, BudgetConfig, ModelConfig, OptimizerConfig, TrainConfig
 from utils.layers import LayerSpec, PreparedBatch, global_names, table_names
 from utils.lora_targets import linear_modules, resolve_targets
@@ -234,4 +234,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -4,14 +4,18 @@ import sys
 
 import torch.distributed as dist
 
-from utils.cli import run_command
-from utils.distributed import gather_objects, init_processes, on_every_rank, on_main
+from utils.cli import end_process, run_command
+from utils.distributed import Processes, gather_objects, on_every_rank, on_main, process_group
 from utils.errors import UserError
 
 
 def body(case: str) -> int:
-    processes = init_processes(timeout_minutes=1)
+    with process_group(timeout_minutes=1) as processes:
+        run_case(case, processes)
+    return 0
 
+
+def run_case(case: str, processes: Processes) -> None:
     def fail_on(rank: int) -> str:
         if processes.rank == rank:
             raise UserError(f"disk of rank {rank} is full")
@@ -22,15 +26,13 @@ def body(case: str) -> int:
         assert on_every_rank(lambda: processes.rank) == processes.rank
         assert gather_objects(processes.rank) == list(range(processes.world_size))
         dist.barrier()
-        return 0
     if case == "main":
         on_main(lambda: fail_on(0))
     if case == "other":
         on_every_rank(lambda: fail_on(1))
     if case == "alone" and processes.rank == 1:
         raise UserError("only rank 1 knows")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: body(sys.argv[1]), debug=False))
+    end_process(run_command(lambda: body(sys.argv[1]), debug=False))
