@@ -337,7 +337,7 @@ def test_a_dry_run_writes_nothing_but_the_cache(workspace, capsys) -> None:
     said = capsys.readouterr().err
     assert "dry run: " in said and "8 adapter targets" in said and "6 steps of 2 micro-batch(es)" in said
     assert not workspace.out.exists()
-    assert (workspace.cache / "items" / "latents").is_dir() and (workspace.cache / "items" / "text").is_dir()
+    assert CacheStore(workspace.cache).kinds() == ["latents", "text"]
 
 
 @pytest.mark.parametrize("mode", ["dit_lora", "encoder_ft"])
@@ -360,8 +360,9 @@ def test_several_clips_and_captions_of_a_file_are_cached_and_trained(mode, works
 
 
 def test_the_cache_alone_and_anew(workspace, capsys) -> None:
-    def items() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in (workspace.cache / "items").rglob("*.safetensors")}
+    def items() -> dict[str, float]:
+        store = CacheStore(workspace.cache)
+        return {item.key: item.written for kind in store.kinds() for item in store.items(kind)}
 
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
     assert "cache of latents: 6 items, 6 encoded now, 0 there already" in capsys.readouterr().err
@@ -414,9 +415,10 @@ def make_latents_nan(workspace: Workspace, name: str) -> None:
     text = dataset.read_text()
     dataset.write_text(text.replace(str(whole), str(alone)))
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
-    (item,) = (workspace.cache / "items" / "latents").rglob("*.safetensors")
-    tensors = {key: torch.full_like(tensor, torch.nan) for key, tensor in load_file(item).items()}
-    CacheStore(workspace.cache).put(metadata_of(item)["key"], tensors)
+    store = CacheStore(workspace.cache)
+    (item,) = store.keys("latents")
+    store.put(item, {name: torch.full_like(tensor, torch.nan) for name, tensor in store.get(item).items()})
+    store.flush()
     dataset.write_text(text)
 
 

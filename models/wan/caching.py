@@ -19,7 +19,8 @@ from models.wan.text_encoder import MAX_TEXT_TOKENS, TextEncoder, WanTokenizer
 from models.wan.vae import WanVae, load_vae
 from utils.config.schema import ModelConfig
 from utils.data.buckets import MediaRules
-from utils.data.cache import CacheStore, latent_key, text_key
+from utils.data.cache import CacheStore
+from utils.data.cache_keys import LATENTS, TEXT, latent_parts, make_key, text_parts
 from utils.data.fill import Encode, FillItem, FillStats, fill_cache
 from utils.data.manifest import Manifest, SampleRecord
 from utils.data.media import load_clip
@@ -76,12 +77,13 @@ class WanCache:
         self._rules = media_rules(variant)
         self._conditioned = variant.model_type == "i2v"
         settings = {"first_frame_condition": self._conditioned}
-        self._latent_keys = [
-            latent_key(sample, self._rules, hashes.vae, config.vae_dtype, settings)
+        self._latent_parts = [
+            latent_parts(sample, self._rules, hashes.vae, config.vae_dtype, settings)
             for sample in self._samples
         ]
-        self._text_keys = {
-            caption: text_key(
+        self._latent_keys = [make_key(LATENTS, parts) for parts in self._latent_parts]
+        self._text_parts = {
+            caption: text_parts(
                 caption,
                 hashes.text_encoder,
                 hashes.tokenizer,
@@ -90,6 +92,7 @@ class WanCache:
             )
             for caption in sorted({EMPTY_CAPTION, *all_captions(self._samples)})
         }
+        self._text_keys = {caption: make_key(TEXT, parts) for caption, parts in self._text_parts.items()}
 
     def keys(self) -> set[str]:
         """Keys of all items that training reads; of captions only where their states are cached."""
