@@ -5,6 +5,7 @@ encoders live only while the cache fills.
 """
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -25,6 +26,7 @@ from utils.data.fill import Encode, FillItem, FillStats, fill_cache
 from utils.data.manifest import Manifest, SampleRecord
 from utils.data.media import load_clip
 from utils.data.memo import HashMemo
+from utils.data.reasons import MadeOf, Want, caption_identity
 from utils.distributed import Processes
 
 OnProgress = Callable[[int, int], None]
@@ -96,8 +98,36 @@ class WanCache:
 
     def keys(self) -> set[str]:
         """Keys of all items that training reads; of captions only where their states are cached."""
-        texts = self._text_keys.values() if self._config.cache_text_embeddings else ()
-        return {*self._latent_keys, *texts}
+        return {want.key for want in self.wants(LATENTS) + self.wants(TEXT)}
+
+    def wants(self, kind: str) -> list[Want]:
+        """All items of a kind that training reads, and what they are made of."""
+        if kind == LATENTS:
+            return [
+                Want(LATENTS, key, str(sample.sample_id), parts)
+                for key, sample, parts in zip(
+                    self._latent_keys, self._samples, self._latent_parts, strict=True
+                )
+            ]
+        if not self._config.cache_text_embeddings:
+            return []
+        samples_of: dict[str, list[str]] = {caption: [] for caption in self._text_keys}
+        for sample in self._samples:
+            for caption in sample.captions:
+                samples_of[caption].append(str(sample.sample_id))
+        return [
+            Want(TEXT, key, caption_identity(caption), self._text_parts[caption], tuple(samples_of[caption]))
+            for caption, key in self._text_keys.items()
+        ]
+
+    def reasons(self, kind: str, made_of: MadeOf, regenerate: bool) -> Counter[str]:
+        """Why how many items of a kind have to be made anew."""
+        wants = self.wants(kind)
+        missing = set(self._store.missing(want.key for want in wants))
+        reasons = made_of.reasons(wants, missing)
+        if regenerate:
+            reasons["asked for"] = len({want.key for want in wants} - missing)
+        return reasons
 
     def read_latents(self, sample_index: int) -> dict[str, Tensor]:
         """`latents` [C, F, H, W] float32, and for I2V `cond` [20, F, H, W]: mask and encoded first frame."""

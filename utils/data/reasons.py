@@ -103,7 +103,7 @@ def caption_identity(caption: str) -> str:
 
 def describe(reasons: Mapping[str, int]) -> str:
     """Counted reasons in words, most frequent first."""
-    return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common())
+    return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common() if count)
 
 
 def _without_caption(parts: Parts) -> Parts:
