@@ -18,7 +18,7 @@ from utils.config.dump import config_hash
 from utils.config.schema import DatasetConfig, LoadedConfig
 from utils.data.cache import CacheStore
 from utils.data.fill import FillStats
-from utils.data.manifest import Manifest, SkippedFile, build_manifest, default_cache_dir
+from utils.data.manifest import BAD_FILE_CODES, Manifest, SkippedFile, build_manifest, default_cache_dir
 from utils.data.memo import HashMemo
 from utils.data.sampler import BatchPlan
 from utils.distributed import Processes, gather_objects, on_every_rank, on_main
@@ -32,7 +32,6 @@ TARGETS_FILE = "targets.json"
 BASE_KEYS_FILE = "base_keys.csv"
 MEMO_FILE = "content_hashes.jsonl"
 _MAX_LINES_SHOWN = 10
-_ACCIDENTS = ("unreadable", "caption_conflict", "absent")
 
 
 @dataclass(frozen=True)
@@ -178,8 +177,11 @@ def _say_manifest(manifest: Manifest, say: Say) -> None:
         counts[str(sample.bucket)] = counts.get(str(sample.bucket), 0) + 1
     buckets = ", ".join(f"{bucket}: {count}" for bucket, count in sorted(counts.items()))
     say(f"dataset: {len(manifest.samples)} samples ({buckets}); {len(manifest.skipped)} files skipped")
+    masked = sum(sample.mask is not None for sample in manifest.samples)
+    if masked:
+        say(f"loss masks: {masked} of {len(manifest.samples)} samples; the others count whole")
     # What is left out by accident comes first, before what is left out by rule.
-    by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code not in _ACCIDENTS)
+    by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code not in BAD_FILE_CODES)
     _say_some([f"  skipped {skipped.path}: {skipped.reason}" for skipped in by_urgency], say)
 
 
@@ -215,6 +217,8 @@ def data_fingerprint(manifest: Manifest) -> str:
             str(sample.bucket),
             sample.num_repeats,
             sample.clip_start_seconds,
+            # Nothing at all without a mask, so that a dataset without any keeps its name.
+            *(() if sample.mask is None else (sample.mask.content_hash,)),
         )
         for sample in manifest.samples
     )

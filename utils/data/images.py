@@ -1,6 +1,7 @@
 """Still images: any file Pillow reads, as upright 8-bit RGB."""
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ _ANIMATION_FORMATS = frozenset({"GIF", "PNG", "WEBP", "AVIF", "FLI"})
 # Not pictures with pixels of their own (an interpreter or a handler draws them), or really a video.
 _UNWANTED_FORMATS = frozenset({"EPS", "WMF", "PDF", "MPEG", "GRIB", "BUFR", "HDF5"})
 _WHITE_16_BIT = 65535
+_OPAQUE = 255
 
 
 @cache
@@ -34,6 +36,27 @@ def load_image(path: Path) -> Image.Image:
         UserError: the file cannot be read, is damaged or animated, or has more pixels than Pillow's
             `MAX_IMAGE_PIXELS`. The message names the file and the reason.
     """
+    return _read(path, _to_rgb)
+
+
+def load_mask(path: Path) -> Image.Image:
+    """Read an image as `load_image` does, as 8-bit grey (mode L, Rec. 601 luma).
+
+    Raises:
+        OSError: there is no such file.
+        UserError: as `load_image`, or a part of it is transparent: a mask says by its brightness what counts, and a
+            painted mask that lives in the alpha channel would be taken for all white.
+    """
+
+    def to_grey(image: Image.Image) -> Image.Image:
+        if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != _OPAQUE:
+            raise UserError(f"{path}: has transparent parts; save it as plain black and white")
+        return _to_rgb(image).convert("L")
+
+    return _read(path, to_grey)
+
+
+def _read(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
     try:
@@ -43,7 +66,7 @@ def load_image(path: Path) -> Image.Image:
                 if image.format in _ANIMATION_FORMATS and getattr(image, "is_animated", False):
                     raise UserError(f"{path}: is an animated image; convert it to a video such as .mp4")
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return convert(ImageOps.exif_transpose(image))
     except UserError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
