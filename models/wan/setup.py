@@ -66,7 +66,7 @@ def prepare_data(
     memo = HashMemo(root / MEMO_FILE)
 
     manifest, hashes = on_main(lambda: _scan(dataset, variant, paths, memo))
-    _say_manifest(manifest, say)
+    _say_manifest(manifest, any(directory.mask_path for directory in dataset.directory), say)
     store = on_every_rank(lambda: CacheStore(root))
     cache = WanCache(manifest, store, hashes, config.train.model, variant)
     tokenizer = on_every_rank(lambda: WanTokenizer(paths.tokenizer_dir))
@@ -171,14 +171,14 @@ def _fill(
         )
 
 
-def _say_manifest(manifest: Manifest, say: Say) -> None:
+def _say_manifest(manifest: Manifest, wants_masks: bool, say: Say) -> None:
     counts: dict[str, int] = {}
     for sample in manifest.samples:
         counts[str(sample.bucket)] = counts.get(str(sample.bucket), 0) + 1
     buckets = ", ".join(f"{bucket}: {count}" for bucket, count in sorted(counts.items()))
     say(f"dataset: {len(manifest.samples)} samples ({buckets}); {len(manifest.skipped)} files skipped")
-    masked = sum(sample.mask is not None for sample in manifest.samples)
-    if masked:
+    if wants_masks:
+        masked = sum(sample.mask is not None for sample in manifest.samples)
         say(f"loss masks: {masked} of {len(manifest.samples)} samples; the others count whole")
     # What is left out by accident comes first, before what is left out by rule.
     by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code not in BAD_FILE_CODES)
