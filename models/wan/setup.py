@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -133,7 +133,7 @@ def without_images(manifest: Manifest, *, allow_empty: bool = False) -> Manifest
     )
     if not videos and not allow_empty:
         raise UserError(f"the dataset has no video among its {len(images)} usable files: each {reason}")
-    return Manifest(videos, manifest.skipped + images)
+    return replace(manifest, samples=videos, skipped=manifest.skipped + images)
 
 
 def _fill(
@@ -183,6 +183,7 @@ def _say_manifest(manifest: Manifest, wants_masks: bool, say: Say) -> None:
     # What is left out by accident comes first, before what is left out by rule.
     by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code not in BAD_FILE_CODES)
     _say_some([f"  skipped {skipped.path}: {skipped.reason}" for skipped in by_urgency], say)
+    _say_some([f"warning: {warning}" for warning in manifest.warnings], say)
 
 
 def _say_long_captions(manifest: Manifest, tokenizer: WanTokenizer, say: Say) -> None:

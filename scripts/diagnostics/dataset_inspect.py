@@ -230,7 +230,7 @@ def add_tokenizer(report: Report, config: TrainConfig) -> None:
 def add_files(report: Report, found: "Inspection") -> None:
     """What becomes of every file."""
     from models.wan.text_encoder import MAX_TEXT_TOKENS
-    from utils.data.inspect import file_rows, skip_rows, skipped_share
+    from utils.data.inspect import file_rows, printable, skip_rows, skipped_share
 
     manifest = found.manifest
     kept = {sample.path: sample for sample in manifest.samples}
@@ -254,6 +254,8 @@ def add_files(report: Report, found: "Inspection") -> None:
         report.metric("mean_masked_share", sum(masked) / len(masked), "of their area, left out of the loss")
     report.metric("skipped_by_reason", dict(Counter(entry.code for entry in manifest.skipped)))
     report.metric("dataset_fingerprint", found.fingerprint, "the one that a run records of its dataset")
+    for warning in manifest.warnings[:_MAX_NAMED]:
+        report.note(printable(warning))
     if manifest.skipped:
         skips = [asdict(row) for row in skip_rows(manifest.skipped)]
         report.table("skips", skips, "Skipped files by reason")

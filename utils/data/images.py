@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils.errors import UserError
 
@@ -16,6 +16,11 @@ _ANIMATION_FORMATS = frozenset({"GIF", "PNG", "WEBP", "AVIF", "FLI"})
 _UNWANTED_FORMATS = frozenset({"EPS", "WMF", "PDF", "MPEG", "GRIB", "BUFR", "HDF5"})
 _WHITE_16_BIT = 65535
 _OPAQUE = 255
+
+# Once and for all threads, because `catch_warnings` is for one: a bomb inside another format (an icon) is an error, and
+# damaged tags that Pillow passes over, in a message without a name, are not worth a line each.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 @cache
@@ -60,17 +65,25 @@ def _read(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Im
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if image.format in _ANIMATION_FORMATS and getattr(image, "is_animated", False):
-                    raise UserError(f"{path}: is an animated image; convert it to a video such as .mp4")
-                image.load()
-                return convert(ImageOps.exif_transpose(image))
+        with Image.open(path) as image:
+            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            if image.format in _ANIMATION_FORMATS and getattr(image, "is_animated", False):
+                raise UserError(f"{path}: is an animated image; convert it to a video such as .mp4")
+            image.load()
+            return convert(ImageOps.exif_transpose(image))
     except UserError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller") from error
+    except UnidentifiedImageError as error:  # its own words repeat the path
+        raise UserError(
+            f"{path}: not readable as an image (its content is of no kind that is read)"
+        ) from error
+    except OSError as error:
+        # With a number it is the system's word about the file, without one Pillow's about the content.
+        reason = f"as an image ({error})" if error.errno is None else f"({error.strerror})"
+        raise UserError(f"{path}: not readable {reason}") from error
     except Exception as error:  # Pillow's readers answer damaged bytes with almost any exception
         raise UserError(f"{path}: not readable as an image ({type(error).__name__}: {error})") from error
 

@@ -92,10 +92,14 @@ class SkippedFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All samples, in the order of the directories and of the file names in them, and all that was left out."""
+    """All samples, in the order of the directories and of the file names in them, and all that was left out.
+
+    `warnings` are about files that are kept and may still not be what was meant.
+    """
 
     samples: tuple[SampleRecord, ...]
     skipped: tuple[SkippedFile, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def build_manifest(
         hashes.save()
     if not samples and not allow_empty:
         raise UserError(_nothing_left(dataset, skipped))
-    return Manifest(tuple(samples), tuple(skipped))
+    return Manifest(tuple(samples), tuple(skipped), tuple(_shared_captions(samples)))
 
 
 def make_sample_id(id_name: str, relative_path: str, clip_index: int = 0) -> int:
@@ -381,6 +385,16 @@ def _clip_starts(info: MediaInfo, bucket: Bucket, source: _Source, rules: MediaR
     if info.kind == "image":
         return (0,)
     return clip_starts(source.clip_mode, frames_available(info, rules.fps), bucket.num_frames)
+
+
+def _shared_captions(samples: list[SampleRecord]) -> Iterator[str]:
+    """Files of one stem (`a.png`, `a.mp4`) to which one caption file belongs."""
+    by_stem: dict[Path, dict[str, None]] = {}
+    for sample in samples:
+        by_stem.setdefault(sample.path.with_suffix(SIDECAR_SUFFIX), {})[sample.path.name] = None
+    for sidecar, names in by_stem.items():
+        if len(names) > 1 and sidecar.exists():
+            yield f"{sidecar}: is the caption of {len(names)} files of one stem, {', '.join(names)}"
 
 
 def _nothing_left(dataset: DatasetConfig, skipped: list[SkippedFile]) -> str:
