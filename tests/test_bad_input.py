@@ -20,6 +20,7 @@ from tests.helpers.workspace import (
     mount_or_skip,
 )
 from train import main, parse_arguments
+from utils.data.cache import CacheStore
 
 SHARD = "diffusion_pytorch_model-00002-of-00003.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -216,12 +217,14 @@ def test_a_caption_of_exactly_the_longest_length_is_not_reported(workspace, tiny
 
 def test_a_damaged_item_of_the_cache(workspace, capsys) -> None:
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
-    item = next((workspace.cache / "items" / "latents").rglob("*.safetensors"))
-    content = item.read_bytes()
-    item.write_bytes(content[:-4] + bytes(4 * [255 - content[-1]]))
+    item = next(CacheStore(workspace.cache).items("latents")).key
+    place = CacheStore(workspace.cache).place(item)
+    content = bytearray(place.shard.path.read_bytes())
+    content[place.entry.offset + place.entry.length - 1] ^= 128
+    place.shard.path.write_bytes(content)
     capsys.readouterr()
     code = workspace.train("dit_lora", "epochs=1")
-    check_refused(code, capsys.readouterr().err, str(item), "--cache_only")
+    check_refused(code, capsys.readouterr().err, str(workspace.cache), item, "--cache_only")
     assert workspace.train("dit_lora", "epochs=1") == 0
 
 
@@ -268,7 +271,7 @@ def test_a_full_disk_while_caching_keeps_what_is_whole(workspace, small_disk, ca
     code = workspace.train("dit_lora")
     check_refused(code, capsys.readouterr().err, str(disk / "cache"), "the disk is full")
     assert workspace.runs() == [] and not list(disk.rglob("*.tmp"))
-    whole = set((disk / "cache").rglob("*.safetensors"))
+    whole = list(CacheStore(disk / "cache").keys("latents"))
     assert whole
     subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0

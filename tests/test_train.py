@@ -21,6 +21,7 @@ from tests.helpers.workspace import (
     Workspace,
     check_refused,
     environment,
+    linked_copy,
     make_workspace,
 )
 from utils.checkpoint import LATEST
@@ -337,7 +338,7 @@ def test_a_dry_run_writes_nothing_but_the_cache(workspace, capsys) -> None:
     said = capsys.readouterr().err
     assert "dry run: " in said and "8 adapter targets" in said and "6 steps of 2 micro-batch(es)" in said
     assert not workspace.out.exists()
-    assert (workspace.cache / "items" / "latents").is_dir() and (workspace.cache / "items" / "text").is_dir()
+    assert CacheStore(workspace.cache).kinds() == ["latents", "text"]
 
 
 @pytest.mark.parametrize("mode", ["dit_lora", "encoder_ft"])
@@ -353,29 +354,71 @@ def test_several_clips_and_captions_of_a_file_are_cached_and_trained(mode, works
     said = capsys.readouterr().err
     assert "dataset: 12 samples (" in said
     assert f"skipped {workspace.media / 'ghost.png'}: captions.json names it" in said
-    assert "cache of latents: 12 items, 6 encoded now, 6 there already" in said
+    assert "cache of latents: 12 items, 6 encoded now (6 new), 6 there already" in said
     if mode == "dit_lora":
-        assert "cache of captions: 8 items, 1 encoded now, 7 there already" in said
+        assert "cache of captions: 8 items, 1 encoded now (1 caption changed), 7 there already" in said
     assert ", 12 samples, " in said
 
 
+def test_one_change_makes_one_item_anew_and_says_why(workspace, tiny_ti2v, capsys) -> None:
+    def fill(*overrides: str) -> tuple[str, str]:
+        capsys.readouterr()
+        assert workspace.train("dit_lora", *overrides, flags=["--cache_only"]) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cache of ")]
+        latents, captions = (line.split(" items, ")[1] for line in lines)
+        return latents, captions
+
+    assert fill() == (
+        "6 encoded now (6 new), 0 there already",
+        "7 encoded now (7 new caption), 0 there already",
+    )
+    nothing = ("0 encoded now, 6 there already", "0 encoded now, 7 there already")
+    assert fill() == nothing
+    caption, image = workspace.media / "image_00.txt", workspace.media / "image_01.png"
+    before = caption.read_text(), image.read_bytes()
+    caption.write_text("a teal hexagon")
+    assert fill() == (nothing[0], "1 encoded now (1 caption changed), 6 there already")
+    image.write_bytes((workspace.media / "image_02.png").read_bytes() + b"\0")
+    assert fill() == ("1 encoded now (1 file changed), 5 there already", nothing[1])
+    assert fill("model.vae_dtype=bfloat16")[0] == "6 encoded now (6 precision changed), 0 there already"
+    other = linked_copy(tiny_ti2v, workspace.root / "other")
+    weights = other / "models_t5_umt5-xxl-enc-bf16.pth"
+    weights.unlink()
+    state = torch.load(tiny_ti2v / weights.name, weights_only=True)
+    torch.save({name: tensor * 2 for name, tensor in state.items()}, weights)
+    assert fill(f"model.ckpt_path={other}") == (
+        nothing[0],
+        "7 encoded now (7 text encoder changed), 0 there already",
+    )
+    # Back to what was: everything is found again, but what has never been there.
+    caption.write_text(before[0])
+    image.write_bytes(before[1])
+    assert fill() == nothing
+    assert caption.read_text() not in (workspace.cache / "made_of.json").read_text()
+
+
 def test_the_cache_alone_and_anew(workspace, capsys) -> None:
-    def items() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in (workspace.cache / "items").rglob("*.safetensors")}
+    def items() -> dict[str, float]:
+        store = CacheStore(workspace.cache)
+        return {item.key: item.written for kind in store.kinds() for item in store.items(kind)}
 
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
-    assert "cache of latents: 6 items, 6 encoded now, 0 there already" in capsys.readouterr().err
+    assert "cache of latents: 6 items, 6 encoded now (6 new), 0 there already" in capsys.readouterr().err
     first = items()
     assert len(first) == 6 + 7  # latents; captions and the empty one
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
     assert "cache of captions: 7 items, 0 encoded now, 7 there already" in capsys.readouterr().err
     assert items() == first
     assert workspace.train("dit_lora", flags=["--cache_only", "--regenerate_cache"]) == 0
-    assert "cache of latents: 6 items, 6 encoded now, 0 there already" in capsys.readouterr().err
+    assert (
+        "cache of latents: 6 items, 6 encoded now (6 asked for), 0 there already" in capsys.readouterr().err
+    )
     anew = items()
     assert anew.keys() == first.keys() and all(anew[path] > first[path] for path in first)
     assert not workspace.out.exists()
-    next(iter(anew)).unlink()
+    store = CacheStore(workspace.cache)
+    store.remove(next(iter(anew)))
+    store.flush()
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
     assert items().keys() == first.keys()
 
@@ -414,9 +457,10 @@ def make_latents_nan(workspace: Workspace, name: str) -> None:
     text = dataset.read_text()
     dataset.write_text(text.replace(str(whole), str(alone)))
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
-    (item,) = (workspace.cache / "items" / "latents").rglob("*.safetensors")
-    tensors = {key: torch.full_like(tensor, torch.nan) for key, tensor in load_file(item).items()}
-    CacheStore(workspace.cache).put(metadata_of(item)["key"], tensors)
+    store = CacheStore(workspace.cache)
+    (item,) = store.keys("latents")
+    store.put(item, {name: torch.full_like(tensor, torch.nan) for name, tensor in store.get(item).items()})
+    store.flush()
     dataset.write_text(text)
 
 

@@ -5,6 +5,7 @@ encoders live only while the cache fills.
 """
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -19,11 +20,13 @@ from models.wan.text_encoder import MAX_TEXT_TOKENS, TextEncoder, WanTokenizer
 from models.wan.vae import WanVae, load_vae
 from utils.config.schema import ModelConfig
 from utils.data.buckets import MediaRules
-from utils.data.cache import CacheStore, latent_key, text_key
+from utils.data.cache import CacheStore
+from utils.data.cache_keys import LATENTS, TEXT, latent_parts, make_key, text_parts
 from utils.data.fill import Encode, FillItem, FillStats, fill_cache
 from utils.data.manifest import Manifest, SampleRecord
 from utils.data.media import load_clip
 from utils.data.memo import HashMemo
+from utils.data.reasons import MadeOf, Want, caption_identity
 from utils.distributed import Processes
 
 OnProgress = Callable[[int, int], None]
@@ -79,12 +82,13 @@ class WanCache:
         self._rules = media_rules(variant)
         self._conditioned = variant.model_type == "i2v"
         settings = {"first_frame_condition": self._conditioned}
-        self._latent_keys = [
-            latent_key(sample, self._rules, hashes.vae, config.vae_dtype, settings)
+        self._latent_parts = [
+            latent_parts(sample, self._rules, hashes.vae, config.vae_dtype, settings)
             for sample in self._samples
         ]
-        self._text_keys = {
-            caption: text_key(
+        self._latent_keys = [make_key(LATENTS, parts) for parts in self._latent_parts]
+        self._text_parts = {
+            caption: text_parts(
                 caption,
                 hashes.text_encoder,
                 hashes.tokenizer,
@@ -93,11 +97,40 @@ class WanCache:
             )
             for caption in sorted({EMPTY_CAPTION, *all_captions(self._samples)})
         }
+        self._text_keys = {caption: make_key(TEXT, parts) for caption, parts in self._text_parts.items()}
 
     def keys(self) -> set[str]:
         """Keys of all items that training reads; of captions only where their states are cached."""
-        texts = self._text_keys.values() if self._config.cache_text_embeddings else ()
-        return {*self._latent_keys, *texts}
+        return {want.key for want in self.wants(LATENTS) + self.wants(TEXT)}
+
+    def wants(self, kind: str) -> list[Want]:
+        """All items of a kind that training reads, and what they are made of."""
+        if kind == LATENTS:
+            return [
+                Want(LATENTS, key, str(sample.sample_id), parts)
+                for key, sample, parts in zip(
+                    self._latent_keys, self._samples, self._latent_parts, strict=True
+                )
+            ]
+        if not self._config.cache_text_embeddings:
+            return []
+        samples_of: dict[str, list[str]] = {caption: [] for caption in self._text_keys}
+        for sample in self._samples:
+            for caption in sample.captions:
+                samples_of[caption].append(str(sample.sample_id))
+        return [
+            Want(TEXT, key, caption_identity(caption), self._text_parts[caption], tuple(samples_of[caption]))
+            for caption, key in self._text_keys.items()
+        ]
+
+    def reasons(self, kind: str, made_of: MadeOf, regenerate: bool) -> Counter[str]:
+        """Why how many items of a kind have to be made anew."""
+        wants = self.wants(kind)
+        missing = set(self._store.missing(want.key for want in wants))
+        reasons = made_of.reasons(wants, missing)
+        if regenerate:
+            reasons["asked for"] = len({want.key for want in wants} - missing)
+        return reasons
 
     def read_latents(self, sample_index: int) -> dict[str, Tensor]:
         """`latents` [C, F, H, W] float32, and for I2V `cond` [20, F, H, W]: mask and encoded first frame."""

@@ -17,9 +17,11 @@ from models.wan.text_encoder import MAX_TEXT_TOKENS, WanTokenizer
 from utils.config.dump import config_hash
 from utils.config.schema import DatasetConfig, LoadedConfig
 from utils.data.cache import CacheStore
+from utils.data.cache_keys import LATENTS, TEXT
 from utils.data.fill import FillStats
 from utils.data.manifest import BAD_FILE_CODES, Manifest, SkippedFile, build_manifest, default_cache_dir
 from utils.data.memo import HashMemo
+from utils.data.reasons import MEMORY_FILE, MadeOf, describe
 from utils.data.sampler import BatchPlan
 from utils.distributed import Processes, gather_objects, on_every_rank, on_main
 from utils.errors import UserError
@@ -73,7 +75,9 @@ def prepare_data(
     if processes.is_main:
         _say_long_captions(manifest, tokenizer, say)
     texts = tokenizer if config.train.model.cache_text_embeddings else None
-    _fill(cache, paths, processes, texts, regenerate=regenerate, say=say)
+    made_of = MadeOf(root / MEMORY_FILE)
+    _fill(cache, paths, processes, texts, made_of, regenerate=regenerate, say=say)
+    on_main(lambda: made_of.remember(cache.wants(LATENTS) + cache.wants(TEXT)))
     on_every_rank(lambda: model.attach_data(manifest.samples, cache))
     for line in model.describe():
         say(line)
@@ -141,13 +145,14 @@ def _fill(
     paths: CheckpointPaths,
     processes: Processes,
     tokenizer: WanTokenizer | None,
+    made_of: MadeOf,
     *,
     regenerate: bool,
     say: Say,
 ) -> None:
     """Encode what is missing; captions only with a tokenizer."""
 
-    def fill(what: str, work: Callable[[OnProgress], FillStats]) -> None:
+    def fill(what: str, kind: str, work: Callable[[OnProgress], FillStats]) -> None:
         bars: list[Progress] = []
 
         def on_progress(done: int, total: int) -> None:
@@ -156,17 +161,22 @@ def _fill(
                     bars.append(Progress(f"caching {what}", total))
                 bars[0].advance(1 if done else 0)
 
+        reasons = on_main(lambda: cache.reasons(kind, made_of, regenerate))
         stats = on_every_rank(lambda: work(on_progress))
         for bar in bars:
             bar.close()
         everything = gather_objects((stats.num_items, stats.num_encoded))
         total, encoded = (sum(column) for column in zip(*everything, strict=True))
-        say(f"cache of {what}: {total} items, {encoded} encoded now, {total - encoded} there already")
+        why = f" ({describe(reasons)})" if encoded else ""
+        say(f"cache of {what}: {total} items, {encoded} encoded now{why}, {total - encoded} there already")
 
-    fill("latents", lambda on_progress: cache.fill_latents(paths, processes, regenerate, on_progress))
+    fill(
+        "latents", LATENTS, lambda on_progress: cache.fill_latents(paths, processes, regenerate, on_progress)
+    )
     if tokenizer is not None:
         fill(
             "captions",
+            TEXT,
             lambda on_progress: cache.fill_text(paths, tokenizer, processes, regenerate, on_progress),
         )
 

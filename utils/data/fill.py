@@ -75,12 +75,15 @@ def fill_cache(
     num_encoded = 0
     if on_progress is not None:
         on_progress(0, len(to_do))
-    for batch in make_batches(to_do, batch_size):
-        for item, tensors in zip(batch, encode(batch), strict=True):
-            store.put(item.key, tensors, item.metadata)
-            num_encoded += 1
-            if on_progress is not None:
-                on_progress(num_encoded, len(to_do))
+    try:
+        for batch in make_batches(to_do, batch_size):
+            for item, tensors in zip(batch, encode(batch), strict=True):
+                store.put(item.key, tensors, item.metadata)
+                num_encoded += 1
+                if on_progress is not None:
+                    on_progress(num_encoded, len(to_do))
+    finally:
+        store.flush()
     return FillStats(num_items=len(share), num_present=len(share) - len(to_do), num_encoded=num_encoded)
 
 

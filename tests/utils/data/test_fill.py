@@ -1,8 +1,8 @@
-import os
 import signal
 import subprocess
 import sys
 import time
+from random import Random
 
 import pytest
 import torch
@@ -112,29 +112,60 @@ def test_metadata_is_kept(store):
 
 
 FILLER = """
-import sys, time, torch
+import sys, torch
 from pathlib import Path
 from utils.data.cache import CacheStore
 from utils.data.fill import FillItem, fill_cache
 def encode(items):
     for item in items:
-        yield {"x": torch.tensor([item.payload] * 1000)}
-work = [FillItem(f"latents/{n:032x}", (n % 3,), payload=n) for n in range(2000)]
+        yield {"x": torch.tensor([item.payload] * 3000)}
+work = [FillItem(f"latents/{n:032x}", (n % 3,), payload=n) for n in range(int(sys.argv[2]))]
+print("ready", flush=True)
 fill_cache(CacheStore(Path(sys.argv[1])), work, encode, batch_size=4)
 """
+NUM_KILLS = 20
+NUM_ITEMS = 4000
 
 
-def test_a_killed_filler_leaves_only_whole_items(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", FILLER, str(tmp_path / "cache")])
-    items = tmp_path / "cache" / "items"
-    deadline = time.monotonic() + 60
-    while not (items.exists() and any(items.rglob("*.safetensors"))) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait(timeout=60) == -signal.SIGKILL
-    store = CacheStore(tmp_path / "cache")
-    keys = [f"latents/{n:032x}" for n in range(2000)]
-    present = set(keys) - set(store.missing(keys))
-    assert 0 < len(present) < 2000
-    for key in present:
-        assert store.get(key)["x"].tolist() == [int(key[-32:], 16)] * 1000
+def test_killed_at_twenty_moments_and_finished_it_holds_what_an_undisturbed_fill_holds(tmp_path):
+    """Whole items or none after each kill, and each kill costs at most the item in flight."""
+    random, root = Random(0), tmp_path / "cache"
+    keys = [f"latents/{n:032x}" for n in range(NUM_ITEMS)]
+    command = [sys.executable, "-c", FILLER, str(root), str(NUM_ITEMS)]
+    done, num_killed = 0, 0
+    for _ in range(NUM_KILLS):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        time.sleep(random.uniform(0.0, 0.06))
+        process.kill()
+        num_killed += process.wait(timeout=60) == -signal.SIGKILL
+        present = set(keys) - set(CacheStore(root).missing(keys))
+        assert len(present) >= done, "an item that was there is lost"
+        done = len(present)
+        check_whole(CacheStore(root), Random(done).sample(sorted(present), min(done, 50)))
+    assert num_killed == NUM_KILLS and done > 0
+    subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    store = CacheStore(root)
+    assert store.missing(keys) == [] and list(store.keys("latents")) == keys
+    check_whole(store, keys)
+    undisturbed = CacheStore(tmp_path / "undisturbed")
+    fill_cache(undisturbed, [FillItem(key, (0,), int(key[-32:], 16)) for key in keys[:20]], encode_as_filler)
+    for key in keys[:20]:
+        assert torch.equal(store.get(key)["x"], undisturbed.get(key)["x"])
+
+
+def encode_as_filler(items):
+    return [{"x": torch.tensor([item.payload] * 3000)} for item in items]
+
+
+def check_whole(store, keys) -> None:
+    for key in keys:
+        assert store.damage(key) is None
+        assert store.get(key)["x"].tolist() == [int(key[-32:], 16)] * 3000
+
+
+def test_two_processes_fill_one_store(tmp_path):
+    command = [sys.executable, "-c", FILLER, str(tmp_path / "cache"), "300"]
+    fillers = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [filler.wait(timeout=120) for filler in fillers] == [0, 0]
+    check_whole(CacheStore(tmp_path / "cache"), [f"latents/{n:032x}" for n in range(300)])

@@ -13,7 +13,7 @@ from PIL import Image
 
 from utils.config.schema import DirectoryConfig
 from utils.data.buckets import Bucket
-from utils.data.cache import latent_key
+from utils.data.cache_keys import LATENTS, latent_parts, make_key
 from utils.data.manifest import build_manifest, default_cache_dir, make_sample_id
 from utils.data.media import load_clip
 from utils.data.memo import HashMemo
@@ -360,7 +360,8 @@ def test_several_clips_of_a_video_are_samples_of_their_own(
     ]
     # The first is what a video of one clip is called.
     assert clips[0].sample_id == build(tmp_path).samples[0].sample_id
-    assert len({latent_key(clip, rules, "vae", "float32") for clip in clips}) == len(starts)
+    keys = {make_key(LATENTS, latent_parts(clip, rules, "vae", "float32")) for clip in clips}
+    assert len(keys) == len(starts)
     assert load_clip(clips[-1], rules).shape[1] == 9
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from utils.config.schema import DirectoryConfig
 from utils.data.buckets import Bucket
-from utils.data.cache import latent_key
+from utils.data.cache_keys import latent_parts
 from utils.data.manifest import build_manifest
 from utils.data.masks import list_masks, make_mask_grid
 from utils.data.media import MediaInfo, load_clip
@@ -151,8 +151,8 @@ def test_samples_get_their_masks_and_others_have_none(places, write_sample, buil
     for path in masks.iterdir():
         path.unlink()
     plain = build(video_clip_mode="uniform:3").samples
-    assert [latent_key(sample, rules, "vae", "float32") for sample in plain] == [
-        latent_key(sample, rules, "vae", "float32") for sample in manifest.samples
+    assert [latent_parts(sample, rules, "vae", "float32") for sample in plain] == [
+        latent_parts(sample, rules, "vae", "float32") for sample in manifest.samples
     ]
     assert [sample.sample_id for sample in plain] == [sample.sample_id for sample in manifest.samples]
 
