@@ -161,6 +161,31 @@ def test_damaged_files_are_named_before_those_that_are_left_out_on_purpose(works
     assert f"skipped {workspace.media / 'video_02.mp4'}: " in said and "... and 11 more" in said
 
 
+def test_files_that_share_a_caption_by_their_stem_are_named(workspace, capsys) -> None:
+    shutil.copy(workspace.media / "image_01.png", workspace.media / "video_01.png")
+    assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
+    said = capsys.readouterr().err
+    shared = f"{workspace.media / 'video_01.txt'}: is the caption of 2 files of one stem, video_01.mp4, video_01.png"
+    assert f"warning: {shared}" in said and "7 samples" in said
+
+
+def test_a_bad_mask(workspace, refused, capsys) -> None:
+    masks = workspace.root / "masks"
+    masks.mkdir()
+    (masks / "video_01.png").write_bytes(b"no picture")
+    with (workspace.root / "dataset.toml").open("a") as file:
+        file.write(f'mask_path = "{masks}"\n')
+    assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
+    said = capsys.readouterr().err
+    assert (
+        f"skipped {workspace.media / 'video_01.mp4'}: its mask, {masks / 'video_01.png'}: not readable"
+        in said
+    )
+    assert "loss masks: 0 of 5 samples" in said
+    shutil.rmtree(masks)
+    refused(str(masks), "mask_path", "does not exist")
+
+
 @pytest.mark.parametrize("mode", ["dit_lora", "encoder_ft"])
 def test_a_caption_that_is_too_long_is_reported(workspace, capsys, mode) -> None:
     (workspace.media / "image_01.txt").write_text("a red circle and " * 400)

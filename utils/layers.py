@@ -86,7 +86,8 @@ class PreparedBatch:
 
     Attributes:
         inputs: the first layer's wire; None on ranks whose stage is not the first.
-        labels: (target, sigma_B, weight_B, sample_index_B); None on ranks whose stage is not the last.
+        labels: (target, sigma_B, weight_B, sample_index_B), and behind them mask_BHW where a sample has a loss mask;
+            None on ranks whose stage is not the last.
     """
 
     inputs: Wire | None

@@ -118,7 +118,13 @@ class WanBatches:
         if need_labels:
             targets_BCFHW = torch.stack([sample.target_CFHW for sample in noised])
             indices_B = torch.tensor([visit.sample_index for visit in batch.visits], dtype=torch.int64)
-            labels = (targets_BCFHW, sigma_B, torch.full_like(sigma_B, weight), indices_B)
+            labels = (
+                targets_BCFHW,
+                sigma_B,
+                torch.full_like(sigma_B, weight),
+                indices_B,
+                *self._masks(batch),
+            )
         return PreparedBatch(None if inputs is None else tuple(inputs), labels)
 
     def num_tokens(self, batch: MicroBatch) -> int:
@@ -142,6 +148,16 @@ class WanBatches:
         if "cond" in item:
             inputs = torch.cat((inputs, item["cond"].float()))
         return _NoisedSample(inputs, velocity_target(latents, noise), sigma)
+
+    def _masks(self, batch: MicroBatch) -> tuple[Tensor] | tuple[()]:
+        """How much each latent position counts, mask_BHW; nothing where no sample of the micro-batch has a mask."""
+        masks = [self._samples[visit.sample_index].mask for visit in batch.visits]
+        present = next((mask for mask in masks if mask is not None), None)
+        if present is None:
+            return ()
+        everything_HW = torch.ones(present.grid.height, present.grid.width)
+        rows = [everything_HW if mask is None else torch.from_numpy(mask.grid.weights_HW()) for mask in masks]
+        return (torch.stack(rows),)
 
     def _text(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Token ids (encoder_ft) or cached states (dit_lora) of the micro-batch, padded with zeros, and true lengths."""

@@ -56,7 +56,10 @@ def hash_weights(paths: CheckpointPaths, memo: HashMemo) -> WeightHashes:
 def media_rules(variant: VariantInfo) -> MediaRules:
     """What clips must look like for this variant."""
     return MediaRules(
-        fps=variant.fps, pixel_multiple=variant.pixel_multiple, frame_quantum=variant.vae_stride[0]
+        fps=variant.fps,
+        pixel_multiple=variant.pixel_multiple,
+        frame_quantum=variant.vae_stride[0],
+        latent_stride=variant.vae_stride[1],
     )
 
 

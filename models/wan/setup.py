@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from utils.config.schema import DatasetConfig, LoadedConfig
 from utils.data.cache import CacheStore
 from utils.data.cache_keys import LATENTS, TEXT
 from utils.data.fill import FillStats
-from utils.data.manifest import Manifest, SkippedFile, build_manifest, default_cache_dir
+from utils.data.manifest import BAD_FILE_CODES, Manifest, SkippedFile, build_manifest, default_cache_dir
 from utils.data.memo import HashMemo
 from utils.data.reasons import MEMORY_FILE, MadeOf, describe
 from utils.data.sampler import BatchPlan
@@ -34,7 +34,6 @@ TARGETS_FILE = "targets.json"
 BASE_KEYS_FILE = "base_keys.csv"
 MEMO_FILE = "content_hashes.jsonl"
 _MAX_LINES_SHOWN = 10
-_ACCIDENTS = ("unreadable", "caption_conflict", "absent")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def prepare_data(
     memo = HashMemo(root / MEMO_FILE)
 
     manifest, hashes = on_main(lambda: _scan(dataset, variant, paths, memo))
-    _say_manifest(manifest, say)
+    _say_manifest(manifest, any(directory.mask_path for directory in dataset.directory), say)
     store = on_every_rank(lambda: CacheStore(root))
     cache = WanCache(manifest, store, hashes, config.train.model, variant)
     tokenizer = on_every_rank(lambda: WanTokenizer(paths.tokenizer_dir))
@@ -138,7 +137,7 @@ def without_images(manifest: Manifest, *, allow_empty: bool = False) -> Manifest
     )
     if not videos and not allow_empty:
         raise UserError(f"the dataset has no video among its {len(images)} usable files: each {reason}")
-    return Manifest(videos, manifest.skipped + images)
+    return replace(manifest, samples=videos, skipped=manifest.skipped + images)
 
 
 def _fill(
@@ -182,15 +181,19 @@ def _fill(
         )
 
 
-def _say_manifest(manifest: Manifest, say: Say) -> None:
+def _say_manifest(manifest: Manifest, wants_masks: bool, say: Say) -> None:
     counts: dict[str, int] = {}
     for sample in manifest.samples:
         counts[str(sample.bucket)] = counts.get(str(sample.bucket), 0) + 1
     buckets = ", ".join(f"{bucket}: {count}" for bucket, count in sorted(counts.items()))
     say(f"dataset: {len(manifest.samples)} samples ({buckets}); {len(manifest.skipped)} files skipped")
+    if wants_masks:
+        masked = sum(sample.mask is not None for sample in manifest.samples)
+        say(f"loss masks: {masked} of {len(manifest.samples)} samples; the others count whole")
     # What is left out by accident comes first, before what is left out by rule.
-    by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code not in _ACCIDENTS)
+    by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code not in BAD_FILE_CODES)
     _say_some([f"  skipped {skipped.path}: {skipped.reason}" for skipped in by_urgency], say)
+    _say_some([f"warning: {warning}" for warning in manifest.warnings], say)
 
 
 def _say_long_captions(manifest: Manifest, tokenizer: WanTokenizer, say: Say) -> None:
@@ -225,6 +228,8 @@ def data_fingerprint(manifest: Manifest) -> str:
             str(sample.bucket),
             sample.num_repeats,
             sample.clip_start_seconds,
+            # Nothing at all without a mask, so that a dataset without any keeps its name.
+            *(() if sample.mask is None else (sample.mask.content_hash,)),
         )
         for sample in manifest.samples
     )

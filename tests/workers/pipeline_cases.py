@@ -116,6 +116,8 @@ def make_batch(config: TrainConfig, step: int, index: int, num_micro_batches: in
     wire = TextWire(text, lens, latents, (1000 * sigma)[:, None], torch.tensor([step * 100 + index]))
     weight = torch.full((size,), 1.0 / size)
     labels = (torch.randn(latents.shape, generator=random), sigma, weight, torch.arange(size))
+    if (step + index) % 3 == 1:  # some micro-batches have loss masks, others do not
+        labels += (torch.rand(size, rows, columns, generator=random),)
     return PreparedBatch(tuple(wire), labels)
 
 

@@ -1,6 +1,8 @@
 """Rules over a dataset TOML that need neither its files nor the model."""
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from utils.config.rules import Rule
 from utils.config.schema import DatasetConfig, DirectoryConfig, Problem
@@ -70,6 +72,25 @@ def check_clip_modes(dataset: DatasetConfig) -> list[Problem]:
     return problems
 
 
+def check_mask_paths(dataset: DatasetConfig) -> list[Problem]:
+    """Masks do not lie among the files that they are for: there each would be a sample too."""
+    media = {_absolute(directory.path) for directory in dataset.directory}
+    return [
+        Problem(
+            f"directory[{index}].mask_path",
+            f'"{directory.mask_path}" is the path of a [[directory]], so its masks would be samples',
+            "put the masks into a folder of their own, under the names of the files that they are for",
+        )
+        for index, directory in enumerate(dataset.directory)
+        if directory.mask_path is not None and _absolute(directory.mask_path) in media
+    ]
+
+
+def _absolute(path: str) -> str:
+    """Absolute and without `..`; nothing is looked up."""
+    return os.path.normpath(Path(path).absolute())
+
+
 def _tables(dataset: DatasetConfig) -> Iterator[tuple[Callable[[str], str], DatasetConfig | DirectoryConfig]]:
     """The top level and each directory, with what turns a key's name into its dotted key."""
     yield str, dataset
@@ -93,4 +114,5 @@ DATASET_RULES = (
     Rule(check_size_buckets, _everywhere("size_buckets")),
     Rule(check_frame_counts, _everywhere("frame_buckets", "size_buckets")),
     Rule(check_clip_modes, _everywhere("video_clip_mode")),
+    Rule(check_mask_paths, ("directory[].mask_path", "directory[].path")),
 )

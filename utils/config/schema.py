@@ -234,6 +234,10 @@ class DirectoryConfig:
         "How often each image or clip is seen per epoch; fractions work.", 1.0, gt=0.0, le=10_000.0
     )
     caption_prefix: str = option("Put before every caption.", "")
+    mask_path: str | None = option(
+        "Folder of loss masks: pictures with the stem of the file that they are for. White counts, black does not.",
+        None,
+    )
     resolutions: tuple[int, ...] | None = option("Overrides the top level.", None, ge=16, le=8192)
     frame_buckets: tuple[int, ...] | None = option("Overrides the top level.", None, ge=1, le=4001)
     size_buckets: tuple[tuple[int, ...], ...] | None = option("Overrides the top level.", None, ge=1, le=8192)

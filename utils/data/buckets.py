@@ -24,11 +24,13 @@ class MediaRules:
         fps: frames per second the model was made for.
         pixel_multiple: width and height are multiples of this many pixels.
         frame_quantum: clips have `frame_quantum * n + 1` frames.
+        latent_stride: a latent position stands for this many pixels in each direction.
     """
 
     fps: float
     pixel_multiple: int
     frame_quantum: int = 4
+    latent_stride: int = 8
 
 
 @dataclass(frozen=True, order=True)

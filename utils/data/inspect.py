@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from utils.config.schema import TrainConfig
 from utils.data.buckets import Bucket
-from utils.data.manifest import Manifest, SampleRecord, SkippedFile
+from utils.data.manifest import BAD_FILE_CODES, Manifest, SampleRecord, SkippedFile
 from utils.data.sampler import BatchPlan
 
 _TOKEN_BIN = 32
@@ -17,6 +17,8 @@ class FileRow:
     """One line of the per-file table. What does not apply to a file, or is not known, is None.
 
     `seconds` is the length of the whole file, `clip_start_seconds` and `clip_seconds` say which part of it is used.
+    `caption_tokens` is that of the longest of `num_captions`. `masked_share` is the part of the area that a loss mask
+    leaves out.
     """
 
     file: str
@@ -32,9 +34,12 @@ class FileRow:
     seconds: float | None = None
     clip_start_seconds: float | None = None
     clip_seconds: float | None = None
+    num_captions: int | None = None
     caption_tokens: int | None = None
     is_truncated: bool | None = None
     num_repeats: float | None = None
+    mask: str | None = None
+    masked_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def file_rows(
         caption_tokens: length of every caption, None where it is not known; of several the longest is shown.
         max_tokens: where a caption is cut off.
     """
-    by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code != "unreadable")
+    by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code not in BAD_FILE_CODES)
     rows = [
         FileRow(printable(entry.path), "skipped", entry.code, printable(entry.reason)) for entry in by_urgency
     ]
@@ -126,9 +131,12 @@ def file_rows(
                 seconds=round(sample.info.seconds, 3) if is_video else None,
                 clip_start_seconds=round(sample.clip_start_seconds, 3) if is_video else None,
                 clip_seconds=round(sample.bucket.num_frames / fps, 3) if is_video else None,
+                num_captions=len(sample.captions),
                 caption_tokens=tokens,
                 is_truncated=None if tokens is None else tokens > max_tokens,
                 num_repeats=sample.num_repeats,
+                mask=None if sample.mask is None else printable(sample.mask.path),
+                masked_share=None if sample.mask is None else round(sample.mask.grid.masked_share, 4),
             )
         )
     return rows

@@ -136,16 +136,22 @@ def load_clip(record: ClipSource, rules: MediaRules) -> "torch.Tensor":
     return video_CFHW.div_(127.5).sub_(1.0)
 
 
-def fit_to_bucket(image: Image.Image, pixel_aspect: float, bucket: Bucket) -> np.ndarray:
+def fit_to_bucket(
+    image: Image.Image,
+    pixel_aspect: float,
+    bucket: Bucket,
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
+) -> np.ndarray:
     """Scale to cover the bucket and crop at the centre.
 
     Args:
-        image: RGB, upright.
+        image: RGB or grey, upright.
         pixel_aspect: width / height of one of its pixels.
         bucket: the size to reach.
+        resampling: how to scale.
 
     Returns:
-        uint8 [H, W, C] of the bucket's size.
+        uint8 [H, W, C] of the bucket's size; [H, W] of a grey image.
     """
     width, height = image.size
     scale = max(bucket.width / (width * pixel_aspect), bucket.height / height)
@@ -153,4 +159,4 @@ def fit_to_bucket(image: Image.Image, pixel_aspect: float, bucket: Bucket) -> np
     crop_height = min(height, bucket.height / scale)
     left, top = (width - crop_width) / 2, (height - crop_height) / 2
     box = (left, top, left + crop_width, top + crop_height)
-    return np.asarray(image.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box))
+    return np.asarray(image.resize((bucket.width, bucket.height), resampling, box=box))

@@ -3,15 +3,17 @@
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import xxhash
 
+from utils.data.buckets import Bucket
+from utils.data.masks import MaskGrid, make_mask_grid
 from utils.data.media import MediaInfo, probe_media
 from utils.files import atomic_write_text, content_hash
 
-# Raise whenever `probe_media` answers differently for the same file, or `MediaInfo` has other fields: old answers
+# Raise whenever `probe_media` or `make_mask_grid` answers differently for the same file, or `MediaInfo` has other fields: old answers
 # are then not used.
 _FORMAT = 1
 # Within the coarsest time resolution of a file system in use, a second change may leave the same time stamp.
@@ -26,6 +28,7 @@ class _Entry:
     mtime_ns: int
     content_hash: str | None = None
     info: MediaInfo | None = None
+    mask_grids: dict[str, MaskGrid] = field(default_factory=dict)
 
 
 class HashMemo:
@@ -67,6 +70,20 @@ class HashMemo:
             self._is_changed = True
         return entry.info
 
+    def mask_grid(self, path: Path, medium: MediaInfo, bucket: Bucket, stride: int) -> MaskGrid:
+        """`masks.make_mask_grid`, read from the memo if the mask is unchanged. Failures are not remembered.
+
+        Raises:
+            UserError: as `make_mask_grid`.
+            OSError: the file cannot be read.
+        """
+        entry = self._entry(path)
+        use = f"{medium.width}x{medium.height} in {bucket} by {stride}"
+        if use not in entry.mask_grids:
+            entry.mask_grids[use] = make_mask_grid(path, medium, bucket, stride)
+            self._is_changed = True
+        return entry.mask_grids[use]
+
     def save(self) -> None:
         """Write the memo, if anything is new, it has a path and is not read-only.
 
@@ -79,7 +96,7 @@ class HashMemo:
             return
         newest_ns = time.time_ns() - _TOO_FRESH_NS
         lines = [
-            json.dumps({"path": path, **asdict(entry)})
+            json.dumps({"path": path, **_fields(entry)})
             for path, entry in sorted(self._entries.items())
             if entry.mtime_ns <= newest_ns
         ]
@@ -97,6 +114,14 @@ class HashMemo:
         return entry
 
 
+def _fields(entry: _Entry) -> dict[str, object]:
+    """An entry as JSON has it; only masks have grids."""
+    fields = asdict(entry)
+    if not entry.mask_grids:
+        del fields["mask_grids"]
+    return fields
+
+
 def _header(body: str) -> str:
     return f"hash-memo {_FORMAT} {xxhash.xxh3_128_hexdigest(body.encode())}"
 
@@ -111,4 +136,8 @@ def _read_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
     for line in body.splitlines():
         fields = json.loads(line)
         info = fields.pop("info")
-        yield fields.pop("path"), _Entry(**fields, info=None if info is None else MediaInfo(**info))
+        grids = {use: MaskGrid(**grid) for use, grid in fields.pop("mask_grids", {}).items()}
+        yield (
+            fields.pop("path"),
+            _Entry(**fields, info=None if info is None else MediaInfo(**info), mask_grids=grids),
+        )

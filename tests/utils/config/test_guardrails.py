@@ -366,6 +366,11 @@ def test_permitted(table) -> None:
         (dataset(directory=[{"path": "a", "frame_buckets": [3]}]), "directory[0].frame_buckets", "3 frames"),
         (dataset(video_clip_mode="uniform"), "video_clip_mode", "no clip mode"),
         (
+            dataset(directory=[{"path": "a"}, {"path": "b", "mask_path": "b/../a/"}]),
+            "directory[1].mask_path",
+            "its masks would be samples",
+        ),
+        (
             dataset(directory=[{"path": "a", "video_clip_mode": "uniform:0"}]),
             "directory[0].video_clip_mode",
             "'uniform:0'",
@@ -383,6 +388,7 @@ def test_refused_in_a_dataset(table, key, words) -> None:
         dataset(),
         dataset(min_ar=1.0, max_ar=1.0),
         dataset(ar_buckets=[0.5, 1.0]),
+        dataset(directory=[{"path": "a", "mask_path": "a/masks"}, {"path": "b", "mask_path": "a/masks"}]),
         dataset(frame_buckets=[1, 5, 81]),
         dataset(video_clip_mode="multiple_overlapping"),
         dataset(directory=[{"path": "a", "video_clip_mode": "uniform:3"}]),
