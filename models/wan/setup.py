@@ -10,7 +10,16 @@ import pandas as pd
 import xxhash
 
 from models.wan.arch import VariantInfo, load_arch
-from models.wan.caching import OnProgress, WanCache, WeightHashes, all_captions, hash_weights, media_rules
+from models.wan.caching import (
+    LatentFilling,
+    OnProgress,
+    WanCache,
+    WeightHashes,
+    all_captions,
+    build_filling,
+    hash_weights,
+    media_rules,
+)
 from models.wan.checkpoint import CheckpointPaths, find_checkpoint, open_sharded
 from models.wan.model import WanModel
 from models.wan.text_encoder import MAX_TEXT_TOKENS, WanTokenizer
@@ -21,10 +30,10 @@ from utils.data.fill import FillStats
 from utils.data.manifest import Manifest, SkippedFile, build_manifest, default_cache_dir
 from utils.data.memo import HashMemo
 from utils.data.sampler import BatchPlan
-from utils.distributed import Processes, gather_objects, on_every_rank, on_main
+from utils.distributed import Processes, gather_objects, num_processes_here, on_every_rank, on_main
 from utils.errors import UserError
 from utils.files import atomic_write_text, combined_fingerprint
-from utils.progress import Progress
+from utils.shared_progress import SharedProgress
 
 Say = Callable[[str], None]
 THE_DIT = "the DiT"
@@ -54,8 +63,11 @@ def prepare_data(
     *,
     regenerate: bool,
     say: Say,
+    trust_cache: bool = False,
 ) -> PreparedData:
     """Scan the dataset, fill the cache with what is missing (each rank a share), and attach both to the model.
+
+    With `trust_cache` media files of the size that the memo knows count as unchanged.
 
     Raises:
         UserError: the dataset is empty or unreadable, on every rank.
@@ -64,17 +76,20 @@ def prepare_data(
     assert dataset is not None, "load_config with check_files has read it"
     root = default_cache_dir(dataset)
     variant = model.arch.variant
-    memo = HashMemo(root / MEMO_FILE)
+    memo = HashMemo(root / MEMO_FILE, trust_sizes=trust_cache)
 
     manifest, hashes = on_main(lambda: _scan(dataset, variant, paths, memo))
     _say_manifest(manifest, say)
+    if trust_cache:
+        say(_describe_trust(memo))
     store = on_every_rank(lambda: CacheStore(root))
     cache = WanCache(manifest, store, hashes, config.train.model, variant)
     tokenizer = on_every_rank(lambda: WanTokenizer(paths.tokenizer_dir))
     if processes.is_main:
         _say_long_captions(manifest, tokenizer, say)
     texts = tokenizer if config.train.model.cache_text_embeddings else None
-    _fill(cache, paths, processes, texts, regenerate=regenerate, say=say)
+    how = build_filling(config.train, num_processes_here(), check_content=trust_cache)
+    _fill(cache, paths, processes, texts, how, regenerate=regenerate, say=say)
     on_every_rank(lambda: model.attach_data(manifest.samples, cache))
     for line in model.describe():
         say(line)
@@ -142,6 +157,7 @@ def _fill(
     paths: CheckpointPaths,
     processes: Processes,
     tokenizer: WanTokenizer | None,
+    how: LatentFilling,
     *,
     regenerate: bool,
     say: Say,
@@ -149,27 +165,25 @@ def _fill(
     """Encode what is missing; captions only with a tokenizer."""
 
     def fill(what: str, work: Callable[[OnProgress], FillStats]) -> None:
-        bars: list[Progress] = []
-
-        def on_progress(done: int, total: int) -> None:
-            if processes.is_main and total:
-                if not bars:
-                    bars.append(Progress(f"caching {what}", total))
-                bars[0].advance(1 if done else 0)
-
-        stats = on_every_rank(lambda: work(on_progress))
-        for bar in bars:
-            bar.close()
+        with SharedProgress(f"caching {what}", processes) as progress:
+            stats = on_every_rank(lambda: work(progress.report))
         everything = gather_objects((stats.num_items, stats.num_encoded))
         total, encoded = (sum(column) for column in zip(*everything, strict=True))
         say(f"cache of {what}: {total} items, {encoded} encoded now, {total - encoded} there already")
 
-    fill("latents", lambda on_progress: cache.fill_latents(paths, processes, regenerate, on_progress))
+    fill("latents", lambda on_progress: cache.fill_latents(paths, processes, regenerate, on_progress, how))
     if tokenizer is not None:
         fill(
             "captions",
             lambda on_progress: cache.fill_text(paths, tokenizer, processes, regenerate, on_progress),
         )
+
+
+def _describe_trust(memo: HashMemo) -> str:
+    return (
+        f"--trust_cache: {memo.num_trusted} file(s) with another time stamp or place count as unchanged because they have "
+        f"the size that is known; {memo.num_read} new or of another size were read"
+    )
 
 
 def _say_manifest(manifest: Manifest, say: Say) -> None:

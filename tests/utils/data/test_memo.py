@@ -84,7 +84,7 @@ def test_a_damaged_memo_is_made_anew(tmp_path, reads, damage):
         "flip": text.replace(digest, other).encode(),
         "cut": text[:-10].encode(),
         "binary": b"\xff\xfe\x00",
-        "format": text.replace("hash-memo 1", "hash-memo 0").encode(),
+        "format": text.replace("hash-memo 2", "hash-memo 0").encode(),
         "empty": b"",
     }
     memo_path.write_bytes(changed[damage])
