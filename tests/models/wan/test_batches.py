@@ -15,6 +15,7 @@ from utils.data.buckets import Bucket
 from utils.data.manifest import SampleRecord
 from utils.data.media import MediaInfo
 from utils.data.sampler import MicroBatch, Visit
+from utils.layers import PreparedBatch
 from utils.rng import generator
 
 BUCKET = Bucket(64, 32, 5)
@@ -99,6 +100,24 @@ def test_a_stage_gets_what_it_needs_and_the_same_as_any_other(make_batches):
     assert last.inputs is None
     assert all(torch.equal(mine, other) for mine, other in zip(first.inputs, both.inputs, strict=True))
     assert all(torch.equal(mine, other) for mine, other in zip(last.labels, both.labels, strict=True))
+
+
+def test_a_stage_that_needs_nothing_reads_nothing(make_batches, monkeypatch):
+    """A stage in the middle gets its tensors from its neighbour; the cache may be far away."""
+    batches = make_batches()
+    reads = []
+    for name in ("read_latents", "read_text"):
+        monkeypatch.setattr(MemoryCache, name, lambda self, what: reads.append(what))
+    assert batches.prepare(
+        batch_of((0, 0), (1, 0)), 1.0, need_inputs=False, need_labels=False
+    ) == PreparedBatch(None, None)
+    assert reads == []
+
+
+def test_the_last_stage_reads_no_captions(make_batches, monkeypatch):
+    batches = make_batches()
+    monkeypatch.setattr(MemoryCache, "read_text", None)
+    assert batches.prepare(batch_of((0, 0)), 1.0, need_inputs=False, need_labels=True).labels is not None
 
 
 def test_noise_is_a_function_of_seed_sample_and_visit(make_batches):
