@@ -46,6 +46,7 @@ def test_the_encoders_are_gone_before_the_dit_loads(mode, loaded, workspace, mon
         seen.append("built")
         return build(*args)
 
+    monkeypatch.setattr("utils.data.decode.MIN_CLIPS_PER_WORKER", 1)
     monkeypatch.setattr(caching, "load_vae", watched_vae)
     monkeypatch.setattr(text_encoder, "load_umt5", watched_umt5)
     monkeypatch.setattr(runs, "build", watched_build)
@@ -108,7 +109,8 @@ def test_trust_and_making_anew_contradict_each_other(workspace, capsys) -> None:
 
 
 @pytest.mark.long
-def test_workers_and_batches_leave_keys_and_losses_as_they_are(workspace, capsys) -> None:
+def test_workers_and_batches_leave_keys_and_losses_as_they_are(workspace, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("utils.data.decode.MIN_CLIPS_PER_WORKER", 1)
     assert workspace.train("dit_lora", "max_steps=2", "decode_workers=0") == 0
     shutil.rmtree(workspace.cache)
     resumed = ("max_steps=3", "decode_workers=1")

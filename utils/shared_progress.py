@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -56,14 +57,19 @@ class SharedProgress:
         if not self._processes.is_main:
             return
         self._thread.join()
-        self._show()
+        self._show_if_reachable()
         if self._bar is not None:
             self._bar.close()
 
     def _watch(self) -> None:
         while not self._is_over.is_set():
-            self._show()
+            self._show_if_reachable()
             self._is_over.wait(_LOOK_EVERY_SECONDS)
+
+    def _show_if_reachable(self) -> None:
+        # Where the counters are gone the group is too, which the work itself notices and reports.
+        with suppress(RuntimeError):
+            self._show()
 
     def _show(self) -> None:
         """Called by one thread at a time: the watching one, and after its end the one that closes."""

@@ -25,8 +25,8 @@ from utils.data.media import ClipSource, load_frames
 from utils.errors import UserError
 from utils.files import content_hash
 
-# Starting a worker costs about as much as decoding this many small clips: for fewer each, none is started.
-MIN_CLIPS_PER_WORKER = 4
+# Starting a worker takes some tenths of a second: for fewer clips each, none is started.
+MIN_CLIPS_PER_WORKER = 8
 # A worker holds one decoded clip, which is seconds of encoding; a few are enough to keep an encoder busy.
 MAX_AUTOMATIC_WORKERS = 4
 _SECONDS_TO_END = 5.0

@@ -177,7 +177,10 @@ def images(tiny_dataset, tmp_path_factory):
     return build_manifest(dataset, media_rules(VARIANTS["i2v-a14b"]), HashMemo())
 
 
-def test_batches_and_workers_change_neither_keys_nor_more_than_the_last_bits(images, i2v, tmp_path):
+def test_batches_and_workers_change_neither_keys_nor_more_than_the_last_bits(
+    images, i2v, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("utils.data.decode.MIN_CLIPS_PER_WORKER", 1)
     config, paths, variant = i2v
     made = {}
     for name, how in {

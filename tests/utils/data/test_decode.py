@@ -25,6 +25,12 @@ RULES = MediaRules(fps=16.0, pixel_multiple=16)
 NUM_CLIPS = 9
 
 
+@pytest.fixture(autouse=True)
+def few_clips(monkeypatch):
+    """So few clips as a test has are worth a worker."""
+    monkeypatch.setattr(decode, "MIN_CLIPS_PER_WORKER", 4)
+
+
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     """Nine small images, each of a colour of its own."""
@@ -151,7 +157,7 @@ from utils.data.decode import ClipJob, decoded_clips
 from tests.helpers.clip import Clip
 
 def main():
-    jobs = [ClipJob(Clip(Path(sys.argv[1])), MediaRules(16.0, 16))] * 8
+    jobs = [ClipJob(Clip(Path(sys.argv[1])), MediaRules(16.0, 16))] * 16
     with decoded_clips(jobs, 2) as frames:
         next(frames)
         print("ready", flush=True)
