@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,6 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         help="count the tokens of these prompts alone (.txt, .json or .jsonl), without any dataset",
     )
+    parser.add_argument(
+        "--decode_all",
+        action="store_true",
+        help="decode every clip, not only those of the contact sheet: finds damage behind a whole beginning",
+    )
     return parser
 
 
@@ -93,25 +98,25 @@ def probe(args: argparse.Namespace) -> Verdict:
     # torch comes with these; a config that is not right is answered without it.
     from models.wan.inspect import inspect_dataset
     from utils.data.contact_sheet import draw_contact_sheet
-    from utils.data.inspect import bucket_rows, choose_samples
+    from utils.data.inspect import bucket_rows, choose_samples, undecodable
 
     found = inspect_dataset(config, dataset)
     samples = found.manifest.samples
     rows: list[BucketRow] = []
-    failures: tuple[str, ...] = ()
+    failures: dict[int, str] = {}
     if found.plan is not None and found.length is not None:
         rows = bucket_rows(samples, found.plan, found.length.epochs)
         sheet = draw_contact_sheet(choose_samples(samples, MAX_PICTURES), found.rules)
-        failures = sheet.failures
+        failures = undecodable(samples, found.rules) if args.decode_all else sheet.failures
         report.picture("contact_sheet", sheet.image, "Clips as the model sees them")
     add_inputs(report, args.config, config)
-    add_files(report, found)
+    add_files(report, found, failures)
     add_buckets(report, found, rows)
     add_captions(report, found)
     add_noise(report, config, found)
-    for problem in (*found.stops_at, *failures)[:_MAX_NAMED]:
+    for problem in (*found.stops_at, *failures.values())[:_MAX_NAMED]:
         report.note(f"training would stop at {problem}")
-    verdict, explanation = judge(found, rows, failures)
+    verdict, explanation = judge(found, rows, list(failures.values()))
     directory = report.write(verdict, explanation, HOW_TO_READ, NEXT_STEPS[verdict])
     print(f"{verdict}: {explanation}\nreport: {directory}")
     return verdict
@@ -227,7 +232,7 @@ def add_tokenizer(report: Report, config: TrainConfig) -> None:
             report.add_input("tokenizer", paths.tokenizer_dir / name)
 
 
-def add_files(report: Report, found: "Inspection") -> None:
+def add_files(report: Report, found: "Inspection", failures: Mapping[int, str]) -> None:
     """What becomes of every file."""
     from models.wan.text_encoder import MAX_TEXT_TOKENS
     from utils.data.inspect import file_rows, printable, skip_rows, skipped_share
@@ -260,7 +265,8 @@ def add_files(report: Report, found: "Inspection") -> None:
         skips = [asdict(row) for row in skip_rows(manifest.skipped)]
         report.table("skips", skips, "Skipped files by reason")
     rows = [
-        asdict(row) for row in file_rows(manifest, found.rules.fps, found.caption_tokens, MAX_TEXT_TOKENS)
+        asdict(row)
+        for row in file_rows(manifest, found.rules.fps, found.caption_tokens, MAX_TEXT_TOKENS, failures)
     ]
     report.table("files", rows, "Per file, skipped ones first")
 

@@ -251,6 +251,11 @@ class DirectoryConfig:
         None,
     )
     resolutions: tuple[int, ...] | None = option("Overrides the top level.", None, ge=16, le=8192)
+    enable_ar_bucket: bool | None = option("Overrides the top level.", None)
+    min_ar: float | None = option("Overrides the top level, its ar_buckets too.", None, ge=0.05, le=20.0)
+    max_ar: float | None = option("Overrides the top level, its ar_buckets too.", None, ge=0.05, le=20.0)
+    num_ar_buckets: int | None = option("Overrides the top level, its ar_buckets too.", None, ge=1, le=100)
+    ar_buckets: tuple[float, ...] | None = option("Overrides the top level.", None, ge=0.05, le=20.0)
     frame_buckets: tuple[int, ...] | None = option("Overrides the top level.", None, ge=1, le=4001)
     size_buckets: tuple[tuple[int, ...], ...] | None = option("Overrides the top level.", None, ge=1, le=8192)
     video_clip_mode: str | None = option("Overrides the top level.", None)

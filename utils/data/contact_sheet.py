@@ -30,10 +30,10 @@ _MASKED, _MASKED_TINT = "magenta", 0.4
 
 @dataclass(frozen=True)
 class ContactSheet:
-    """The picture, and why those clips that could not be decoded could not."""
+    """The picture, and why clips could not be decoded, by the id of their sample."""
 
     image: Image.Image
-    failures: tuple[str, ...]
+    failures: dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,15 @@ def draw_contact_sheet(samples: Sequence[SampleRecord], rules: MediaRules) -> Co
     One clip is held at a time. A clip that cannot be decoded keeps its place, and its reason is among `failures`.
     """
     cells: list[_Cell] = []
-    failures: list[str] = []
+    failures: dict[int, str] = {}
     for sample in samples:
         try:
             strip = _strip(load_clip(sample, rules), sample.mask)
         except UserError as error:
             strip = None
-            failures.append(printable(error))
+            failures[sample.sample_id] = printable(error)
         cells.append(_Cell(strip, (printable(sample.path.name), _describe(sample, rules))))
-    return ContactSheet(_paste(cells), tuple(failures))
+    return ContactSheet(_paste(cells), failures)
 
 
 def shown_frames(num_frames: int) -> tuple[int, ...]:

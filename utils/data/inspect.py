@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from utils.config.schema import TrainConfig
-from utils.data.buckets import Bucket
+from utils.data.buckets import Bucket, MediaRules
 from utils.data.manifest import BAD_FILE_CODES, Manifest, SampleRecord, SkippedFile
+from utils.data.media import load_clip
 from utils.data.sampler import BatchPlan
+from utils.errors import UserError
+from utils.progress import Progress
 
 _TOKEN_BIN = 32
 
@@ -100,8 +103,26 @@ def printable(text: object) -> str:
     return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def undecodable(samples: Sequence[SampleRecord], rules: MediaRules) -> dict[int, str]:
+    """Decode every clip as far as it reaches, one at a time; why those that fail do, by the id of their sample."""
+    failures: dict[int, str] = {}
+    progress = Progress("decoding", len(samples))
+    for sample in samples:
+        try:
+            load_clip(sample, rules)
+        except UserError as error:
+            failures[sample.sample_id] = printable(error)
+        progress.advance(1)
+    progress.close()
+    return failures
+
+
 def file_rows(
-    manifest: Manifest, fps: float, caption_tokens: Mapping[str, int] | None, max_tokens: int
+    manifest: Manifest,
+    fps: float,
+    caption_tokens: Mapping[str, int] | None,
+    max_tokens: int,
+    failures: Mapping[int, str] | None = None,
 ) -> list[FileRow]:
     """The per-file table: what was skipped first (damaged files before those that a rule leaves out), then what is kept.
 
@@ -110,7 +131,9 @@ def file_rows(
         fps: of the model.
         caption_tokens: length of every caption, None where it is not known; of several the longest is shown.
         max_tokens: where a caption is cut off.
+        failures: of clips that are kept and cannot be decoded, by the id of their sample.
     """
+    failures = failures or {}
     by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code not in BAD_FILE_CODES)
     rows = [
         FileRow(printable(entry.path), "skipped", entry.code, printable(entry.reason)) for entry in by_urgency
@@ -122,6 +145,8 @@ def file_rows(
             FileRow(
                 file=printable(sample.path),
                 status="kept",
+                reason="undecodable" if sample.sample_id in failures else None,
+                detail=failures.get(sample.sample_id),
                 kind=sample.kind,
                 width=sample.info.width,
                 height=sample.info.height,

@@ -366,6 +366,24 @@ def test_a_clip_that_breaks_off_is_found(tmp_path, tiny_t2v, tiny_dataset, monke
     assert (directory / "contact_sheet.png").exists()
 
 
+def test_every_clip_is_decoded_where_that_is_asked_for(tmp_path, tiny_t2v, tiny_dataset, monkeypatch):
+    """Damage in the middle of a file that is not on the contact sheet."""
+    media = tmp_path / "media"
+    shutil.copytree(tiny_dataset, media)
+    whole = (media / "video_00.mp4").read_bytes()
+    middle = whole.index(b"mdat") + len(whole) // 3
+    (media / "video_00.mp4").write_bytes(whole[:middle] + bytes(800) + whole[middle + 800 :])
+    monkeypatch.setattr(probe, "MAX_PICTURES", 1)
+    write_config(tmp_path, tiny_t2v, model='expert = "low_noise"')
+    write_dataset(tmp_path, media)
+    assert run(tmp_path, tag="some")[0] == 0
+    status, directory, summary = run(tmp_path, "--decode_all", tag="all")
+    assert status == 1 and "cannot be decoded, of those looked at: 1" in summary.explanation
+    reasons = {Path(row["file"]).name: row["reason"] for row in table(directory / "files.csv")}
+    assert reasons.pop("video_00.mp4") == "undecodable"
+    assert set(reasons.values()) == {"", "no_caption"}
+
+
 def test_only_config_json_is_needed_of_a_checkpoint(tmp_path, tiny_t2v, tiny_dataset):
     checkpoint = tmp_path / "checkpoint"
     (checkpoint / "low_noise_model").mkdir(parents=True)

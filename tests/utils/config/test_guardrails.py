@@ -355,6 +355,13 @@ def test_permitted(table) -> None:
         (dataset(min_ar=2.0, max_ar=1.0), "min_ar", "above max_ar"),
         (dataset(resolutions=[]), "resolutions", "is empty"),
         (dataset(ar_buckets=[]), "ar_buckets", "is empty"),
+        (dataset(directory=[{"path": "a", "ar_buckets": []}]), "directory[0].ar_buckets", "is empty"),
+        (dataset(directory=[{"path": "a", "min_ar": 3.0}]), "directory[0].min_ar", "above max_ar = 2"),
+        (
+            dataset(directory=[{"path": "a", "max_ar": 0.2}]),
+            "directory[0].max_ar",
+            "is 0.2, below min_ar = 0.5",
+        ),
         (
             dataset(directory=[{"path": "a"}, {"path": "b", "frame_buckets": []}]),
             "directory[1].frame_buckets",
