@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from utils import partition
-from utils.checkpoint import LoopState, load_checkpoint, read_state
+from utils.checkpoint import LoopState, checkpoint_name, load_checkpoint, read_state
 from utils.config.schema import LoadedConfig, TrainConfig
 from utils.data.sampler import BatchPlan
 from utils.distributed import Processes, gather_objects, on_every_rank, on_main
@@ -110,14 +110,17 @@ def build(
     """
     specs = on_every_rank(model.layer_specs)
     memory = device_memory(processes.device)
-    stages = on_every_rank(lambda: partition.plan_stages(specs, config, memory))
+    copies = processes.world_size // config.pipeline_stages
+    stages = on_every_rank(lambda: partition.plan_stages(specs, config, memory, copies))
     recorder = LossRecorder()
     pipeline = on_every_rank(
         lambda: build_pipeline(
             specs,
             stages.bounds,
             recorder,
-            lambda trainables, tables: build_optimizer(trainables, config.optimizer, tables),
+            lambda trainables, tables, copies: build_optimizer(
+                trainables, config.optimizer, tables, copies if config.zero_stage else None
+            ),
             micro_batch_size=config.micro_batch_size_per_gpu,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             gradient_clipping=config.gradient_clipping,
@@ -190,6 +193,13 @@ def run(
         metadata,
     )
     final = trainer.run(state)
+    if trainer.stopped_by is not None:
+        say(
+            f"stopped by {trainer.stopped_by} after step {final.step} of {trainer.total_steps}; everything up to here is in "
+            f"{run_dir.path / checkpoint_name(final.step)}. To go on, give the same command with "
+            f"--resume_from_checkpoint {run_dir.path}"
+        )
+        return
     rows = read_metrics(run_dir.path) if ready.processes.is_main else []
     if rows:
         say(

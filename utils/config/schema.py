@@ -194,6 +194,9 @@ class TrainConfig:
         "Micro-batches per optimizer step and data-parallel rank.", 1, ge=1
     )
     pipeline_stages: int = option("Processes that one copy of the model is split over.", 1, ge=1)
+    zero_stage: int = option(
+        "1: data-parallel copies share the optimizer's state out among themselves. 0 is off.", 0, ge=0, le=1
+    )
     partition_method: Literal["cost", "uniform", "manual"] = option(
         "How layers are split over stages.", "cost"
     )
