@@ -53,6 +53,8 @@ ROW_KEYS = {
     "step_seconds",
     "tokens_per_second",
 }
+BUDGET_KEYS = {"max_delta_ratio", "mean_delta_ratio"}
+SAVE_KEYS = {"checkpoint_seconds", "checkpoint_copy_seconds"}
 
 
 @pytest.fixture
@@ -138,7 +140,14 @@ def test_each_step_stands_once_in_the_metrics(lora) -> None:
     assert [row["epoch"] for row in rows] == [1 + (step - 1) // 3 for step in range(1, NUM_STEPS + 1)]
     for row in rows:
         budgeted = row["step"] % 5 == 0 or row["step"] == NUM_STEPS
-        assert set(row) == ROW_KEYS | ({"max_delta_ratio", "mean_delta_ratio"} if budgeted else set())
+        # Saved every second step and at the end of each epoch, which is every third.
+        before = row["step"] - 1
+        after_a_save = before > 0 and (before % 2 == 0 or before % 3 == 0)
+        assert set(row) == ROW_KEYS | (BUDGET_KEYS if budgeted else set()) | (
+            SAVE_KEYS if after_a_save else set()
+        )
+        if after_a_save:
+            assert row["checkpoint_seconds"] >= row["checkpoint_copy_seconds"] >= 0
         assert row["lr"] == 1e-3
         assert 0 < row["loss"] < 10 and 0 < row["grad_norm"] < 100
         assert row["step_seconds"] > 0 and row["tokens_per_second"] > 0
@@ -326,7 +335,12 @@ def test_another_dataset_is_not_continued(workspace, capsys) -> None:
     assert workspace.train("dit_lora", "max_steps=1") == 0
     (workspace.media / "image_00.txt").write_text("a green circle")
     code = workspace.train("dit_lora", "max_steps=2", flags=["--resume_from_checkpoint"])
-    check_refused(code, capsys.readouterr().err, "global_step1", "the dataset has changed")
+    said = capsys.readouterr().err
+    check_refused(code, said, "dataset: 6 samples of 6 files -> 6 samples of 6 files, with other content")
+    flags = ["--resume_from_checkpoint", "--allow_changed", "dataset"]
+    assert workspace.train("dit_lora", "max_steps=2", flags=flags) == 0
+    assert "changed, as allowed: dataset: " in capsys.readouterr().err
+    assert len(read_metrics(workspace.run())) == 2
 
 
 # ---------------------------------------------------------------------- the other ways to start
