@@ -5,10 +5,13 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -298,6 +301,74 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(lora, workspace, capsys
     events = EventAccumulator(str(run)).Reload().Scalars("train/loss")
     assert [event.step for event in events] == list(range(1, NUM_STEPS + 1))
     assert not list(run.rglob("*.tmp"))
+
+
+@contextmanager
+def running(
+    workspace: Workspace, launcher: Sequence[str], *overrides: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A translator run in processes of its own, from its third step on; what it says is in `said`."""
+    command = workspace.command(launcher, "dit_lora", *overrides)
+    with (workspace.root / "said").open("w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, cwd=workspace.root, env=environment())
+    try:
+        wait_for(process, lambda: any(len(read_metrics(run)) >= 3 for run in workspace.runs()))
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(timeout=60)
+
+
+def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIME_LIMIT_SECONDS
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert condition()
+
+
+def workers_of(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    found = psutil.Process(launcher.pid).children(recursive=True)
+    return sorted((one for one in found if "RANK" in one.environ()), key=lambda one: one.environ()["RANK"])
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all_after_the_step(lora, workspace, capsys) -> None:
+    """And another number of copies goes on with the same global batch, to the losses of a run that never stopped."""
+    copies = (*LORA, "gradient_accumulation_steps=1")
+    launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    with running(workspace, launcher, *copies) as process:
+        workers_of(process)[-1].terminate()
+        assert process.wait(timeout=60) == 0
+    said, run = (workspace.root / "said").read_text(), workspace.run()
+    step = len(read_metrics(run))
+    assert 3 <= step < NUM_STEPS
+    assert f"stopped by SIGTERM after step {step} of {NUM_STEPS}" in said
+    assert f"--resume_from_checkpoint {run}" in said and "Traceback" not in said
+    assert (run / LATEST).read_text() == f"global_step{step}\n"
+
+    assert workspace.train("dit_lora", *copies, flags=["--resume_from_checkpoint"]) == 0
+    assert "gradient_accumulation_steps = 2 instead of 1" in capsys.readouterr().err
+    assert losses(run) == losses(lora.run())
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_a_file_asks_for_a_checkpoint_and_a_signal_for_the_end(workspace) -> None:
+    seldom = ("epochs=200", "checkpoint_every_n_epochs=0", "save_every_n_epochs=0")
+    with running(workspace, ["python"], *seldom) as process:
+        run = workspace.run()
+        assert not (run / LATEST).exists()
+        (run / "save").touch()
+        wait_for(process, lambda: not (run / "save").exists())
+        saved = (run / LATEST).read_text().strip()
+        assert (run / saved / "loop.json").exists()
+        wait_for(process, lambda: len(read_metrics(run)) > int(saved.removeprefix("global_step")) + 1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+    step = len(read_metrics(run))
+    assert (run / LATEST).read_text() == f"global_step{step}\n" and step > 3
+    said = (workspace.root / "said").read_text()
+    assert "SIGINT: the step in progress is finished" in said
+    assert f"stopped by SIGINT after step {step} of 600" in said
 
 
 def test_a_finished_run_is_left_alone(workspace, capsys) -> None:
