@@ -12,6 +12,7 @@ import argparse
 import importlib
 import os
 import random
+import runpy
 import shutil
 import signal
 import socket
@@ -29,7 +30,7 @@ import utils.files
 import utils.saver
 from utils.checkpoint import LATEST, complete_checkpoints, read_state
 from utils.cli import run_command
-from utils.errors import TrainingStoppedError, UserError
+from utils.errors import EXIT_UNEXPECTED, TrainingStoppedError, UserError
 from utils.metrics import read_metrics
 
 ROOT = Path("output/chaos")
@@ -129,9 +130,10 @@ class Trainings:
         self.out = out
         self._overrides = overrides
         # What training imports late: a forked run must not have to.
-        for name in ("train", "models.wan.model", "models.wan.setup", "utils.run", "utils.resume"):
-            importlib.import_module(name)
-        for name in ("transformers", "peft", "torch.utils.tensorboard"):
+        for name in (
+            *("models.wan.model", "models.wan.preflight", "models.wan.setup", "utils.run", "utils.resume"),
+            *("transformers", "peft", "torch.utils.tensorboard"),
+        ):
             importlib.import_module(name)
 
     def start(self, name: str, stages: int, *flags: str) -> "Processes":
@@ -160,18 +162,16 @@ def _fork(argv: list[str], environment: dict[str, str], log: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
-    status = 70
     try:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.environ.update(environment)
-        import train
-
         _make_disk_slow()
-        status = train.main(argv)
+        sys.argv = ["train.py", *argv]
+        runpy.run_path("train.py", run_name="__main__")  # ends the process
     finally:
-        os._exit(status)
+        os._exit(EXIT_UNEXPECTED)
 
 
 def _make_disk_slow() -> None:

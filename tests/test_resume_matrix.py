@@ -72,15 +72,20 @@ class Matrix:
     """Trainings of one mode in many layouts, in as few launches as there are numbers of processes."""
 
     def __init__(
-        self, workspace: Workspace, mode: str, layouts: list[Layout], micro_batches: int = 2
+        self,
+        workspace: Workspace,
+        mode: str,
+        layouts: list[Layout],
+        micro_batches: int = 2,
+        more: tuple[str, ...] = (),
     ) -> None:
-        self.workspace, self.mode, self.layouts = workspace, mode, layouts
+        self.workspace, self.mode, self.layouts, self.more = workspace, mode, layouts, more
         self.micro_batches = micro_batches
 
     def job(self, name: str, layout: Layout, quit_after: int | None, *flags: str) -> dict[str, object]:
         common = ("save_every_n_epochs=0", "checkpoint_every_n_epochs=0", f"max_steps={END}")
         out = (f"output_dir={self.workspace.out / name}",)
-        overrides = (*MODES[self.mode], *common, *layout.overrides(self.micro_batches), *out)
+        overrides = (*MODES[self.mode], *self.more, *common, *layout.overrides(self.micro_batches), *out)
         words = self.workspace.arguments(self.mode, *overrides, flags=flags)
         source = name.partition("-to-")[0] if "-to-" in name else None
         half = str(self.workspace.out / f"half-{source}") if source else None
@@ -186,6 +191,17 @@ def test_some_layouts_go_on_from_each_other(workspace) -> None:
 def test_all_layouts_go_on_from_each_other(workspace, mode) -> None:
     layouts = [Layout(1), Layout(2), Layout(3), Layout(1, 2), Layout(1, 2, zero=1), Layout(2, 2, zero=1)]
     check(Matrix(workspace, mode, layouts), list(product(layouts, layouts)), layouts)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_kahan"])
+def test_the_state_of_every_optimizer_can_be_shared_out(workspace, optimizer) -> None:
+    """With the other kinds; the 8-bit one is in the tests above."""
+    one, plain, shared = Layout(1), Layout(1, 2), Layout(1, 2, zero=1)
+    dtype = "model.dtype=bfloat16" if optimizer == "adamw_kahan" else "model.dtype=float32"
+    matrix = Matrix(workspace, "dit_lora", [one, plain, shared], more=(f"optimizer.type={optimizer}", dtype))
+    pairs = [(one, shared), (plain, shared), (shared, plain), (shared, one), (shared, shared)]
+    check(matrix, pairs, [one, plain, shared])
 
 
 @pytest.mark.long
