@@ -10,7 +10,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install smoke test test-long lint format
+.PHONY: install smoke test test-long chaos lint format
 
 install: $(INSTALLED)
 
@@ -33,6 +33,10 @@ test: $(INSTALLED)
 
 test-long: $(INSTALLED)
 	$(PYTEST) -m long
+
+# 25 runs killed with SIGKILL, most of them inside a save, and resumed.
+chaos: $(INSTALLED)
+	$(BIN)/python scripts/chaos.py
 
 lint: $(INSTALLED)
 	$(BIN)/black --check --quiet .

@@ -5,10 +5,13 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -55,6 +58,8 @@ ROW_KEYS = {
     "data_seconds",
     "tokens_per_second",
 }
+BUDGET_KEYS = {"max_delta_ratio", "mean_delta_ratio"}
+SAVE_KEYS = {"checkpoint_seconds", "checkpoint_copy_seconds"}
 
 
 @pytest.fixture
@@ -140,7 +145,14 @@ def test_each_step_stands_once_in_the_metrics(lora) -> None:
     assert [row["epoch"] for row in rows] == [1 + (step - 1) // 3 for step in range(1, NUM_STEPS + 1)]
     for row in rows:
         budgeted = row["step"] % 5 == 0 or row["step"] == NUM_STEPS
-        assert set(row) == ROW_KEYS | ({"max_delta_ratio", "mean_delta_ratio"} if budgeted else set())
+        # Saved every second step and at the end of each epoch, which is every third.
+        before = row["step"] - 1
+        after_a_save = before > 0 and (before % 2 == 0 or before % 3 == 0)
+        assert set(row) == ROW_KEYS | (BUDGET_KEYS if budgeted else set()) | (
+            SAVE_KEYS if after_a_save else set()
+        )
+        if after_a_save:
+            assert row["checkpoint_seconds"] >= row["checkpoint_copy_seconds"] >= 0
         assert row["lr"] == 1e-3
         assert 0 < row["loss"] < 10 and 0 < row["grad_norm"] < 100
         assert row["step_seconds"] >= row["data_seconds"] >= 0 and row["tokens_per_second"] > 0
@@ -294,6 +306,74 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(lora, workspace, capsys
     assert not list(run.rglob("*.tmp"))
 
 
+@contextmanager
+def running(
+    workspace: Workspace, launcher: Sequence[str], *overrides: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A translator run in processes of its own, from its third step on; what it says is in `said`."""
+    command = workspace.command(launcher, "dit_lora", *overrides)
+    with (workspace.root / "said").open("w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, cwd=workspace.root, env=environment())
+    try:
+        wait_for(process, lambda: any(len(read_metrics(run)) >= 3 for run in workspace.runs()))
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(timeout=60)
+
+
+def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIME_LIMIT_SECONDS
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert condition()
+
+
+def workers_of(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    found = psutil.Process(launcher.pid).children(recursive=True)
+    return sorted((one for one in found if "RANK" in one.environ()), key=lambda one: one.environ()["RANK"])
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all_after_the_step(lora, workspace, capsys) -> None:
+    """And another number of copies goes on with the same global batch, to the losses of a run that never stopped."""
+    copies = (*LORA, "gradient_accumulation_steps=1")
+    launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    with running(workspace, launcher, *copies) as process:
+        workers_of(process)[-1].terminate()
+        assert process.wait(timeout=60) == 0
+    said, run = (workspace.root / "said").read_text(), workspace.run()
+    step = len(read_metrics(run))
+    assert 3 <= step < NUM_STEPS
+    assert f"stopped by SIGTERM after step {step} of {NUM_STEPS}" in said
+    assert f"--resume_from_checkpoint {run}" in said and "Traceback" not in said
+    assert (run / LATEST).read_text() == f"global_step{step}\n"
+
+    assert workspace.train("dit_lora", *copies, flags=["--resume_from_checkpoint"]) == 0
+    assert "gradient_accumulation_steps = 2 instead of 1" in capsys.readouterr().err
+    assert losses(run) == losses(lora.run())
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_a_file_asks_for_a_checkpoint_and_a_signal_for_the_end(workspace) -> None:
+    seldom = ("epochs=200", "checkpoint_every_n_epochs=0", "save_every_n_epochs=0")
+    with running(workspace, ["python"], *seldom) as process:
+        run = workspace.run()
+        assert not (run / LATEST).exists()
+        (run / "save").touch()
+        wait_for(process, lambda: not (run / "save").exists())
+        saved = (run / LATEST).read_text().strip()
+        assert (run / saved / "loop.json").exists()
+        wait_for(process, lambda: len(read_metrics(run)) > int(saved.removeprefix("global_step")) + 1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+    step = len(read_metrics(run))
+    assert (run / LATEST).read_text() == f"global_step{step}\n" and step > 3
+    said = (workspace.root / "said").read_text()
+    assert "SIGINT: the step in progress is finished" in said
+    assert f"stopped by SIGINT after step {step} of 600" in said
+
+
 def test_a_finished_run_is_left_alone(workspace, capsys) -> None:
     assert workspace.train("dit_lora", "max_steps=1") == 0
     before = {path: path.stat().st_mtime_ns for path in workspace.out.rglob("*")}
@@ -329,7 +409,12 @@ def test_another_dataset_is_not_continued(workspace, capsys) -> None:
     assert workspace.train("dit_lora", "max_steps=1") == 0
     (workspace.media / "image_00.txt").write_text("a green circle")
     code = workspace.train("dit_lora", "max_steps=2", flags=["--resume_from_checkpoint"])
-    check_refused(code, capsys.readouterr().err, "global_step1", "the dataset has changed")
+    said = capsys.readouterr().err
+    check_refused(code, said, "dataset: 6 samples of 6 files -> 6 samples of 6 files, with other content")
+    flags = ["--resume_from_checkpoint", "--allow_changed", "dataset"]
+    assert workspace.train("dit_lora", "max_steps=2", flags=flags) == 0
+    assert "changed, as allowed: dataset: " in capsys.readouterr().err
+    assert len(read_metrics(workspace.run())) == 2
 
 
 # ---------------------------------------------------------------------- the other ways to start

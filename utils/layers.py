@@ -57,6 +57,7 @@ class LayerSpec:
         trains_weights: whether its full weights train (not only an adapter), which adds a weight-gradient pass.
         recompute: whether it recomputes its forward pass in the backward pass.
         resident_bytes: weights, gradients and optimizer state that it keeps in memory.
+        state_bytes: how much of that is optimizer state, which `zero_stage = 1` shares out.
     """
 
     name: str
@@ -66,6 +67,7 @@ class LayerSpec:
     trains_weights: bool = False
     recompute: bool = False
     resident_bytes: float = 0.0
+    state_bytes: float = 0.0
 
 
 def global_names(spec_name: str, layer: nn.Module) -> dict[str, nn.Parameter]:

@@ -52,7 +52,7 @@ def training_costs(specs: Sequence[LayerSpec]) -> tuple[float, ...]:
 
 
 def plan_stages(
-    specs: Sequence[LayerSpec], config: TrainConfig, device_bytes: float | None = None
+    specs: Sequence[LayerSpec], config: TrainConfig, device_bytes: float | None = None, copies: int = 1
 ) -> StagePlan:
     """Split the layers over `pipeline_stages` by `partition_method`.
 
@@ -61,6 +61,7 @@ def plan_stages(
         config: the run.
         device_bytes: memory of one device, where it bounds what a stage may hold ("cost" only): a split in which
             every stage's resident bytes stay under 80 % of it is preferred to one that is better balanced.
+        copies: data-parallel copies of the model; with `zero_stage = 1` each keeps its share of the optimizer's state.
 
     Raises:
         UserError: more stages than layers, or a `partition_split` that does not fit the layers.
@@ -71,7 +72,8 @@ def plan_stages(
             f"pipeline_stages = {num_stages}: the model has only {num_layers} layers; use fewer stages"
         )
     costs = training_costs(specs)
-    sizes = tuple(spec.resident_bytes for spec in specs)
+    elsewhere = 1 - 1 / copies if config.zero_stage else 0.0
+    sizes = tuple(spec.resident_bytes - elsewhere * spec.state_bytes for spec in specs)
     if config.partition_method == "manual":
         bounds = (0, *config.partition_split, num_layers)
         if any(a >= b for a, b in pairwise(bounds)):

@@ -272,7 +272,7 @@ def build_pipeline(
     specs: Sequence[LayerSpec],
     bounds: Sequence[int],
     loss_fn: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
-    make_optimizer: Callable[[dict[str, nn.Parameter], Collection[str]], torch.optim.Optimizer],
+    make_optimizer: Callable[[dict[str, nn.Parameter], Collection[str], Any], torch.optim.Optimizer],
     *,
     micro_batch_size: int,
     gradient_accumulation_steps: int,
@@ -285,8 +285,8 @@ def build_pipeline(
         specs: all layers of the model, first to last.
         bounds: stage i owns layers bounds[i] .. bounds[i+1] - 1.
         loss_fn: called on the last stage with its output and labels.
-        make_optimizer: gets this stage's trainable parameters by global name, of which there may be none, and the
-            names of those that are lookup tables.
+        make_optimizer: gets this stage's trainable parameters by global name, of which there may be none, the names
+            of those that are lookup tables, and the process group of the copies of this stage.
         micro_batch_size: samples per micro-batch.
         gradient_accumulation_steps: micro-batches per step and data-parallel rank.
         gradient_clipping: largest global gradient norm; 0 is off.
@@ -306,6 +306,8 @@ def build_pipeline(
         "train_batch_size": micro_batch_size * gradient_accumulation_steps * dp_size,
         "gradient_clipping": _ALWAYS_CALL_CLIPPING,
         "steps_per_print": 10**9,
+        # Copies average their gradients in float32, whatever the gradients' own precision.
+        "communication_data_type": "fp32",
     }
     topology = PipeDataParallelTopology(num_pp=num_stages, num_dp=dp_size)
     stage = topology.get_coord(processes.rank).pipe
@@ -320,7 +322,9 @@ def build_pipeline(
         engine = BandEngine(
             args=None,
             model=module,
-            optimizer=lambda _: make_optimizer(trainables, own.tables),
+            optimizer=lambda _: make_optimizer(
+                trainables, own.tables, module.mpu().get_data_parallel_group()
+            ),
             model_parameters=list(trainables.values()),
             mpu=module.mpu(),
             config=config,

@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils.checkpoint import LoopState, latest_checkpoint, save_checkpoint
+from utils.checkpoint import LoopState, latest_checkpoint
+from utils.checkpoint_writer import CheckpointWriter, SaveTimes, WriteFlags
 from utils.config.schema import TrainConfig
 from utils.data.prefetch import ReadAhead
 from utils.data.sampler import BatchPlan, MicroBatch, rank_slice
 from utils.delta_budget import ModuleDelta, over_cap, summarise
-from utils.distributed import Processes, broadcast_object, gather_objects, on_every_rank, on_main
+from utils.distributed import Processes, gather_objects, on_every_rank, on_main
 from utils.errors import TrainingStoppedError
 from utils.flow_matching import NUM_SIGMA_BINS, per_sample_loss, sigma_bin
 from utils.layers import PreparedBatch, TrainableModel
@@ -26,6 +27,9 @@ from utils.optim import learning_rate, set_learning_rate
 from utils.pipeline import NonFiniteGradientsError, Pipeline
 from utils.progress import Progress, announce
 from utils.saver import export_trained
+from utils.stopping import RequestFlags, RunControl
+
+_NUM_WRITE_FLAGS = len(WriteFlags._fields)
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,16 @@ class Trainer:
         self._metadata = metadata
         self._per_step = config.gradient_accumulation_steps * pipeline.dp_size
         self.total_steps = 0
-        self._last_checkpoint_time = time.monotonic()
+        self.stopped_by: str | None = None
+        self._control = RunControl(run_dir, processes.is_main, config.checkpoint_every_n_minutes)
+        self._writer = CheckpointWriter(run_dir, pipeline, config.keep_checkpoints)
+        self._save_times: SaveTimes | None = None
         self._warned: set[str] = set()
 
     def run(self, state: LoopState) -> LoopState:
-        """Train from `state` to the end, saving on the way. Every rank must call it.
+        """Train from `state` to the end, or until asked to stop, saving on the way. Every rank must call it.
+
+        Where it was asked to stop, `stopped_by` says by what.
 
         Raises:
             TrainingStoppedError: a loss or gradient is not finite, or the budget says stop.
@@ -120,12 +129,13 @@ class Trainer:
         main = self._processes.is_main
         self.total_steps = total_steps(self._config, self._plan, state)
         with ExitStack() as stack:
+            stack.enter_context(self._control)
             writer, bar = None, None
             if main:
                 writer = stack.enter_context(closing(MetricsWriter(self._run_dir, state.step + 1)))
                 bar = stack.enter_context(closing(Progress("training", self.total_steps, state.step)))
             ahead = stack.enter_context(ReadAhead(self._read_step))
-            while state.step < self.total_steps:
+            while state.step < self.total_steps and self.stopped_by is None:
                 before = state
                 state, row = self._step(before, ahead)
                 over_budget = self._measure_budget(row)
@@ -140,6 +150,7 @@ class Trainer:
                     )
                 self._act_on_budget(over_budget, state.step)
                 self._save_if_due(state, before)
+            self._writer.finish()
         return state
 
     # ------------------------------------------------------------------ one step
@@ -189,6 +200,10 @@ class Trainer:
             "data_seconds": round(data_seconds, 4),
             "tokens_per_second": round(sum(map(self._model.num_tokens, batches)) / seconds, 1),
         }
+        if self._save_times is not None:
+            row["checkpoint_seconds"] = round(self._save_times.stall, 4)
+            row["checkpoint_copy_seconds"] = round(self._save_times.copy, 4)
+            self._save_times = None
         return state, row
 
     def _read_step(self, first: int) -> _StepData:
@@ -217,10 +232,19 @@ class Trainer:
             )
 
     def _reduced_totals(self) -> np.ndarray:
-        """Totals of the step over all ranks; only last stages contribute."""
-        totals = torch.from_numpy(self._recorder.totals()).to(self._processes.device)
-        dist.all_reduce(totals)
-        return totals.cpu().numpy()
+        """Totals of the step over all ranks; only last stages contribute.
+
+        With them, at no further cost, go what any rank was asked for and how far the checkpoint in flight is.
+        """
+        flags = [*self._control.flags(), *self._writer.flags()]
+        own = np.concatenate([self._recorder.totals(), np.array(flags, dtype=np.float64)])
+        everything = torch.from_numpy(own).to(self._processes.device)
+        dist.all_reduce(everything)
+        totals, counts = np.split(everything.cpu().numpy(), [-len(flags)])
+        requests, written = np.split(counts.astype(int), [-_NUM_WRITE_FLAGS])
+        self._control.hear(RequestFlags(*requests.tolist()))
+        self._writer.advance(WriteFlags(*written.tolist()))
+        return totals
 
     def _stop_non_finite(self, step: int, batches: Sequence[MicroBatch]) -> None:
         bad = sorted(
@@ -235,6 +259,7 @@ class Trainer:
         )
 
     def _what_is_left(self) -> str:
+        self._writer.finish()
         newest = latest_checkpoint(self._run_dir)
         return "there is no checkpoint yet" if newest is None else f"the last good checkpoint is {newest}"
 
@@ -294,15 +319,11 @@ class Trainer:
         due = (ended and every(config.checkpoint_every_n_epochs, number)) or every(
             config.checkpoint_every_n_steps, step
         )
-        if due or at_end or self._minutes_are_up():
-            save_checkpoint(self._run_dir, self._pipeline, state, config.keep_checkpoints)
-            self._last_checkpoint_time = time.monotonic()
-
-    def _minutes_are_up(self) -> bool:
-        minutes = self._config.checkpoint_every_n_minutes
-        if minutes is None:
-            return False
-        return bool(broadcast_object(time.monotonic() - self._last_checkpoint_time >= 60 * minutes))
+        if due or at_end or self._control.wants_checkpoint:
+            self._control.saving()
+            self._save_times = self._writer.save(state, then=self._control.saved)
+        if self._control.wants_stop and not at_end:
+            self.stopped_by = self._control.reason
 
     def _export(self, name: str, state: LoopState, epoch: int) -> None:
         metadata = {**self._metadata, "step": str(state.step), "epoch": str(epoch)}

@@ -26,7 +26,7 @@ from utils.config.schema import TrainConfig
 from utils.layers import LayerSpec, PipelineLayer
 from utils.lora import add_lora, parameter_names
 from utils.lora_targets import split_block_path
-from utils.optim import bytes_per_trained_weight, trainable_dtype
+from utils.optim import bytes_per_trained_weight, state_bytes_per_weight, trainable_dtype
 
 Build = Callable[[torch.device], PipelineLayer]
 TEXT_PREFIX = "text_encoder."
@@ -56,9 +56,15 @@ def text_layers(config: TrainConfig, source: TensorSource, workload: Workload) -
 
     def spec(name: str, build: Build, trained: bool, official: str, **values: Any) -> LayerSpec:
         each = bytes_per_trained_weight(config.optimizer) if trained else builder.frozen_bytes
-        kept = each * costs.num_weights(source.shapes, official)
+        num_weights = costs.num_weights(source.shapes, official)
         return LayerSpec(
-            name, build, trainable=trained, trains_weights=trained, resident_bytes=kept, **values
+            name,
+            build,
+            trainable=trained,
+            trains_weights=trained,
+            resident_bytes=each * num_weights,
+            state_bytes=state_bytes_per_weight(config.optimizer) * num_weights if trained else 0.0,
+            **values,
         )
 
     specs = [spec(_TOKENS, builder.tokens, table_trained, "token_embedding.", forward_flops=0.0)]
@@ -103,6 +109,7 @@ def dit_layers(
     for index in range(arch.num_layers):
         adapted = [target for target in targets if split_block_path(target)[0] == index]
         kept = builder.frozen_bytes * costs.num_weights(shapes, f"blocks.{index}.")
+        trained = 0.0
         if config.adapter is not None:
             trained = costs.num_adapter_weights(shapes, adapted, config.adapter.rank)
             kept += trained * bytes_per_trained_weight(config.optimizer)
@@ -114,6 +121,7 @@ def dit_layers(
                 trainable=bool(adapted),
                 recompute=config.activation_checkpointing,
                 resident_bytes=kept,
+                state_bytes=trained * state_bytes_per_weight(config.optimizer),
             )
         )
     specs.append(

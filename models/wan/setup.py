@@ -47,13 +47,14 @@ _MAX_LINES_SHOWN = 10
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Data ready to train on."""
+    """Data ready to train on; with fingerprints of everything that a run rests on, and what each is of in words."""
 
     manifest: Manifest
     plan: BatchPlan
     hashes: WeightHashes
     store_root: Path
     fingerprints: dict[str, str]
+    descriptions: dict[str, str]
 
 
 def prepare_data(
@@ -105,9 +106,18 @@ def prepare_data(
         "the text encoder": hashes.text_encoder,
         "the tokenizer": hashes.tokenizer,
     }
+    num_files = len({sample.path for sample in manifest.samples})
+    descriptions = {
+        "the dataset": f"{len(manifest.samples)} samples of {num_files} files",
+        THE_DIT: str(paths.transformer_dir),
+        "the VAE": str(paths.vae),
+        "the text encoder": str(paths.text_encoder),
+        "the tokenizer": str(paths.tokenizer_dir),
+    }
     if model.batches.caption_aug is not None:
         fingerprints["the keywords"] = model.batches.caption_aug.keywords_digest
-    return PreparedData(manifest, plan, hashes, root, fingerprints)
+        descriptions["the keywords"] = "a list of keywords"
+    return PreparedData(manifest, plan, hashes, root, fingerprints, descriptions)
 
 
 def needed_items(config: LoadedConfig) -> tuple[set[str], Manifest]:

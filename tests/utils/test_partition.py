@@ -150,3 +150,14 @@ def test_memory_moves_a_boundary_that_cost_alone_would_not():
     free, bound = plan_stages(specs, config), plan_stages(specs, config, device_bytes=100.0)
     assert max(free.stage_bytes) > 80.0
     assert bound.bounds == (0, 2, 8) and bound.stage_bytes == (60.0, 80.0)
+
+
+def test_state_that_copies_share_out_counts_by_the_share():
+    config = config_of(pipeline_stages=1, zero_stage=1)
+    specs = [
+        replace(spec(1.0, trainable=True, trains_weights=True), resident_bytes=16.0, state_bytes=8.0),
+        replace(spec(1.0), resident_bytes=2.0),
+    ]
+    assert plan_stages(specs, config, copies=4).layer_bytes == (10.0, 2.0)
+    assert plan_stages(specs, config).layer_bytes == (16.0, 2.0)
+    assert plan_stages(specs, replace(config, zero_stage=0), copies=4).layer_bytes == (16.0, 2.0)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils import run as runs
-from utils.checkpoint import complete_checkpoints, latest_checkpoint
+from utils.checkpoint import complete_checkpoints, latest_checkpoint, read_state
 from utils.config.schema import BudgetConfig, ModelConfig, OptimizerConfig, TrainConfig
 from utils.data.buckets import Bucket
 from utils.data.sampler import BatchPlan, MicroBatch
@@ -23,6 +23,7 @@ from utils.layers import LayerSpec, PipelineLayer, PreparedBatch
 from utils.metrics import read_metrics
 from utils.optim import trainable_dtype
 from utils.pipeline import Pipeline
+from utils.resume import Inputs
 from utils.rng import generator
 from utils.run_dir import RunDir
 
@@ -133,13 +134,18 @@ def train(
     processes: Processes,
     run: RunDir,
     num_samples: int = 7,
-    data: str = "toy",
 ) -> None:
     plan = BatchPlan(
         [ToySample(index) for index in range(num_samples)], config.micro_batch_size_per_gpu, config.seed
     )
     ready = runs.build(config, plan, model, processes, lambda text: None)
-    runs.run(ready, run, {"the data": data}, {"who": "toy"}, lambda text: None)
+    runs.run(ready, run, Inputs({"the data": "toy"}), {"who": "toy"}, lambda text: None)
+
+
+def continued(path: Path) -> RunDir:
+    checkpoint = latest_checkpoint(path)
+    assert checkpoint is not None
+    return RunDir(path, checkpoint, read_state(checkpoint))
 
 
 def test_a_toy_model_trains_saves_and_resumes(processes: Processes, tmp_path: Path) -> None:
@@ -149,7 +155,7 @@ def test_a_toy_model_trains_saves_and_resumes(processes: Processes, tmp_path: Pa
         path.mkdir()
     train(config, ToyModel(), processes, RunDir(whole))
     train(make_config(max_steps=3), ToyModel(), processes, RunDir(parts))
-    train(config, ToyModel(), processes, RunDir(parts, latest_checkpoint(parts), is_resumed=True))
+    train(config, ToyModel(), processes, continued(parts))
 
     rows = read_metrics(whole)
     # 7 samples in micro-batches of 2: 4 of them an epoch, 16 in all, 2 a step
@@ -178,7 +184,7 @@ def test_every_optimizer_resumes_exactly(processes: Processes, tmp_path: Path, k
         path.mkdir()
     train(config, model, processes, RunDir(whole))
     train(replace(config, max_steps=3), model, processes, RunDir(parts))
-    train(config, model, processes, RunDir(parts, latest_checkpoint(parts), is_resumed=True))
+    train(config, model, processes, continued(parts))
     final, resumed = (load_file(path / "epoch4" / "toy.safetensors") for path in (whole, parts))
     assert all(torch.equal(final[name], resumed[name]) for name in final)
     assert [row["loss"] for row in read_metrics(parts)] == [row["loss"] for row in read_metrics(whole)]
@@ -188,7 +194,7 @@ def test_more_epochs_after_a_short_last_step_skip_nothing(processes: Processes, 
     """5 micro-batches in windows of 2: the first run ends in a window of one, and the next begins right behind it."""
     config = make_config(epochs=1, checkpoint_every_n_steps=1)
     train(config, ToyModel(), processes, RunDir(tmp_path), num_samples=9)
-    longer = RunDir(tmp_path, latest_checkpoint(tmp_path), is_resumed=True)
+    longer = continued(tmp_path)
     train(replace(config, epochs=3), ToyModel(), processes, longer, num_samples=9)
     rows = read_metrics(tmp_path)
     assert rows[2]["samples_seen"] == 9 and rows[-1]["samples_seen"] == 27
@@ -198,14 +204,6 @@ def test_more_epochs_after_a_short_last_step_skip_nothing(processes: Processes, 
         "epoch2",
         "epoch3",
     ]
-
-
-def test_a_run_does_not_go_on_from_other_data(processes: Processes, tmp_path: Path) -> None:
-    config = make_config(max_steps=2)
-    train(config, ToyModel(), processes, RunDir(tmp_path))
-    resumed = RunDir(tmp_path, latest_checkpoint(tmp_path), is_resumed=True)
-    with pytest.raises(UserError, match="the content of the data has changed"):
-        train(replace(config, max_steps=4), ToyModel(), processes, resumed, data="another")
 
 
 def test_a_short_last_step_weighs_samples_not_batches(processes: Processes, tmp_path: Path) -> None:

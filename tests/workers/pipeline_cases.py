@@ -166,7 +166,7 @@ def run_pipeline(case: Case, tiny: Path, out: Path, num_stages: int, processes: 
         specs,
         plan_stages(specs, config).bounds,
         recorder,
-        lambda trainables, tables: build_optimizer(trainables, config.optimizer, tables),
+        lambda trainables, tables, _: build_optimizer(trainables, config.optimizer, tables),
         micro_batch_size=1,
         gradient_accumulation_steps=case.micro_batches // dp_size,
         gradient_clipping=case.clipping,

@@ -194,6 +194,9 @@ class TrainConfig:
         "Micro-batches per optimizer step and data-parallel rank.", 1, ge=1
     )
     pipeline_stages: int = option("Processes that one copy of the model is split over.", 1, ge=1)
+    zero_stage: int = option(
+        "1: data-parallel copies share the optimizer's state out among themselves. 0 is off.", 0, ge=0, le=1
+    )
     partition_method: Literal["cost", "uniform", "manual"] = option(
         "How layers are split over stages.", "cost"
     )
@@ -214,7 +217,11 @@ class TrainConfig:
     )
     checkpoint_every_n_steps: int | None = option("The same every N steps.", None, ge=1)
     checkpoint_every_n_minutes: float | None = option("The same every N minutes.", None, gt=0.0)
-    keep_checkpoints: int = option("How many checkpoints are kept.", 2, ge=2)
+    keep_checkpoints: int = option(
+        "How many checkpoints are kept; at least 2, so that one is there whatever happens to the other.",
+        2,
+        ge=2,
+    )
     seed: int = option("Everything random follows from it.", 0, ge=0)
     caching_batch_size: int = option(
         "Clips of one bucket that the VAE encodes together while caching. Above 1 the last bits of latents depend on it.",

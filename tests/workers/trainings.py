@@ -1,0 +1,64 @@
+"""Runs several trainings one after the other in one process group: starting is dearer than a few tiny steps.
+
+Reads jobs from a JSON file, each the words behind `train.py`, perhaps an output directory to copy first, and perhaps the
+step after which somebody asks the run to save and quit, and runs them as `train.py` would. Exit status: the largest.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train
+from utils import distributed
+from utils.cli import end_process, run_command
+from utils.metrics import MetricsWriter
+from utils.stopping import SAVE_AND_QUIT_FILE
+
+
+def main() -> int:
+    jobs = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    processes = distributed.init_processes(timeout_minutes=2)
+
+    @contextmanager
+    def the_same_group(timeout_minutes: float) -> Iterator[distributed.Processes]:
+        yield processes
+
+    distributed.process_group = the_same_group
+    statuses = []
+    for job in json.loads(jobs.read_text()):
+        arguments = train.parse_arguments(job["words"])
+        if job["copy_from"] is not None:
+            distributed.on_main(lambda job=job: shutil.copytree(job["copy_from"], job["out"]))
+        with asked_to_quit(job["quit_after"]):
+            statuses.append(run_command(lambda arguments=arguments: train.train(arguments), debug=True))
+    return max(statuses)
+
+
+@contextmanager
+def asked_to_quit(after: int | None) -> Iterator[None]:
+    """Make the file `save_quit` while step `after` is on its way: when the step before it has been written down."""
+    write = MetricsWriter.write
+
+    def write_and_ask(writer: MetricsWriter, row: dict[str, Any]) -> None:
+        write(writer, row)
+        if after is not None and row["step"] == after - 1:
+            (writer._path.parent / SAVE_AND_QUIT_FILE).touch()
+
+    MetricsWriter.write = write_and_ask  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        MetricsWriter.write = write  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    end_process(main())
