@@ -94,7 +94,7 @@ def test_a_copied_set_is_trusted_and_said_to_be(workspace, capsys, monkeypatch) 
     image.write_bytes(content)
     assert workspace.train("dit_lora", flags=["--trust_cache", "--cache_only"]) == 0
     assert "0 encoded now" in capsys.readouterr().err
-    shutil.rmtree(workspace.cache / "items")
+    shutil.rmtree(workspace.cache / "shards")
     code = workspace.train("dit_lora", flags=["--trust_cache", "--cache_only"])
     check_refused(code, capsys.readouterr().err, str(image), "--trust_cache")
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0

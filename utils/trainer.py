@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from utils.config.schema import TrainConfig
 from utils.data.prefetch import ReadAhead
 from utils.data.sampler import BatchPlan, MicroBatch, rank_slice
 from utils.delta_budget import ModuleDelta, over_cap, summarise
-from utils.distributed import Processes, gather_objects, on_every_rank, on_main
-from utils.errors import TrainingStoppedError
+from utils.distributed import Processes, gather_objects, is_shared, on_every_rank, on_main
+from utils.errors import TrainingStoppedError, UserError
 from utils.flow_matching import NUM_SIGMA_BINS, per_sample_loss, sigma_bin
 from utils.layers import PreparedBatch, TrainableModel
 from utils.metrics import MetricsWriter
@@ -134,6 +134,7 @@ class Trainer:
             if main:
                 writer = stack.enter_context(closing(MetricsWriter(self._run_dir, state.step + 1)))
                 bar = stack.enter_context(closing(Progress("training", self.total_steps, state.step)))
+            stack.enter_context(self._last_checkpoint_in_place())
             ahead = stack.enter_context(ReadAhead(self._read_step))
             while state.step < self.total_steps and self.stopped_by is None:
                 before = state
@@ -152,6 +153,17 @@ class Trainer:
                 self._save_if_due(state, before)
             self._writer.finish()
         return state
+
+    @contextmanager
+    def _last_checkpoint_in_place(self) -> Iterator[None]:
+        """After an error that all ranks share, what was saved before it is still written to its end."""
+        try:
+            yield
+        except (UserError, TrainingStoppedError) as error:
+            if is_shared(error):
+                with suppress(UserError):  # the first error is the one to tell
+                    self._writer.finish()
+            raise
 
     # ------------------------------------------------------------------ one step
 

@@ -7,12 +7,11 @@ encoders live only while the cache fills.
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -202,12 +201,14 @@ class WanCache:
         ]
         make = partial(self._latent_encoder, paths.vae, processes.device)
 
-        def load(samples: Sequence[SampleRecord]) -> AbstractContextManager[Iterator[np.ndarray]]:
+        @contextmanager
+        def load(samples: Sequence[SampleRecord]) -> Iterator[Iterator[Tensor]]:
             jobs = [
                 ClipJob(sample, self._rules, sample.content_hash if how.check_content else None)
                 for sample in samples
             ]
-            return decoded_clips(jobs, how.decode_workers)
+            with decoded_clips(jobs, how.decode_workers) as frames:
+                yield map(scale_frames, frames)
 
         return self._fill(items, make, how.batch_size, processes, regenerate, on_progress, load)
 
@@ -272,7 +273,7 @@ class WanCache:
         vae = load_vae(vae_path, getattr(torch, self._config.vae_dtype), device)
 
         def encode(batch: Sequence[FillItem]) -> Iterator[dict[str, Tensor]]:
-            video_BCFHW = scale_frames(np.stack([item.payload for item in batch]))
+            video_BCFHW = _stacked([item.payload for item in batch])
             try:
                 encoded = {"latents": vae.encode(video_BCFHW).float().cpu()}
                 if self._conditioned:
@@ -286,6 +287,11 @@ class WanCache:
                 yield {name: tensors[row] for name, tensors in encoded.items()}
 
         return encode
+
+
+def _stacked(videos_CFHW: Sequence[Tensor]) -> Tensor:
+    """Clips as a batch; one alone is not copied."""
+    return torch.stack(list(videos_CFHW)) if len(videos_CFHW) > 1 else videos_CFHW[0].unsqueeze(0)
 
 
 def all_captions(samples: Iterable[SampleRecord]) -> set[str]:

@@ -126,7 +126,7 @@ class _Worker:
             kind, content = self._connection.recv()
             if kind == _FRAMES:
                 frames_FHWC = np.empty(content, dtype=np.uint8)
-                self._connection.recv_bytes_into(frames_FHWC.data.cast("B"))
+                _read_into(self._connection.fileno(), frames_FHWC.data.cast("B"))
                 return frames_FHWC
         except (EOFError, OSError) as error:
             raise self._death(job.record.path) from error
@@ -167,7 +167,7 @@ def _serve(connection: Connection) -> None:
             kind, content, frames_FHWC = _answer(job)
             connection.send((kind, content))
             if frames_FHWC is not None:
-                connection.send_bytes(frames_FHWC.data.cast("B"))
+                _write_all(connection.fileno(), frames_FHWC.data.cast("B"))
     except (EOFError, OSError):
         return
 
@@ -180,6 +180,20 @@ def _answer(job: ClipJob) -> tuple[str, object, np.ndarray | None]:
     except Exception:  # told to the parent, which raises
         return _FAILURE, traceback.format_exc(), None
     return _FRAMES, frames_FHWC.shape, frames_FHWC
+
+
+def _write_all(descriptor: int, content: memoryview) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
+def _read_into(descriptor: int, target: memoryview) -> None:
+    """Fill `target`. Several times faster than `Connection.recv_bytes_into`, which copies what it has read twice."""
+    while target:
+        count = os.readv(descriptor, [target])
+        if count == 0:
+            raise EOFError
+        target = target[count:]
 
 
 def _end_with_parent() -> None:

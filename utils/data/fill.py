@@ -1,14 +1,16 @@
 """Filling the cache: each rank encodes its share of what is missing, in homogeneous batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 
 from utils.data.cache import CacheStore
+from utils.data.prefetch import ReadAhead
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def fill_cache(
         store: the cache.
         work: all items of all ranks; the same on each, in any order. Equal keys count once.
         encode: gives the tensors of each item of a batch, in order; they are put as they come.
-        load: turns each payload into the one that `encode` gets; may work ahead.
+        load: turns each payload into the one that `encode` gets. It runs in another thread, one batch ahead.
         rank: this process.
         world_size: number of processes that fill.
         batch_size: items in a batch, at most.
@@ -82,18 +84,25 @@ def fill_cache(
         on_progress(0, len(to_do))
     batches = list(make_batches(to_do, batch_size))
     payloads = [item.payload for batch in batches for item in batch]
-    try:
-        with nullcontext(iter(payloads)) if load is None else load(payloads) as loaded:
-            for items in batches:
-                batch = [replace(item, payload=next(loaded)) for item in items]
-                for item, tensors in zip(batch, encode(batch), strict=True):
-                    store.put(item.key, tensors, item.metadata)
-                    num_encoded += 1
-                    if on_progress is not None:
-                        on_progress(num_encoded, len(to_do))
-    finally:
-        store.flush()
+    with ExitStack() as stack:
+        stack.callback(store.flush)
+        loaded = iter(payloads) if load is None else stack.enter_context(load(payloads))
+        ahead = stack.enter_context(ReadAhead(partial(_load_batch, batches, loaded)))
+        for index in range(len(batches)):
+            batch = ahead.take(index)
+            if index + 1 < len(batches):
+                ahead.begin(index + 1)
+            for item, tensors in zip(batch, encode(batch), strict=True):
+                store.put(item.key, tensors, item.metadata)
+                num_encoded += 1
+                if on_progress is not None:
+                    on_progress(num_encoded, len(to_do))
     return FillStats(num_items=len(share), num_present=len(share) - len(to_do), num_encoded=num_encoded)
+
+
+def _load_batch(batches: Sequence[Sequence[FillItem]], loaded: Iterator[Any], index: int) -> list[FillItem]:
+    """A batch with what was loaded in place of its payloads; batches are asked for one after the other."""
+    return [replace(item, payload=next(loaded)) for item in batches[index]]
 
 
 def rank_share(work: Iterable[FillItem], rank: int, world_size: int) -> list[FillItem]:

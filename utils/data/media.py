@@ -130,11 +130,13 @@ def load_frames(record: ClipSource, rules: MediaRules) -> np.ndarray:
 
 
 def scale_frames(frames_FHWC: np.ndarray) -> "torch.Tensor":
-    """Frames of `load_frames` as the model sees them: `video_CFHW`, float32 in [-1, 1]. Leading dimensions are kept."""
+    """Frames of `load_frames` as the model sees them: `video_CFHW`, float32 in [-1, 1]."""
     import torch
 
     video_CFHW = (
-        torch.from_numpy(frames_FHWC).movedim(-1, -4).to(torch.float32, memory_format=torch.contiguous_format)
+        torch.from_numpy(frames_FHWC)
+        .permute(3, 0, 1, 2)
+        .to(torch.float32, memory_format=torch.contiguous_format)
     )
     return video_CFHW.div_(127.5).sub_(1.0)
 

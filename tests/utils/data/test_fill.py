@@ -1,6 +1,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from random import Random
@@ -99,6 +100,36 @@ def test_payloads_are_loaded_in_the_order_of_encoding_and_for_what_is_missing_al
     with pytest.raises(UserError, match="clip"):
         fill_cache(store, work, Encoder(fails_at=107), regenerate=True, load=load)
     assert events == ["open", "closed"] * 2
+
+
+def test_the_next_batch_is_loaded_while_one_is_encoded_and_no_more(store):
+    loads, changed = [], threading.Condition()
+
+    @contextmanager
+    def load(payloads):
+        def one_by_one():
+            for payload in payloads:
+                with changed:
+                    loads.append(payload)
+                    changed.notify_all()
+                yield payload
+
+        yield one_by_one()
+
+    seen = []
+
+    def encode(items):
+        for item in items:
+            yield {"x": torch.tensor([item.payload])}
+        wanted = min(2 * (len(seen) + 2), 6)
+        with changed:
+            assert changed.wait_for(lambda: len(loads) >= wanted, timeout=60)
+            seen.append(len(loads))
+
+    work = [FillItem(f"latents/{n:032x}", (5,), payload=n) for n in range(6)]
+    fill_cache(store, work, encode, batch_size=2, load=load)
+    assert seen == [4, 6, 6]
+    check_contents(store, work)
 
 
 def test_ranks_that_start_at_different_times_leave_no_hole(store):
