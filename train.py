@@ -32,7 +32,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="override a value of the config, e.g. --set adapter.rank=8 (repeatable)",
     )
     parser.add_argument("--cache_only", action="store_true", help="fill the cache and exit")
-    parser.add_argument("--regenerate_cache", action="store_true", help="encode this dataset's items anew")
+    anew_or_trusted = parser.add_mutually_exclusive_group()
+    anew_or_trusted.add_argument(
+        "--regenerate_cache", action="store_true", help="encode this dataset's items anew"
+    )
+    anew_or_trusted.add_argument(
+        "--trust_cache",
+        action="store_true",
+        help="take media files of known path and size for unchanged, whatever their time stamps say (copied or network "
+        "disks); one whose content changed at the same size keeps its old latents",
+    )
     parser.add_argument(
         "--dry_run", action="store_true", help="do everything up to the first step, summarise, exit"
     )
@@ -69,7 +78,15 @@ def train(arguments: argparse.Namespace) -> int:
         say = runs.speaker(processes)
         paths = distributed.on_every_rank(lambda: find_checkpoint(config.train.model))
         model = distributed.on_every_rank(lambda: WanModel(config.train, paths))
-        data = prepare_data(config, model, paths, processes, regenerate=arguments.regenerate_cache, say=say)
+        data = prepare_data(
+            config,
+            model,
+            paths,
+            processes,
+            regenerate=arguments.regenerate_cache,
+            trust_cache=arguments.trust_cache,
+            say=say,
+        )
         if arguments.cache_only:
             say(f"cache complete: {data.store_root}")
             return 0

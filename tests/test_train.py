@@ -52,6 +52,7 @@ ROW_KEYS = {
     "grad_norm",
     "samples_seen",
     "step_seconds",
+    "data_seconds",
     "tokens_per_second",
 }
 
@@ -142,7 +143,7 @@ def test_each_step_stands_once_in_the_metrics(lora) -> None:
         assert set(row) == ROW_KEYS | ({"max_delta_ratio", "mean_delta_ratio"} if budgeted else set())
         assert row["lr"] == 1e-3
         assert 0 < row["loss"] < 10 and 0 < row["grad_norm"] < 100
-        assert row["step_seconds"] > 0 and row["tokens_per_second"] > 0
+        assert row["step_seconds"] >= row["data_seconds"] >= 0 and row["tokens_per_second"] > 0
         bins = row["loss_by_timestep"]
         assert 1 <= len(bins) <= 2 and min(bins.values()) <= row["loss"] <= max(bins.values())
 
@@ -151,6 +152,7 @@ def test_tensorboard_has_the_same_numbers(lora) -> None:
     events = EventAccumulator(str(lora.run())).Reload()
     found = {event.step: event.value for event in events.Scalars("train/loss")}
     assert found == pytest.approx({row["step"]: row["loss"] for row in read_metrics(lora.run())})
+    assert "train/data_seconds" in events.Tags()["scalars"]
     assert "train/max_delta_ratio" in events.Tags()["scalars"]
 
 
@@ -278,7 +280,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(lora, workspace, capsys
     assert [path for path in workspace.runs() if path != unfinished] == [run]
     rows, whole = read_metrics(run), read_metrics(lora.run())
     assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
-    changing = {"step_seconds", "tokens_per_second"}
+    changing = {"step_seconds", "data_seconds", "tokens_per_second"}
     for row, expected in zip(rows, whole, strict=True):
         assert {key: row[key] for key in ROW_KEYS - changing} == {
             key: expected[key] for key in ROW_KEYS - changing

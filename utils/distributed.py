@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from utils.errors import TrainingStoppedError, UserError
 
@@ -120,6 +121,28 @@ def gather_objects(value: Any) -> list[Any]:
 def _objects() -> Any:
     """The group for objects; None is the whole world's own."""
     return _object_group[0] if _object_group else None
+
+
+class SharedCounter:
+    """A number that every rank adds to and reads, without waiting for any other rank."""
+
+    def __init__(self, name: str) -> None:
+        """The counter of this name in the process group; it begins at 0."""
+        self._name = name
+        self._store = _get_default_store()
+
+    def add(self, amount: int) -> int:
+        """Add `amount`; returns the sum so far."""
+        return int(self._store.add(self._name, amount))
+
+    def value(self) -> int:
+        """The sum so far."""
+        return self.add(0)
+
+
+def num_processes_here() -> int:
+    """How many of the processes run on this machine. Every rank must call it."""
+    return gather_objects(socket.gethostname()).count(socket.gethostname())
 
 
 def on_main(function: Callable[[], T]) -> T:

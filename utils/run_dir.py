@@ -19,7 +19,7 @@ CONFIG_FILE = "config.toml"
 NEWEST = ""
 _RUN_NAME = re.compile(r"(?P<stamp>\d{8}_\d{6})(_(?P<number>\d+))?")
 
-# What may differ between a run and its continuation: how far it goes, how it is split, when it saves.
+# What may differ between a run and its continuation: how far it goes, how it is split, when it saves, how it caches.
 _FREE_KEYS = frozenset(
     {
         "output_dir",
@@ -37,6 +37,8 @@ _FREE_KEYS = frozenset(
         "checkpoint_every_n_minutes",
         "keep_checkpoints",
         "timeout_minutes",
+        "caching_batch_size",
+        "decode_workers",
         "activation_checkpointing",
     }
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from utils.checkpoint import LoopState, latest_checkpoint, save_checkpoint
 from utils.config.schema import TrainConfig
+from utils.data.prefetch import ReadAhead
 from utils.data.sampler import BatchPlan, MicroBatch, rank_slice
 from utils.delta_budget import ModuleDelta, over_cap, summarise
 from utils.distributed import Processes, broadcast_object, gather_objects, on_every_rank, on_main
@@ -33,6 +34,15 @@ class _Record:
     sigma_B: Tensor
     weight_B: Tensor
     sample_index_B: Tensor
+
+
+@dataclass(frozen=True)
+class _StepData:
+    """Micro-batches of a step over all ranks, their samples, and this rank's share as tensors."""
+
+    batches: Sequence[MicroBatch]
+    num_samples: int
+    prepared: Sequence[PreparedBatch]
 
 
 class LossRecorder:
@@ -114,9 +124,10 @@ class Trainer:
             if main:
                 writer = stack.enter_context(closing(MetricsWriter(self._run_dir, state.step + 1)))
                 bar = stack.enter_context(closing(Progress("training", self.total_steps, state.step)))
+            ahead = stack.enter_context(ReadAhead(self._read_step))
             while state.step < self.total_steps:
                 before = state
-                state, row = self._step(before)
+                state, row = self._step(before, ahead)
                 over_budget = self._measure_budget(row)
                 on_main(lambda row=row: writer.write(row) if writer is not None else None)  # type: ignore[misc]
                 if writer is not None and bar is not None:
@@ -133,10 +144,14 @@ class Trainer:
 
     # ------------------------------------------------------------------ one step
 
-    def _step(self, state: LoopState) -> tuple[LoopState, dict[str, Any]]:
+    def _step(self, state: LoopState, ahead: "ReadAhead[_StepData]") -> tuple[LoopState, dict[str, Any]]:
         started = time.perf_counter()
-        batches = self._step_batches(state.micro_batches_seen)
-        num_samples = sum(len(batch.visits) for batch in batches)
+        # Before the step begins: a file that one rank cannot read must not stop it in the middle of one.
+        data = on_every_rank(lambda: ahead.take(state.micro_batches_seen))
+        data_seconds = time.perf_counter() - started
+        batches, num_samples = data.batches, data.num_samples
+        if state.step + 1 < self.total_steps:
+            ahead.begin(state.micro_batches_seen + len(batches))
         lr = learning_rate(
             state.step,
             self.total_steps,
@@ -147,9 +162,7 @@ class Trainer:
         set_learning_rate(self._pipeline.optimizer, lr)
         self._recorder.clear()
         try:
-            # Read before the step begins: a file that one rank cannot read must not stop it in the middle of one.
-            prepared = on_every_rank(lambda: list(self._prepared(batches, num_samples)))
-            self._pipeline.train_step(iter(prepared))
+            self._pipeline.train_step(iter(data.prepared))
         except NonFiniteGradientsError:
             self._stop_non_finite(state.step, batches)
         totals = self._reduced_totals()
@@ -173,9 +186,16 @@ class Trainer:
             "grad_norm": self._pipeline.gradient_norm,
             "samples_seen": state.samples_seen,
             "step_seconds": round(seconds, 4),
+            "data_seconds": round(data_seconds, 4),
             "tokens_per_second": round(sum(map(self._model.num_tokens, batches)) / seconds, 1),
         }
         return state, row
+
+    def _read_step(self, first: int) -> _StepData:
+        """What this rank needs for the step that begins at this position; called in another thread than the steps."""
+        batches = self._step_batches(first)
+        num_samples = sum(len(batch.visits) for batch in batches)
+        return _StepData(batches, num_samples, list(self._prepared(batches, num_samples)))
 
     def _step_batches(self, first: int) -> Sequence[MicroBatch]:
         """The micro-batches of the step that begins at this position; fewer than usual at the very end of the run."""

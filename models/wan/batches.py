@@ -101,7 +101,9 @@ class WanBatches:
     def prepare(
         self, batch: MicroBatch, weight: float, *, need_inputs: bool, need_labels: bool
     ) -> PreparedBatch:
-        """Read, noise and label one micro-batch; see `TrainableModel.prepare`."""
+        """Read, noise and label one micro-batch; see `TrainableModel.prepare`. A stage that needs neither reads nothing."""
+        if not (need_inputs or need_labels):
+            return PreparedBatch(None, None)
         noised = [self._noised(visit.sample_index, visit.visit) for visit in batch.visits]
         sigma_B = torch.tensor([sample.sigma for sample in noised], dtype=torch.float32)
         inputs = None

@@ -7,10 +7,12 @@ encoders live only while the cache fills.
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,16 +20,18 @@ from models.wan.arch import VariantInfo
 from models.wan.checkpoint import CheckpointPaths
 from models.wan.text_encoder import MAX_TEXT_TOKENS, TextEncoder, WanTokenizer
 from models.wan.vae import WanVae, load_vae
-from utils.config.schema import ModelConfig
+from utils.config.schema import ModelConfig, TrainConfig
 from utils.data.buckets import MediaRules
 from utils.data.cache import CacheStore
 from utils.data.cache_keys import LATENTS, TEXT, latent_parts, make_key, text_parts
-from utils.data.fill import Encode, FillItem, FillStats, fill_cache
+from utils.data.decode import ClipJob, automatic_workers, decoded_clips
+from utils.data.fill import Encode, FillItem, FillStats, Load, fill_cache
 from utils.data.manifest import Manifest, SampleRecord
-from utils.data.media import load_clip
+from utils.data.media import scale_frames
 from utils.data.memo import HashMemo
 from utils.data.reasons import MadeOf, Want, caption_identity
 from utils.distributed import Processes
+from utils.errors import UserError
 
 OnProgress = Callable[[int, int], None]
 EMPTY_CAPTION = ""
@@ -46,11 +50,41 @@ class WeightHashes:
     tokenizer: str
 
 
+@dataclass(frozen=True)
+class LatentFilling:
+    """How latents are made, as far as it does not change what they are.
+
+    Attributes:
+        batch_size: clips of one bucket that go through the VAE together, at most.
+        decode_workers: processes that decode ahead; 0 decodes in this one.
+        check_content: hash each file that is decoded, and refuse one that is not what its key says.
+    """
+
+    batch_size: int = 1
+    decode_workers: int = 0
+    check_content: bool = False
+
+
+DEFAULT_FILLING = LatentFilling()
+
+
 def hash_weights(paths: CheckpointPaths, memo: HashMemo) -> WeightHashes:
-    """Hash VAE, UMT5 and tokenizer files; unchanged files are looked up in `memo` instead of read."""
+    """Hash VAE, UMT5 and tokenizer files; unchanged files are looked up in `memo` instead of read.
+
+    Never by size alone, whatever `memo` trusts: two encoders of one architecture have the same size.
+    """
+    hashed = partial(memo.content_hash, compare_time=True)
     files = [paths.tokenizer_dir / name for name in _TOKENIZER_FILES]
-    tokenizer = "-".join(memo.content_hash(path) for path in files if path.exists())
-    return WeightHashes(memo.content_hash(paths.vae), memo.content_hash(paths.text_encoder), tokenizer)
+    tokenizer = "-".join(hashed(path) for path in files if path.exists())
+    return WeightHashes(hashed(paths.vae), hashed(paths.text_encoder), tokenizer)
+
+
+def build_filling(config: TrainConfig, num_processes_here: int, *, check_content: bool) -> LatentFilling:
+    """How the configuration wants latents to be made, on a machine with so many ranks."""
+    workers = config.decode_workers
+    if workers is None:
+        workers = automatic_workers(num_processes_here)
+    return LatentFilling(config.caching_batch_size, workers, check_content)
 
 
 def media_rules(variant: VariantInfo) -> MediaRules:
@@ -141,9 +175,18 @@ class WanCache:
         return self._store.get(self._text_keys[caption])["states"]
 
     def fill_latents(
-        self, paths: CheckpointPaths, processes: Processes, regenerate: bool, on_progress: OnProgress
+        self,
+        paths: CheckpointPaths,
+        processes: Processes,
+        regenerate: bool,
+        on_progress: OnProgress,
+        how: LatentFilling = DEFAULT_FILLING,
     ) -> FillStats:
-        """Encode this rank's share of the latents: the missing ones, or all with `regenerate`."""
+        """Encode this rank's share of the latents: the missing ones, or all with `regenerate`.
+
+        Raises:
+            UserError: a clip cannot be decoded, or the disk is full.
+        """
         items = [
             FillItem(
                 key=key,
@@ -158,7 +201,15 @@ class WanCache:
             for key, sample in zip(self._latent_keys, self._samples, strict=True)
         ]
         make = partial(self._latent_encoder, paths.vae, processes.device)
-        return self._fill(items, make, 1, processes, regenerate, on_progress)
+
+        def load(samples: Sequence[SampleRecord]) -> AbstractContextManager[Iterator[np.ndarray]]:
+            jobs = [
+                ClipJob(sample, self._rules, sample.content_hash if how.check_content else None)
+                for sample in samples
+            ]
+            return decoded_clips(jobs, how.decode_workers)
+
+        return self._fill(items, make, how.batch_size, processes, regenerate, on_progress, load)
 
     def fill_text(
         self,
@@ -194,6 +245,7 @@ class WanCache:
         processes: Processes,
         regenerate: bool,
         on_progress: OnProgress,
+        load: Load | None = None,
     ) -> FillStats:
         # The encoder loads at the first item that is missing, so a warm cache loads nothing.
         encoder = cache(make_encoder)
@@ -203,6 +255,7 @@ class WanCache:
                 self._store,
                 items,
                 lambda batch: encoder()(batch),
+                load=load,
                 rank=processes.rank,
                 world_size=processes.world_size,
                 batch_size=batch_size,
@@ -219,13 +272,18 @@ class WanCache:
         vae = load_vae(vae_path, getattr(torch, self._config.vae_dtype), device)
 
         def encode(batch: Sequence[FillItem]) -> Iterator[dict[str, Tensor]]:
-            for item in batch:
-                sample: SampleRecord = item.payload
-                video_BCFHW = load_clip(sample, self._rules).unsqueeze(0)
-                encoded = {"latents": vae.encode(video_BCFHW)[0].float().cpu()}
+            video_BCFHW = scale_frames(np.stack([item.payload for item in batch]))
+            try:
+                encoded = {"latents": vae.encode(video_BCFHW).float().cpu()}
                 if self._conditioned:
-                    encoded["cond"] = first_frame_condition(video_BCFHW, vae)[0].float().cpu()
-                yield encoded
+                    encoded["cond"] = first_frame_condition(video_BCFHW, vae).float().cpu()
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"the GPU has no memory left to encode {len(batch)} clip(s) of {list(video_BCFHW.shape[2:])} (frames, "
+                    "height, width); lower caching_batch_size, or the resolutions or frame_buckets of the dataset"
+                ) from error
+            for row in range(len(batch)):
+                yield {name: tensors[row] for name, tensors in encoded.items()}
 
         return encode
 

@@ -10,7 +10,16 @@ import pandas as pd
 import xxhash
 
 from models.wan.arch import VariantInfo, load_arch
-from models.wan.caching import OnProgress, WanCache, WeightHashes, all_captions, hash_weights, media_rules
+from models.wan.caching import (
+    LatentFilling,
+    OnProgress,
+    WanCache,
+    WeightHashes,
+    all_captions,
+    build_filling,
+    hash_weights,
+    media_rules,
+)
 from models.wan.checkpoint import CheckpointPaths, find_checkpoint, open_sharded
 from models.wan.model import WanModel
 from models.wan.text_encoder import MAX_TEXT_TOKENS, WanTokenizer
@@ -23,10 +32,10 @@ from utils.data.manifest import BAD_FILE_CODES, Manifest, SkippedFile, build_man
 from utils.data.memo import HashMemo
 from utils.data.reasons import MEMORY_FILE, MadeOf, describe
 from utils.data.sampler import BatchPlan
-from utils.distributed import Processes, gather_objects, on_every_rank, on_main
+from utils.distributed import Processes, gather_objects, num_processes_here, on_every_rank, on_main
 from utils.errors import UserError
 from utils.files import atomic_write_text, combined_fingerprint
-from utils.progress import Progress
+from utils.shared_progress import SharedProgress
 
 Say = Callable[[str], None]
 THE_DIT = "the DiT"
@@ -55,8 +64,11 @@ def prepare_data(
     *,
     regenerate: bool,
     say: Say,
+    trust_cache: bool = False,
 ) -> PreparedData:
     """Scan the dataset, fill the cache with what is missing (each rank a share), and attach both to the model.
+
+    With `trust_cache` media files of the size that the memo knows count as unchanged.
 
     Raises:
         UserError: the dataset is empty or unreadable, on every rank.
@@ -65,18 +77,21 @@ def prepare_data(
     assert dataset is not None, "load_config with check_files has read it"
     root = default_cache_dir(dataset)
     variant = model.arch.variant
-    memo = HashMemo(root / MEMO_FILE)
+    memo = HashMemo(root / MEMO_FILE, trust_sizes=trust_cache)
 
     manifest, hashes = on_main(lambda: _scan(dataset, variant, paths, memo))
     _say_manifest(manifest, any(directory.mask_path for directory in dataset.directory), say)
+    if trust_cache:
+        say(_describe_trust(memo))
     store = on_every_rank(lambda: CacheStore(root))
     cache = WanCache(manifest, store, hashes, config.train.model, variant)
     tokenizer = on_every_rank(lambda: WanTokenizer(paths.tokenizer_dir))
     if processes.is_main:
         _say_long_captions(manifest, tokenizer, say)
     texts = tokenizer if config.train.model.cache_text_embeddings else None
+    how = build_filling(config.train, num_processes_here(), check_content=trust_cache)
     made_of = MadeOf(root / MEMORY_FILE)
-    _fill(cache, paths, processes, texts, made_of, regenerate=regenerate, say=say)
+    _fill(cache, paths, processes, texts, how, made_of, regenerate=regenerate, say=say)
     on_main(lambda: made_of.remember(cache.wants(LATENTS) + cache.wants(TEXT)))
     on_every_rank(lambda: model.attach_data(manifest.samples, cache))
     for line in model.describe():
@@ -145,6 +160,7 @@ def _fill(
     paths: CheckpointPaths,
     processes: Processes,
     tokenizer: WanTokenizer | None,
+    how: LatentFilling,
     made_of: MadeOf,
     *,
     regenerate: bool,
@@ -153,25 +169,18 @@ def _fill(
     """Encode what is missing; captions only with a tokenizer."""
 
     def fill(what: str, kind: str, work: Callable[[OnProgress], FillStats]) -> None:
-        bars: list[Progress] = []
-
-        def on_progress(done: int, total: int) -> None:
-            if processes.is_main and total:
-                if not bars:
-                    bars.append(Progress(f"caching {what}", total))
-                bars[0].advance(1 if done else 0)
-
         reasons = on_main(lambda: cache.reasons(kind, made_of, regenerate))
-        stats = on_every_rank(lambda: work(on_progress))
-        for bar in bars:
-            bar.close()
+        with SharedProgress(f"caching {what}", processes) as progress:
+            stats = on_every_rank(lambda: work(progress.report))
         everything = gather_objects((stats.num_items, stats.num_encoded))
         total, encoded = (sum(column) for column in zip(*everything, strict=True))
         why = f" ({describe(reasons)})" if encoded else ""
         say(f"cache of {what}: {total} items, {encoded} encoded now{why}, {total - encoded} there already")
 
     fill(
-        "latents", LATENTS, lambda on_progress: cache.fill_latents(paths, processes, regenerate, on_progress)
+        "latents",
+        LATENTS,
+        lambda on_progress: cache.fill_latents(paths, processes, regenerate, on_progress, how),
     )
     if tokenizer is not None:
         fill(
@@ -179,6 +188,13 @@ def _fill(
             TEXT,
             lambda on_progress: cache.fill_text(paths, tokenizer, processes, regenerate, on_progress),
         )
+
+
+def _describe_trust(memo: HashMemo) -> str:
+    return (
+        f"--trust_cache: {memo.num_trusted} file(s) with another time stamp or place count as unchanged because they have "
+        f"the size that is known; {memo.num_read} new or of another size were read"
+    )
 
 
 def _say_manifest(manifest: Manifest, wants_masks: bool, say: Say) -> None:

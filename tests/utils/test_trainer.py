@@ -1,6 +1,7 @@
 """The loop trains any model that implements `TrainableModel`: here a small one that is not Wan."""
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from utils.errors import TrainingStoppedError, UserError
 from utils.layers import LayerSpec, PipelineLayer, PreparedBatch
 from utils.metrics import read_metrics
 from utils.optim import trainable_dtype
+from utils.pipeline import Pipeline
 from utils.rng import generator
 from utils.run_dir import RunDir
 
@@ -250,8 +252,65 @@ def test_the_budget_stops_or_warns(
     train(make_config(budget=stopping), ToyModel(delta=0.05), processes, RunDir(tmp_path / "stop"))
 
 
+class WatchedModel(ToyModel):
+    """Remembers which micro-batches were asked for; the `fails_at`-th cannot be read."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        super().__init__()
+        self.asked: list[MicroBatch] = []
+        self.changed = threading.Condition()
+        self.fails_at = fails_at
+
+    def prepare(
+        self, batch: MicroBatch, weight: float, *, need_inputs: bool, need_labels: bool
+    ) -> PreparedBatch:
+        with self.changed:
+            self.asked.append(batch)
+            self.changed.notify_all()
+        if len(self.asked) == self.fails_at:
+            raise UserError("item 5 is damaged")
+        return super().prepare(batch, weight, need_inputs=need_inputs, need_labels=need_labels)
+
+
+def reading_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("read ahead")]
+
+
+def test_the_next_step_is_read_while_this_one_runs_and_nothing_behind_the_last(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, steps, read_meanwhile = WatchedModel(), [], []
+    train_step = Pipeline.train_step
+
+    def watched(self: Pipeline, batches: Iterator[PreparedBatch]) -> None:
+        steps.append(len(steps) + 1)
+        wanted = min(len(steps) + 1, 4) * 2  # micro-batches of this step and of the next, where there is one
+        with model.changed:
+            assert model.changed.wait_for(lambda: len(model.asked) >= wanted, timeout=60)
+            read_meanwhile.append(len(model.asked))
+        train_step(self, batches)
+
+    monkeypatch.setattr(Pipeline, "train_step", watched)
+    train(make_config(max_steps=4), model, processes, RunDir(tmp_path))
+    assert read_meanwhile == [4, 6, 8, 8]
+    plan = BatchPlan([ToySample(index) for index in range(7)], 2, 0)
+    assert model.asked == list(plan.window(0, 8))
+    assert not reading_threads()
+    assert all(0 <= row["data_seconds"] <= row["step_seconds"] for row in read_metrics(tmp_path))
+
+
+def test_what_cannot_be_read_ahead_is_an_error_of_its_own_step(processes: Processes, tmp_path: Path) -> None:
+    """The fifth micro-batch belongs to step 3: it is read during step 2, which is done, written and saved."""
+    with pytest.raises(UserError, match="item 5 is damaged"):
+        train(make_config(checkpoint_every_n_steps=1), WatchedModel(fails_at=5), processes, RunDir(tmp_path))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert (tmp_path / "latest").read_text().strip() == "global_step2"
+    assert not reading_threads()
+
+
 def test_metrics_lines_are_plain_json(processes: Processes, tmp_path: Path) -> None:
     train(make_config(epochs=1), ToyModel(), processes, RunDir(tmp_path))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     wanted = {"step", "epoch", "loss", "loss_by_timestep", "lr", "grad_norm", "samples_seen", "step_seconds"}
+    wanted |= {"data_seconds"}
     assert all(wanted | {"tokens_per_second"} <= set(json.loads(line)) for line in lines)

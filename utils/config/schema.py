@@ -216,6 +216,18 @@ class TrainConfig:
     checkpoint_every_n_minutes: float | None = option("The same every N minutes.", None, gt=0.0)
     keep_checkpoints: int = option("How many checkpoints are kept.", 2, ge=2)
     seed: int = option("Everything random follows from it.", 0, ge=0)
+    caching_batch_size: int = option(
+        "Clips of one bucket that the VAE encodes together while caching. Above 1 the last bits of latents depend on it.",
+        1,
+        ge=1,
+    )
+    decode_workers: int | None = option(
+        "Processes per rank that decode clips ahead while caching; 0 decodes in the rank itself. Not set: by the "
+        "number of cores and ranks of the machine, at most 4.",
+        None,
+        ge=0,
+        le=256,
+    )
     timeout_minutes: float = option(
         "How long a process waits for a silent peer before it gives up.", 30.0, gt=0.0, le=100_000.0
     )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -80,8 +81,9 @@ def build_buckets(
     return tuple(sorted(buckets))
 
 
+@lru_cache(maxsize=4096)  # a folder of many files has few sizes
 def assign_bucket(
-    width: int, height: int, num_frames_available: int, buckets: Iterable[Bucket]
+    width: int, height: int, num_frames_available: int, buckets: tuple[Bucket, ...]
 ) -> Bucket | None:
     """The bucket for a medium of `width` x `height` px, or None if there is none.
 

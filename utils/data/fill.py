@@ -1,7 +1,8 @@
 """Filling the cache: each rank encodes its share of what is missing, in homogeneous batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -17,7 +18,7 @@ class FillItem:
     Attributes:
         key: of the cache.
         group: items of equal group may be encoded in one batch (a bucket's sides and length; a token count).
-        payload: what `encode` needs; nothing here looks into it.
+        payload: what `encode` needs, or what `load` makes that of; nothing here looks into it.
         metadata: text to keep with the item.
     """
 
@@ -37,6 +38,8 @@ class FillStats:
 
 
 Encode = Callable[[Sequence[FillItem]], Iterable[Mapping[str, torch.Tensor]]]
+# Gets all payloads in the order in which they will be encoded; gives, while its body runs, what `encode` wants instead.
+Load = Callable[[Sequence[Any]], AbstractContextManager[Iterator[Any]]]
 
 
 def fill_cache(
@@ -44,6 +47,7 @@ def fill_cache(
     work: Sequence[FillItem],
     encode: Encode,
     *,
+    load: Load | None = None,
     rank: int = 0,
     world_size: int = 1,
     batch_size: int = 1,
@@ -60,6 +64,7 @@ def fill_cache(
         store: the cache.
         work: all items of all ranks; the same on each, in any order. Equal keys count once.
         encode: gives the tensors of each item of a batch, in order; they are put as they come.
+        load: turns each payload into the one that `encode` gets; may work ahead.
         rank: this process.
         world_size: number of processes that fill.
         batch_size: items in a batch, at most.
@@ -67,7 +72,7 @@ def fill_cache(
         on_progress: called with (done, total) before the first batch and after each item.
 
     Raises:
-        UserError: from `encode` (a file that cannot be decoded), or the disk is full.
+        UserError: from `load` (a file that cannot be decoded) or `encode`, or the disk is full.
     """
     share = rank_share(work, rank, world_size)
     missing = set(store.missing(item.key for item in share))
@@ -75,13 +80,17 @@ def fill_cache(
     num_encoded = 0
     if on_progress is not None:
         on_progress(0, len(to_do))
+    batches = list(make_batches(to_do, batch_size))
+    payloads = [item.payload for batch in batches for item in batch]
     try:
-        for batch in make_batches(to_do, batch_size):
-            for item, tensors in zip(batch, encode(batch), strict=True):
-                store.put(item.key, tensors, item.metadata)
-                num_encoded += 1
-                if on_progress is not None:
-                    on_progress(num_encoded, len(to_do))
+        with nullcontext(iter(payloads)) if load is None else load(payloads) as loaded:
+            for items in batches:
+                batch = [replace(item, payload=next(loaded)) for item in items]
+                for item, tensors in zip(batch, encode(batch), strict=True):
+                    store.put(item.key, tensors, item.metadata)
+                    num_encoded += 1
+                    if on_progress is not None:
+                        on_progress(num_encoded, len(to_do))
     finally:
         store.flush()
     return FillStats(num_items=len(share), num_present=len(share) - len(to_do), num_encoded=num_encoded)

@@ -207,7 +207,7 @@ def _with_id_names(directories: tuple[DirectoryConfig, ...]) -> Iterator[tuple[D
 
 def _visible_entries(directory: Path) -> list[Path]:
     try:
-        entries = sorted(directory.iterdir())
+        entries = sorted(directory.iterdir(), key=lambda entry: entry.name)
     except FileNotFoundError as error:
         raise UserError(
             f"dataset, [[directory]] {directory}: there is no such directory "

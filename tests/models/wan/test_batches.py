@@ -19,6 +19,7 @@ from utils.data.manifest import SampleRecord
 from utils.data.masks import LossMask, MaskGrid
 from utils.data.media import MediaInfo
 from utils.data.sampler import MicroBatch, Visit
+from utils.layers import PreparedBatch
 from utils.rng import generator
 
 BUCKET = Bucket(64, 32, 5)
@@ -136,6 +137,24 @@ def test_masks_ride_behind_the_labels_of_those_micro_batches_that_have_any(make_
     assert all(torch.equal(one, other) for one, other in zip(labels, plain.labels, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(mixed.inputs, plain.inputs, strict=True))
     assert masked.prepare(batch_of((1, 3)), 1.0, need_inputs=True, need_labels=False).labels is None
+
+
+def test_a_stage_that_needs_nothing_reads_nothing(make_batches, monkeypatch):
+    """A stage in the middle gets its tensors from its neighbour; the cache may be far away."""
+    batches = make_batches()
+    reads = []
+    for name in ("read_latents", "read_text"):
+        monkeypatch.setattr(MemoryCache, name, lambda self, what: reads.append(what))
+    assert batches.prepare(
+        batch_of((0, 0), (1, 0)), 1.0, need_inputs=False, need_labels=False
+    ) == PreparedBatch(None, None)
+    assert reads == []
+
+
+def test_the_last_stage_reads_no_captions(make_batches, monkeypatch):
+    batches = make_batches()
+    monkeypatch.setattr(MemoryCache, "read_text", None)
+    assert batches.prepare(batch_of((0, 0)), 1.0, need_inputs=False, need_labels=True).labels is not None
 
 
 def test_noise_is_a_function_of_seed_sample_and_visit(make_batches):

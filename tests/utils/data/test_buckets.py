@@ -174,7 +174,7 @@ def test_assignment_never_stretches_time_and_keeps_kinds_apart(width, height, av
 def test_one_resolution_gives_the_nearest_aspect_ratio(width, height):
     buckets = [bucket for bucket in BUCKETS if bucket.num_frames == 1 and bucket.area < 600_000]
     assert len(buckets) == 7
-    bucket = assign_bucket(width, height, 1, buckets)
+    bucket = assign_bucket(width, height, 1, tuple(buckets))
     distances = [abs(math.log(b.width * height / (b.height * width))) for b in buckets]
     assert abs(math.log(bucket.width * height / (bucket.height * width))) == pytest.approx(min(distances))
 

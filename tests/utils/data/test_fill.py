@@ -2,6 +2,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from random import Random
 
 import pytest
@@ -76,6 +77,28 @@ def test_shares_cover_everything_once_whatever_the_order(count, world_size, batc
         # As few batches as the groups allow.
         groups = [sum(item.group == group for item in share) for group in {item.group for item in share}]
         assert len(batches) == sum(-(-size // batch_size) for size in groups)
+
+
+def test_payloads_are_loaded_in_the_order_of_encoding_and_for_what_is_missing_alone(store):
+    work, encoder, given, events = make_work(10), Encoder(), [], []
+
+    @contextmanager
+    def load(payloads):
+        given.extend(payloads)
+        events.append("open")
+        try:
+            yield (payload + 100 for payload in payloads)
+        finally:
+            events.append("closed")
+
+    fill_cache(store, work[:3], Encoder())
+    fill_cache(store, work, encoder, batch_size=2, load=load)
+    assert sorted(given) == list(range(3, 10))
+    assert [payload for batch in encoder.batches for payload in batch] == [one + 100 for one in given]
+    assert all(len({payload % 3 for payload in batch}) == 1 for batch in encoder.batches)
+    with pytest.raises(UserError, match="clip"):
+        fill_cache(store, work, Encoder(fails_at=107), regenerate=True, load=load)
+    assert events == ["open", "closed"] * 2
 
 
 def test_ranks_that_start_at_different_times_leave_no_hole(store):
