@@ -312,7 +312,7 @@ def _mask_of(
         if mask is None:
             return None
         grid = hashes.mask_grid(mask, info, bucket, rules.latent_stride)
-        return LossMask(mask, hashes.content_hash(mask), grid)
+        return LossMask(mask, hashes.content_hash(mask, compare_time=True), grid)
     except (OSError, UserError) as error:
         reason = f"{mask}: not readable ({error.strerror})" if isinstance(error, OSError) else str(error)
         raise _bad_file(path, f"its mask, {reason}", dataset, "bad_mask") from error

@@ -102,11 +102,14 @@ class HashMemo:
     def mask_grid(self, path: Path, medium: MediaInfo, bucket: Bucket, stride: int) -> MaskGrid:
         """`masks.make_mask_grid`, read from the memo if the mask is unchanged. Failures are not remembered.
 
+        The time stamp counts also where the memo trusts sizes: nobody looks into a mask again later, and an
+        uncompressed one has the same size whatever it shows.
+
         Raises:
             UserError: as `make_mask_grid`.
             OSError: the file cannot be read.
         """
-        entry = self._entry(path, trust_size=self._trust_sizes)
+        entry = self._entry(path, trust_size=False)
         use = f"{medium.width}x{medium.height} in {bucket} by {stride}"
         if use not in entry.mask_grids:
             entry.mask_grids[use] = make_mask_grid(path, medium, bucket, stride)

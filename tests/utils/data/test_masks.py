@@ -267,3 +267,21 @@ def test_unchanged_masks_are_read_once_over_all_runs(places, write_sample, build
     changed = build(hashes=HashMemo(memo)).samples[0].mask
     assert changed.content_hash != first[0].mask.content_hash
     assert changed.grid.masked_share == pytest.approx(1 - 200 / 255)
+
+
+def test_a_changed_mask_of_the_same_size_is_seen_also_where_sizes_are_trusted(places, write_sample, build):
+    media, masks = places
+    write_sample(media / "a.png")
+    mask = save_mask(masks / "a.bmp", np.full((64, 96), 100))
+    for path in (media / "a.png", mask):
+        os.utime(path, (1.6e9, 1.6e9))
+    memo = media.parent / "memo.jsonl"
+    before = build(hashes=HashMemo(memo)).samples[0]
+    size = mask.stat().st_size
+    save_mask(mask, np.full((64, 96), 200))
+    assert mask.stat().st_size == size
+    trusting = HashMemo(memo, trust_sizes=True)
+    after = build(hashes=trusting).samples[0]
+    assert after.mask.grid.masked_share == pytest.approx(1 - 200 / 255)
+    assert after.mask.content_hash != before.mask.content_hash
+    assert after.content_hash == before.content_hash
