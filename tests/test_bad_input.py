@@ -275,7 +275,8 @@ def test_a_full_disk_while_caching_keeps_what_is_whole(workspace, small_disk, ca
     assert whole
     subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
-    assert f"{6 - len(whole)} encoded now, {len(whole)} there already" in capsys.readouterr().err
+    left = 6 - len(whole)
+    assert f"{left} encoded now ({left} new), {len(whole)} there already" in capsys.readouterr().err
 
 
 def test_a_file_that_grows_over_the_limit(workspace, capsys) -> None:

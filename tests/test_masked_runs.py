@@ -68,7 +68,7 @@ def test_a_changed_mask_is_another_dataset(workspace, capsys) -> None:
     resume = ("max_steps=5", "micro_batch_size_per_gpu=2", "checkpoint_every_n_steps=3")
     capsys.readouterr()
     code = workspace.train("dit_lora", *resume, flags=["--resume_from_checkpoint"])
-    check_refused(code, capsys.readouterr().err, "the dataset")
+    check_refused(code, capsys.readouterr().err, "dataset: ", "with other content")
     give_masks(workspace, 0)
     assert workspace.train("dit_lora", *resume, flags=["--resume_from_checkpoint"]) == 0
     assert len(losses(workspace.run())) == 5
