@@ -4,6 +4,7 @@ Reads jobs from a JSON file, each the words behind `train.py`, perhaps an output
 step after which somebody asks the run to save and quit, and runs them as `train.py` would. Exit status: the largest.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ def main() -> int:
         yield processes
 
     distributed.process_group = the_same_group
+    gc.freeze()
     statuses = []
     for job in json.loads(jobs.read_text()):
         arguments = train.parse_arguments(job["words"])

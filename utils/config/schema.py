@@ -218,7 +218,9 @@ class TrainConfig:
     checkpoint_every_n_steps: int | None = option("The same every N steps.", None, ge=1)
     checkpoint_every_n_minutes: float | None = option("The same every N minutes.", None, gt=0.0)
     keep_checkpoints: int = option(
-        "How many checkpoints are kept; at least 2, so that one is there whatever happens to the other.", 2, ge=2
+        "How many checkpoints are kept; at least 2, so that one is there whatever happens to the other.",
+        2,
+        ge=2,
     )
     seed: int = option("Everything random follows from it.", 0, ge=0)
     timeout_minutes: float = option(
