@@ -9,6 +9,7 @@ write to a slow disk: every sync takes a little longer than it would, so that sa
 """
 
 import argparse
+import gc
 import importlib
 import os
 import random
@@ -135,6 +136,8 @@ class Trainings:
             *("transformers", "peft", "torch.utils.tensorboard"),
         ):
             importlib.import_module(name)
+        gc.collect()
+        gc.freeze()  # or each run would walk through all of that, and copy it
 
     def start(self, name: str, stages: int, *flags: str) -> "Processes":
         """Fork the processes of one run."""

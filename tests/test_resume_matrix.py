@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.workspace import ROOT, TIME_LIMIT_SECONDS, Workspace, environment, make_workspace
-from utils.checkpoint import checkpoint_name
+from utils.checkpoint import LATEST, checkpoint_name
 from utils.metrics import read_metrics
 
 WORKER = ROOT / "tests" / "workers" / "trainings.py"
@@ -81,6 +81,8 @@ class Matrix:
     ) -> None:
         self.workspace, self.mode, self.layouts, self.more = workspace, mode, layouts, more
         self.micro_batches = micro_batches
+        self.also: dict[int, list[dict[str, object]]] = {}
+        self.said = ""
 
     def job(self, name: str, layout: Layout, quit_after: int | None, *flags: str) -> dict[str, object]:
         common = ("save_every_n_epochs=0", "checkpoint_every_n_epochs=0", f"max_steps={END}")
@@ -92,6 +94,7 @@ class Matrix:
         return {
             "words": words,
             "quit_after": quit_after,
+            "disk_full_at": None,
             "copy_from": half,
             "out": str(self.workspace.out / name),
         }
@@ -109,6 +112,13 @@ class Matrix:
             timeout=TIME_LIMIT_SECONDS,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        self.said += done.stderr
+
+    def also_fail(self, name: str, layout: Layout, step: int) -> None:
+        """Train also a run whose last rank finds no room for the checkpoint of `step`."""
+        job = self.job(name, layout, None) | {"disk_full_at": step}
+        job["words"] += ["--set", "checkpoint_every_n_steps=1"]  # type: ignore[operator]
+        self.also.setdefault(layout.processes, []).append(job)
 
     def train_and_resume(self, pairs: list[tuple[Layout, Layout]], wholes: list[Layout]) -> None:
         """Train `wholes` without a stop, the sources of `pairs` up to the stop, and go on from source to target.
@@ -120,7 +130,7 @@ class Matrix:
         done: set[Layout] = set()
         waiting = list(pairs)
         for processes in (*ordered, *reversed(ordered[:-1])):
-            jobs = []
+            jobs = self.also.pop(processes, [])
             for layout in wholes:
                 if layout.processes == processes and layout not in done:
                     jobs.append(self.job(f"whole-{layout}", layout, None))
@@ -172,6 +182,7 @@ def workspace(tmp_path, tiny_ti2v, tiny_dataset) -> Workspace:
 def test_some_layouts_go_on_from_each_other(workspace) -> None:
     one, two, shared = Layout(1), Layout(2), Layout(1, 2, zero=1)
     matrix = Matrix(workspace, "encoder_ft", [one, two, shared])
+    matrix.also_fail("full", two, step=3)
     check(matrix, [(one, two), (one, shared), (two, one), (shared, one), (shared, two)], [one])
     files = checkpoint_of(matrix, shared)
     both = {f"stage_0{middle}{end}" for middle in ("", "_share_1") for end in (".safetensors", ".json")}
@@ -183,6 +194,13 @@ def test_some_layouts_go_on_from_each_other(workspace) -> None:
     # The moments really are in 8 bits, on both copies.
     for share in shares:
         assert any(name.endswith("/state1") and value.dtype == torch.uint8 for name, value in share.items())
+
+    # A write that failed on one rank ends all of them at the next step, and leaves the checkpoint before.
+    run = matrix.run_of("full")
+    (error,) = [line for line in matrix.said.splitlines() if "error: " in line]
+    assert error.startswith(f"error: {run / 'global_step3'}: the disk is full")
+    assert (run / LATEST).read_text() == "global_step2\n" and 3 <= len(read_metrics(run)) <= 4
+    assert not list(run.glob(".*.tmp"))
 
 
 @pytest.mark.long

@@ -417,6 +417,20 @@ def test_another_dataset_is_not_continued(workspace, capsys) -> None:
     assert len(read_metrics(workspace.run())) == 2
 
 
+def test_changes_are_allowed_only_where_a_run_goes_on(workspace, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        workspace.train("dit_lora", flags=["--allow_changed", "optimizer.lr"])
+    assert ended.value.code == 2 and "belongs to --resume_from_checkpoint" in capsys.readouterr().err
+    assert workspace.train("dit_lora", "max_steps=1") == 0
+    changed = ("max_steps=2", "optimizer.lr=0.5")
+    flags = ["--resume_from_checkpoint", "--allow_changed"]
+    capsys.readouterr()
+    code = workspace.train("dit_lora", *changed, flags=[*flags, "optimiser.lr"])
+    check_refused(code, capsys.readouterr().err, "--allow_changed optimiser.lr: is neither", "text_encoder")
+    assert workspace.train("dit_lora", *changed, flags=[*flags, "optimizer.lr"]) == 0
+    assert [row["lr"] for row in read_metrics(workspace.run())] == [1e-3, 0.5]
+
+
 # ---------------------------------------------------------------------- the other ways to start
 
 

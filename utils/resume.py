@@ -72,7 +72,7 @@ def find_run(
     """
     if resume is None:
         return None
-    names = on_main(lambda: parse_allowed(allowed, map(input_name, inputs.fingerprints)))
+    names = on_main(lambda: parse_allowed(allowed, [input_name(what) for what in inputs.fingerprints]))
     found = on_main(lambda: find_run_dir(config, resume))
     if found is None:
         say(f"no run to continue in {config.train.output_dir}: starting at step 0")

@@ -115,6 +115,8 @@ def build(
         f"{pipeline.num_stages} stage(s) x {pipeline.dp_size} data-parallel; {config.gradient_accumulation_steps} "
         f"micro-batch(es) of {config.micro_batch_size_per_gpu} per step and copy; {sum(trained.values()):,} trained parameters"
     )
+    if config.zero_stage and pipeline.dp_size == 1:
+        say("zero_stage = 1 changes nothing here: there is one copy, which keeps the optimizer's state")
     for stage, cost in enumerate(stages.stage_costs):
         first, last = stages.bounds[stage], stages.bounds[stage + 1] - 1
         say(

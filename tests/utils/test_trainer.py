@@ -206,6 +206,22 @@ def test_more_epochs_after_a_short_last_step_skip_nothing(processes: Processes, 
     ]
 
 
+def test_the_clock_and_the_steps_ask_for_checkpoints(processes: Processes, tmp_path: Path) -> None:
+    """7 samples, 2 epochs: 4 steps. Without either there is one at the end."""
+    cases = {
+        "minutes": ({"checkpoint_every_n_minutes": 1e-9}, [1, 2, 3, 4]),
+        "steps": ({"checkpoint_every_n_steps": 2}, [2, 4]),
+        "epochs": ({"checkpoint_every_n_epochs": 1}, [2, 4]),
+        "never": ({}, [4]),
+    }
+    for name, (values, steps) in cases.items():
+        (tmp_path / name).mkdir()
+        config = make_config(**({"checkpoint_every_n_epochs": 0, "keep_checkpoints": 9} | values))
+        train(config, ToyModel(), processes, RunDir(tmp_path / name))
+        found = [path.name for path in complete_checkpoints(tmp_path / name)]
+        assert found == [f"global_step{step}" for step in steps], name
+
+
 def test_a_short_last_step_weighs_samples_not_batches(processes: Processes, tmp_path: Path) -> None:
     """Three samples in micro-batches of 2 and windows of 4: one step whose loss is the mean over 3 samples."""
     config = make_config(epochs=1, gradient_accumulation_steps=4)

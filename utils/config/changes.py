@@ -1,7 +1,7 @@
 """What may differ between a run and its continuation, and the differences in words."""
 
 import tomllib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import NamedTuple
 
 from utils.config.dump import dump_config
@@ -57,7 +57,7 @@ def config_changes(before: TrainConfig, now: TrainConfig) -> list[Change]:
     ]
 
 
-def parse_allowed(text: str | None, inputs: Iterable[str]) -> frozenset[str]:
+def parse_allowed(text: str | None, inputs: Collection[str]) -> frozenset[str]:
     """The names in `--allow_changed`: keys or tables of the configuration, or `inputs` (what fingerprints name).
 
     Raises:
