@@ -60,7 +60,7 @@ def train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.set, check_files=True, preflight=preflight)
 
     from models.wan.model import WanModel
-    from models.wan.setup import prepare_data, run_metadata, write_base_description
+    from models.wan.setup import prepare_data, prepare_eval_data, run_metadata, write_base_description
     from utils import distributed
     from utils import run as runs
 
@@ -70,6 +70,9 @@ def train(arguments: argparse.Namespace) -> int:
         paths = distributed.on_every_rank(lambda: find_checkpoint(config.train.model))
         model = distributed.on_every_rank(lambda: WanModel(config.train, paths))
         data = prepare_data(config, model, paths, processes, regenerate=arguments.regenerate_cache, say=say)
+        evals = prepare_eval_data(
+            config, model, paths, processes, regenerate=arguments.regenerate_cache, say=say
+        )
         if arguments.cache_only:
             say(f"cache complete: {data.store_root}")
             return 0
@@ -82,7 +85,7 @@ def train(arguments: argparse.Namespace) -> int:
             return 0
         ready = runs.build(config.train, data.plan, model, processes, say)
         run_dir = found or runs.begin_run(config, partial(write_base_description, model), say)
-        runs.run(ready, run_dir, data.fingerprints, run_metadata(config, model, data), say)
+        runs.run(ready, run_dir, data.fingerprints, run_metadata(config, model, data), say, evals)
         return 0
 
 

@@ -1,6 +1,6 @@
 """The steps of a run around the loop: world size, run directory, pipeline, resume, closing summary."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from utils.config.schema import LoadedConfig, TrainConfig
 from utils.data.sampler import BatchPlan
 from utils.distributed import Processes, gather_objects, on_every_rank, on_main
 from utils.errors import UserError
+from utils.evaluate import EvalSet, Evaluator
 from utils.layers import TrainableModel
 from utils.metrics import read_metrics
 from utils.optim import build_optimizer
@@ -162,7 +163,12 @@ def device_memory(device: torch.device) -> float | None:
 
 
 def run(
-    ready: Ready, run_dir: RunDir, fingerprints: Mapping[str, str], metadata: Mapping[str, str], say: Say
+    ready: Ready,
+    run_dir: RunDir,
+    fingerprints: Mapping[str, str],
+    metadata: Mapping[str, str],
+    say: Say,
+    eval_sets: Sequence[EvalSet] = (),
 ) -> None:
     """Train to the end, from the run's checkpoint where it has one, and say what was made.
 
@@ -179,6 +185,9 @@ def run(
         on_main(lambda: _check_fits(stored, state, checkpoint))
         on_every_rank(lambda: load_checkpoint(checkpoint, ready.pipeline))
         state = stored
+    evaluator = Evaluator(
+        ready.config, eval_sets, ready.model, ready.pipeline, ready.recorder, ready.processes
+    )
     trainer = Trainer(
         ready.config,
         ready.plan,
@@ -188,6 +197,7 @@ def run(
         ready.processes,
         run_dir.path,
         metadata,
+        evaluator if eval_sets else None,
     )
     final = trainer.run(state)
     rows = read_metrics(run_dir.path) if ready.processes.is_main else []

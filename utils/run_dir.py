@@ -37,6 +37,12 @@ _FREE_KEYS = frozenset(
         "checkpoint_every_n_minutes",
         "keep_checkpoints",
         "timeout_minutes",
+        "eval_datasets",
+        "eval_before_first_step",
+        "eval_every_n_epochs",
+        "eval_every_n_steps",
+        "eval_quantiles",
+        "eval_micro_batch_size_per_gpu",
         "activation_checkpointing",
     }
 )
@@ -70,6 +76,8 @@ def create_run_dir(config: LoadedConfig, describe: Callable[[Path], None]) -> Ru
         inputs.mkdir()
         shutil.copyfile(config.path, inputs / f"train_{Path(config.path).name}")
         shutil.copyfile(config.dataset_path, inputs / f"dataset_{Path(config.dataset_path).name}")
+        for dataset in config.train.eval_datasets:
+            shutil.copyfile(dataset.config, inputs / f"eval_{dataset.label}_{Path(dataset.config).name}")
         atomic_write_text(temporary / CONFIG_FILE, dump_config(config.train))
         describe(temporary)
     return RunDir(path)

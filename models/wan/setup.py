@@ -15,7 +15,7 @@ from models.wan.checkpoint import CheckpointPaths, find_checkpoint, open_sharded
 from models.wan.model import WanModel
 from models.wan.text_encoder import MAX_TEXT_TOKENS, WanTokenizer
 from utils.config.dump import config_hash
-from utils.config.schema import DatasetConfig, LoadedConfig
+from utils.config.schema import DatasetConfig, LoadedConfig, ModelConfig
 from utils.data.cache import CacheStore
 from utils.data.fill import FillStats
 from utils.data.manifest import Manifest, SkippedFile, build_manifest, default_cache_dir
@@ -23,6 +23,7 @@ from utils.data.memo import HashMemo
 from utils.data.sampler import BatchPlan
 from utils.distributed import Processes, gather_objects, on_every_rank, on_main
 from utils.errors import UserError
+from utils.evaluate import EvalSet
 from utils.files import atomic_write_text, combined_fingerprint
 from utils.progress import Progress
 
@@ -63,19 +64,11 @@ def prepare_data(
     dataset = config.dataset
     assert dataset is not None, "load_config with check_files has read it"
     root = default_cache_dir(dataset)
-    variant = model.arch.variant
-    memo = HashMemo(root / MEMO_FILE)
-
-    manifest, hashes = on_main(lambda: _scan(dataset, variant, paths, memo))
-    _say_manifest(manifest, say)
-    store = on_every_rank(lambda: CacheStore(root))
-    cache = WanCache(manifest, store, hashes, config.train.model, variant)
-    tokenizer = on_every_rank(lambda: WanTokenizer(paths.tokenizer_dir))
-    if processes.is_main:
-        _say_long_captions(manifest, tokenizer, say)
-    texts = tokenizer if config.train.model.cache_text_embeddings else None
-    _fill(cache, paths, processes, texts, regenerate=regenerate, say=say)
-    on_every_rank(lambda: model.attach_data(manifest.samples, cache))
+    cached = _cache_dataset(
+        dataset, "dataset", config.train.model, model, paths, processes, regenerate=regenerate, say=say
+    )
+    manifest, hashes = cached.manifest, cached.hashes
+    on_every_rank(lambda: model.attach_data(manifest.samples, cached.cache))
     for line in model.describe():
         say(line)
     plan = BatchPlan(manifest.samples, config.train.micro_batch_size_per_gpu, config.train.seed)
@@ -92,21 +85,99 @@ def prepare_data(
     return PreparedData(manifest, plan, hashes, root, fingerprints)
 
 
-def needed_items(config: LoadedConfig) -> tuple[set[str], Manifest]:
-    """Keys of all items of the cache that training by this configuration reads, and the dataset they come from.
+@dataclass(frozen=True)
+class _CachedDataset:
+    """A dataset all of whose items are in its cache."""
 
-    Reads the files of the dataset and the weights that are new or changed since the cache last saw them.
+    manifest: Manifest
+    cache: WanCache
+    hashes: WeightHashes
+
+
+def _cache_dataset(
+    dataset: DatasetConfig,
+    label: str,
+    config: ModelConfig,
+    model: WanModel,
+    paths: CheckpointPaths,
+    processes: Processes,
+    *,
+    regenerate: bool,
+    say: Say,
+) -> _CachedDataset:
+    """Scan a dataset and fill its cache with what is missing. `label` is what messages call it."""
+    root = default_cache_dir(dataset)
+    variant = model.arch.variant
+    memo = HashMemo(root / MEMO_FILE)
+    manifest, hashes = on_main(lambda: _scan(dataset, variant, paths, memo))
+    _say_manifest(manifest, label, say)
+    store = on_every_rank(lambda: CacheStore(root))
+    cache = WanCache(manifest, store, hashes, config, variant)
+    tokenizer = on_every_rank(lambda: WanTokenizer(paths.tokenizer_dir))
+    if processes.is_main:
+        _say_long_captions(manifest, tokenizer, say)
+    texts = tokenizer if config.cache_text_embeddings else None
+    _fill(cache, paths, processes, texts, regenerate=regenerate, say=say)
+    return _CachedDataset(manifest, cache, hashes)
+
+
+def prepare_eval_data(
+    config: LoadedConfig,
+    model: WanModel,
+    paths: CheckpointPaths,
+    processes: Processes,
+    *,
+    regenerate: bool,
+    say: Say,
+) -> list[EvalSet]:
+    """The same for the datasets that are evaluated.
+
+    Raises:
+        UserError: one of them is empty or unreadable, on every rank.
+    """
+    train, sets = config.train, []
+    for named, dataset in zip(train.eval_datasets, config.eval_datasets, strict=True):
+        label = f"eval dataset {named.label}"
+        cached = _cache_dataset(
+            dataset, label, train.model, model, paths, processes, regenerate=regenerate, say=say
+        )
+        manifest = cached.manifest
+        batches = model.eval_batches(manifest.samples, cached.cache, train.eval_quantiles)
+        levels = ", ".join(f"{sigma:.3g}" for sigma in batches.sigmas)
+        say(f"{label}: each sample at {len(batches.sigmas)} noise level(s): {levels}")
+        facts = json.dumps([data_fingerprint(manifest), train.seed, batches.sigmas])
+        identity = xxhash.xxh3_128_hexdigest(facts.encode())
+        sets.append(EvalSet(named.label, manifest.samples, train.eval_quantiles, identity, batches))
+    return sets
+
+
+def needed_items(config: LoadedConfig, root: Path) -> tuple[set[str], list[SkippedFile]] | None:
+    """Keys of all items of the cache at `root` that training and evaluation by this configuration read.
+
+    And the files of their datasets that are left out. None where no dataset has its cache there. Reads the files of the
+    datasets and the weights that are new or changed since the cache last saw them.
 
     Raises:
         UserError: the checkpoint or the dataset is not right.
     """
-    dataset, model = config.dataset, config.train.model
-    assert dataset is not None, "load_config with check_files has read it"
-    root = default_cache_dir(dataset)
+    model = config.train.model
+    assert config.dataset is not None, "load_config with check_files has read it"
+    datasets = [
+        dataset
+        for dataset in (config.dataset, *config.eval_datasets)
+        if default_cache_dir(dataset).resolve() == root.resolve()
+    ]
+    if not datasets:
+        return None
     paths = find_checkpoint(model)
     variant = load_arch(paths.config_json, open_sharded(paths.transformer_dir).shapes).variant
-    manifest, hashes = _scan(dataset, variant, paths, HashMemo(root / MEMO_FILE))
-    return WanCache(manifest, CacheStore(root), hashes, model, variant).keys(), manifest
+    keys: set[str] = set()
+    skipped: list[SkippedFile] = []
+    for dataset in datasets:
+        manifest, hashes = _scan(dataset, variant, paths, HashMemo(root / MEMO_FILE))
+        keys |= WanCache(manifest, CacheStore(root), hashes, model, variant).keys()
+        skipped += manifest.skipped
+    return keys, skipped
 
 
 def _scan(
@@ -172,12 +243,12 @@ def _fill(
         )
 
 
-def _say_manifest(manifest: Manifest, say: Say) -> None:
+def _say_manifest(manifest: Manifest, label: str, say: Say) -> None:
     counts: dict[str, int] = {}
     for sample in manifest.samples:
         counts[str(sample.bucket)] = counts.get(str(sample.bucket), 0) + 1
     buckets = ", ".join(f"{bucket}: {count}" for bucket, count in sorted(counts.items()))
-    say(f"dataset: {len(manifest.samples)} samples ({buckets}); {len(manifest.skipped)} files skipped")
+    say(f"{label}: {len(manifest.samples)} samples ({buckets}); {len(manifest.skipped)} files skipped")
     # What is left out by accident comes first, before what is left out by rule.
     by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code not in _ACCIDENTS)
     _say_some([f"  skipped {skipped.path}: {skipped.reason}" for skipped in by_urgency], say)
