@@ -10,7 +10,7 @@ from utils import partition
 from utils.checkpoint import LoopState, load_checkpoint, read_state
 from utils.config.schema import LoadedConfig, TrainConfig
 from utils.data.sampler import BatchPlan
-from utils.distributed import Processes, gather_objects, on_every_rank, on_main
+from utils.distributed import Processes, gather_objects, limit_waits, on_every_rank, on_main
 from utils.errors import UserError
 from utils.evaluate import EvalSet, Evaluator
 from utils.layers import TrainableModel
@@ -188,6 +188,7 @@ def run(
     evaluator = Evaluator(
         ready.config, eval_sets, ready.model, ready.pipeline, ready.recorder, ready.processes
     )
+    limit_waits(ready.config.timeout_minutes)
     trainer = Trainer(
         ready.config,
         ready.plan,
