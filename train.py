@@ -60,7 +60,13 @@ def train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.set, check_files=True, preflight=preflight)
 
     from models.wan.model import WanModel
-    from models.wan.setup import prepare_data, prepare_eval_data, run_metadata, write_base_description
+    from models.wan.setup import (
+        check_nodes,
+        prepare_data,
+        prepare_eval_data,
+        run_metadata,
+        write_base_description,
+    )
     from utils import distributed
     from utils import run as runs
 
@@ -69,6 +75,7 @@ def train(arguments: argparse.Namespace) -> int:
         say = runs.speaker(processes)
         paths = distributed.on_every_rank(lambda: find_checkpoint(config.train.model))
         model = distributed.on_every_rank(lambda: WanModel(config.train, paths))
+        check_nodes(config, model, paths, processes)
         data = prepare_data(config, model, paths, processes, regenerate=arguments.regenerate_cache, say=say)
         evals = prepare_eval_data(
             config, model, paths, processes, regenerate=arguments.regenerate_cache, say=say

@@ -15,10 +15,11 @@ from utils.errors import UserError
 from utils.evaluate import EvalSet, Evaluator
 from utils.layers import TrainableModel
 from utils.metrics import read_metrics
+from utils.nodes import check_seen
 from utils.optim import build_optimizer
 from utils.pipeline import Pipeline, build_pipeline
 from utils.progress import announce
-from utils.run_dir import RunDir, create_run_dir, find_run_dir, record_config, remove_leftovers
+from utils.run_dir import CONFIG_FILE, RunDir, create_run_dir, find_run_dir, record_config, remove_leftovers
 from utils.trainer import LossRecorder, Trainer, initial_state, total_steps
 
 Say = Callable[[str], None]
@@ -178,6 +179,7 @@ def run(
     """
     per_step = micro_batches_per_step(ready.config, ready.processes.world_size)
     state = replace(initial_state(per_step), fingerprints=dict(fingerprints))
+    check_seen({f"the run directory {run_dir.path}": run_dir.path / CONFIG_FILE}, ready.processes)
     on_main(lambda: remove_leftovers(run_dir.path))
     if run_dir.checkpoint is not None:
         checkpoint = run_dir.checkpoint

@@ -25,6 +25,7 @@ from utils.distributed import Processes, gather_objects, on_every_rank, on_main
 from utils.errors import UserError
 from utils.evaluate import EvalSet
 from utils.files import atomic_write_text, combined_fingerprint
+from utils.nodes import check_same_inputs, check_shared
 from utils.progress import Progress
 
 Say = Callable[[str], None]
@@ -83,6 +84,30 @@ def prepare_data(
     if model.batches.caption_aug is not None:
         fingerprints["the keywords"] = model.batches.caption_aug.keywords_digest
     return PreparedData(manifest, plan, hashes, root, fingerprints)
+
+
+def check_nodes(config: LoadedConfig, model: WanModel, paths: CheckpointPaths, processes: Processes) -> None:
+    """Processes on several machines must have the same configuration and weights, and share the caches.
+
+    Raises:
+        UserError: on every rank: they do not.
+    """
+    if processes.world_size == 1:
+        return
+    assert config.dataset is not None, "load_config with check_files has read it"
+    datasets = (config.dataset, *config.eval_datasets)
+    facts = {
+        "the configuration": config_hash(config.train),
+        "the dataset TOML": "-".join(config_hash(dataset) for dataset in datasets),
+        "the project's version": version("ai-model-sandbox"),
+    }
+    weights = {THE_DIT: model.base.files, "the VAE": [paths.vae], "the text encoder": [paths.text_encoder]}
+    # Names and sizes: reading 100 GB on every machine only to compare would cost minutes.
+    for what, files in weights.items():
+        facts[what] = ", ".join(f"{Path(file).name} {Path(file).stat().st_size}" for file in files)
+    check_same_inputs(facts, processes)
+    roots = dict.fromkeys(default_cache_dir(dataset) for dataset in datasets)
+    check_shared({f"the cache {root}": root for root in roots}, processes)
 
 
 @dataclass(frozen=True)
