@@ -135,7 +135,8 @@ def test_a_process_that_raises_is_the_only_one_that_speaks(start: Callable[..., 
     assert codes == [1, 1] and "Traceback" not in said and "Connection closed" not in said
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [1, 0])
 def test_a_killed_process_is_named_by_the_one_that_is_left(start: Callable[..., Job], victim: int) -> None:
     """Also where the meeting point dies with it (rank 0)."""
     job = start()

@@ -182,6 +182,7 @@ class PeerWatch:
                 self._act()
                 self._wake.wait(_HURRY_SECONDS if self._cause else self._tick_seconds)
                 self._wake.clear()
+            self._store.set(f"knows/{self._rank}", "")  # whatever it is, nobody need wait for this process
             self._store.set(f"beat/{self._rank}", _GOODBYE)
         except (RuntimeError, OSError):  # torch's store raises subclasses of RuntimeError
             self._store_gone.set()
