@@ -77,8 +77,15 @@ def train(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.set, check_files=True, preflight=preflight)
 
+    from models.wan.datasets import CacheUse
     from models.wan.model import WanModel
-    from models.wan.setup import prepare_data, run_metadata, write_base_description
+    from models.wan.setup import (
+        check_nodes,
+        prepare_data,
+        prepare_eval_data,
+        run_metadata,
+        write_base_description,
+    )
     from utils import distributed
     from utils import run as runs
     from utils.resume import Inputs, find_run
@@ -88,15 +95,10 @@ def train(arguments: argparse.Namespace) -> int:
         say = runs.speaker(processes)
         paths = distributed.on_every_rank(lambda: find_checkpoint(config.train.model))
         model = distributed.on_every_rank(lambda: WanModel(config.train, paths))
-        data = prepare_data(
-            config,
-            model,
-            paths,
-            processes,
-            regenerate=arguments.regenerate_cache,
-            trust_cache=arguments.trust_cache,
-            say=say,
-        )
+        check_nodes(config, model, paths, processes)
+        use = CacheUse(regenerate=arguments.regenerate_cache, trust_sizes=arguments.trust_cache)
+        data = prepare_data(config, model, paths, processes, use, say)
+        evals = prepare_eval_data(config, model, paths, processes, use, say)
         if arguments.cache_only:
             say(f"cache complete: {data.store_root}")
             return 0
@@ -116,7 +118,7 @@ def train(arguments: argparse.Namespace) -> int:
         run_dir = (
             found.run_dir if found else runs.begin_run(config, partial(write_base_description, model), say)
         )
-        runs.run(ready, run_dir, inputs, run_metadata(config, model, data), say)
+        runs.run(ready, run_dir, inputs, run_metadata(config, model, data), say, evals)
         return 0
 
 

@@ -140,14 +140,15 @@ def needed_by(path: str, root: Path) -> set[str]:
 
     config = load_config(path, check_files=True)
     assert config.dataset is not None, "load_config with check_files has read it"
-    own = default_cache_dir(config.dataset)
-    if own.resolve() != root.resolve():
+    found = needed_items(config, root)
+    if found is None:
+        own = default_cache_dir(config.dataset)
         raise UserError(
             f"{path}: its dataset keeps its cache in {own}, not in {root}; give the configs that use {root}"
         )
-    needed, manifest = needed_items(config)
+    needed, left_out = found
     print(f"{path}: needs {len(needed)} items")
-    unreadable = [skipped for skipped in manifest.skipped if skipped.code == "unreadable"]
+    unreadable = [skipped for skipped in left_out if skipped.code == "unreadable"]
     for skipped in unreadable[:_SKIPPED_SHOWN]:
         print(f"  skipped {skipped.path}: {skipped.reason}; its items count as not needed")
     if len(unreadable) > _SKIPPED_SHOWN:

@@ -228,6 +228,46 @@ def test_a_damaged_item_of_the_cache(workspace, capsys) -> None:
     assert workspace.train("dit_lora", "epochs=1") == 0
 
 
+def damage_behind_the_beginning(video: Path) -> None:
+    """Zeros in the place of the later frames; index and first frame stay whole, so only decoding finds it."""
+    content = bytearray(video.read_bytes())
+    start = content.index(b"mdat")
+    size = int.from_bytes(content[start - 4 : start], "big")
+    begin, end = start + size // 3, start + size - 8
+    content[begin:end] = bytes(end - begin)
+    video.write_bytes(content)
+
+
+def test_a_video_damaged_behind_a_whole_beginning_is_left_out(workspace, capsys) -> None:
+    video = workspace.media / "video_01.mp4"
+    damage_behind_the_beginning(video)
+    assert workspace.train("dit_lora", "max_steps=1") == 0
+    said = capsys.readouterr().err
+    assert (
+        "dataset: 6 samples" in said and "5 encoded now (6 new), 0 there already, 1 cannot be decoded" in said
+    )
+    (line,) = [line for line in said.splitlines() if line.startswith(f"  skipped {video}: ")]
+    assert "as far as the clip reaches" in line
+    assert "3 steps of" not in said and "5 micro-batches in the first epoch" in said
+    # It is tried again by the next run, because it may have been mended; the run itself is the same.
+    assert workspace.train("dit_lora", "max_steps=2", flags=["--resume_from_checkpoint"]) == 0
+    assert "0 encoded now, 5 there already, 1 cannot be decoded" in capsys.readouterr().err
+    workspace.write_dataset('on_bad_file = "error"')
+    code = workspace.train("dit_lora", "max_steps=1")
+    check_refused(code, capsys.readouterr().err, str(video), "as far as the clip reaches", "mend the file")
+
+
+def test_a_dataset_of_which_nothing_can_be_decoded(workspace, capsys) -> None:
+    for path in workspace.media.iterdir():
+        if path.suffix == ".mp4":
+            damage_behind_the_beginning(path)
+        elif path.suffix == ".png":
+            path.unlink()
+    code = workspace.train("dit_lora", "max_steps=1")
+    check_refused(code, capsys.readouterr().err, "nothing to train on", "none of its 3 clips can be decoded")
+    assert workspace.runs() == []
+
+
 # ---------------------------------------------------------------------- the disk
 
 

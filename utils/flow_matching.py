@@ -64,9 +64,12 @@ class SigmaLaw:
 
     def sample(self, generator: torch.Generator) -> float:
         """Draw one sigma inside [min_t, max_t]."""
-        uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
+        return self.restricted_quantile(torch.rand((), generator=generator, dtype=torch.float64).item())
+
+    def restricted_quantile(self, probability: float) -> float:
+        """Sigma below which `probability` of the law as it is restricted to [min_t, max_t] lies."""
         low, high = self.probability_below(self.min_t), self.probability_below(self.max_t)
-        sigma = self.quantile(low + (high - low) * uniform)
+        sigma = self.quantile(low + (high - low) * probability)
         return min(max(sigma, self.min_t, 1e-6), self.max_t)
 
 

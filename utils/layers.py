@@ -4,6 +4,7 @@ The loop and the engine know models only through this module; any model that imp
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,6 +128,10 @@ class TrainableModel(Protocol):
             directory: exists and is empty; it becomes visible only after this returns.
             metadata: goes into each file.
         """
+        ...
+
+    def adapters_off(self, stage: nn.Module) -> AbstractContextManager[None] | None:
+        """A context in which a stage's layers compute what they do without adapters; None for a model without."""
         ...
 
     def deltas(self, parameters: Mapping[str, Tensor]) -> list[ModuleDelta]:

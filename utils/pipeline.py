@@ -99,6 +99,31 @@ class BandEngine(PipelineEngine):
         if self.last_gradient_norm > self.max_gradient_norm and gradients:
             torch._foreach_mul_(gradients, self.max_gradient_norm / (self.last_gradient_norm + 1e-6))
 
+    def forward_only(self, batches: Iterator[tuple[Any, Any]], count: int) -> None:
+        """Send `count` micro-batches through the stages without gradients and with dropout off.
+
+        `loss_fn` sees each on the last stage. (Stock `eval_batch` adds a barrier over all copies, which may have
+        different numbers of micro-batches here, and reductions of which nothing is needed.)
+        """
+        was_training = self.module.training
+        self.module.eval()
+        self._compute_loss = True
+        self.set_dataiterator(batches)
+        try:
+            with torch.no_grad():
+                self._exec_schedule(
+                    schedule.InferenceSchedule(
+                        micro_batches=count, stages=self.num_stages, stage_id=self.stage_id
+                    )
+                )
+        finally:
+            self.set_dataiterator(None)
+            self.module.train(was_training)
+            self.total_loss, self.loss = None, None
+            self.fwd_outputs: list[Tensor] = []
+            for buffers in self.pipe_buffers.values():
+                buffers[:] = [None] * len(buffers)
+
     def _exec_send_activations(self, buffer_id: int) -> None:
         outputs = self.pipe_buffers["outputs"][buffer_id]
         tensors = _tensors(outputs)
@@ -253,6 +278,20 @@ class Pipeline:
     def gradient_norm(self) -> float:
         """Global gradient norm of the last step, before clipping."""
         return self.engine.last_gradient_norm
+
+    @property
+    def module(self) -> nn.Module:
+        """This stage's layers."""
+        return self.engine.module
+
+    def forward_only(self, batches: Sequence[PreparedBatch]) -> None:
+        """Send micro-batches through the stages of this copy, without gradients and with dropout off.
+
+        The loss function sees each on the last stage. All stages of a copy call it with as many micro-batches; there may
+        be none.
+        """
+        if batches:
+            self.engine.forward_only(_as_deepspeed_batches(iter(batches)), len(batches))
 
     def train_step(self, batches: Iterator[PreparedBatch]) -> None:
         """One optimizer step over the accumulation window that `batches` yields.

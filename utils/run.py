@@ -1,6 +1,6 @@
 """The steps of a run around the loop: world size, run directory, pipeline, resume, closing summary."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,15 +10,17 @@ from utils import partition
 from utils.checkpoint import checkpoint_name, load_checkpoint
 from utils.config.schema import LoadedConfig, TrainConfig
 from utils.data.sampler import BatchPlan
-from utils.distributed import Processes, gather_objects, on_every_rank, on_main
+from utils.distributed import Processes, gather_objects, limit_waits, on_every_rank, on_main
 from utils.errors import UserError
+from utils.evaluate import EvalSet, Evaluator
 from utils.layers import TrainableModel
 from utils.metrics import read_metrics
+from utils.nodes import check_seen
 from utils.optim import build_optimizer
 from utils.pipeline import Pipeline, build_pipeline
 from utils.progress import announce
 from utils.resume import Inputs
-from utils.run_dir import RunDir, create_run_dir, remove_leftovers
+from utils.run_dir import CONFIG_FILE, RunDir, create_run_dir, remove_leftovers
 from utils.trainer import LossRecorder, Trainer, initial_state, total_steps
 
 Say = Callable[[str], None]
@@ -142,7 +144,14 @@ def device_memory(device: torch.device) -> float | None:
     return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
 
 
-def run(ready: Ready, run_dir: RunDir, inputs: Inputs, metadata: Mapping[str, str], say: Say) -> None:
+def run(
+    ready: Ready,
+    run_dir: RunDir,
+    inputs: Inputs,
+    metadata: Mapping[str, str],
+    say: Say,
+    eval_sets: Sequence[EvalSet] = (),
+) -> None:
     """Train to the end, from the run's checkpoint where it has one, and say what was made.
 
     Raises:
@@ -155,12 +164,17 @@ def run(ready: Ready, run_dir: RunDir, inputs: Inputs, metadata: Mapping[str, st
         fingerprints=dict(inputs.fingerprints),
         descriptions=dict(inputs.descriptions),
     )
+    check_seen({f"the run directory {run_dir.path}": run_dir.path / CONFIG_FILE}, ready.processes)
     on_main(lambda: remove_leftovers(run_dir.path))
     if run_dir.checkpoint is not None and run_dir.state is not None:
         checkpoint, state = run_dir.checkpoint, run_dir.state
         on_every_rank(
             lambda: load_checkpoint(checkpoint, ready.pipeline, with_optimizer=run_dir.with_optimizer)
         )
+    evaluator = Evaluator(
+        ready.config, eval_sets, ready.model, ready.pipeline, ready.recorder, ready.processes
+    )
+    limit_waits(ready.config.timeout_minutes)
     trainer = Trainer(
         ready.config,
         ready.plan,
@@ -170,6 +184,7 @@ def run(ready: Ready, run_dir: RunDir, inputs: Inputs, metadata: Mapping[str, st
         ready.processes,
         run_dir.path,
         metadata,
+        evaluator if eval_sets else None,
     )
     final = trainer.run(state)
     if trainer.stopped_by is not None:

@@ -49,6 +49,8 @@ def create_run_dir(config: LoadedConfig, describe: Callable[[Path], None]) -> Ru
         inputs.mkdir()
         shutil.copyfile(config.path, inputs / f"train_{Path(config.path).name}")
         shutil.copyfile(config.dataset_path, inputs / f"dataset_{Path(config.dataset_path).name}")
+        for dataset in config.train.eval_datasets:
+            shutil.copyfile(dataset.config, inputs / f"eval_{dataset.label}_{Path(dataset.config).name}")
         atomic_write_text(temporary / CONFIG_FILE, dump_config(config.train))
         describe(temporary)
     return RunDir(path)

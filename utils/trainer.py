@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -79,6 +79,10 @@ class LossRecorder:
             np.add.at(totals, 2 + NUM_SIGMA_BINS + bins, 1.0)
         return totals
 
+    def sample_losses(self) -> list[float]:
+        """Each sample's loss, in the order in which they came."""
+        return [loss for record in self._records for loss in record.losses_B.tolist()]
+
     def non_finite_samples(self) -> list[int]:
         """Indices of samples of this step whose loss is not finite."""
         found: list[int] = []
@@ -86,6 +90,18 @@ class LossRecorder:
             bad = ~torch.isfinite(record.losses_B.cpu())
             found += record.sample_index_B.cpu()[bad].tolist()
         return found
+
+
+class Evaluation(Protocol):
+    """What the loop calls to have the model evaluated (`utils.evaluate.Evaluator`)."""
+
+    def begin(self, run_dir: Path, step: int, writer: MetricsWriter | None) -> None:
+        """Before the first step of this process."""
+        ...
+
+    def after_step(self, step: int, epoch: int, *, epoch_ended: bool, at_end: bool) -> None:
+        """After every step."""
+        ...
 
 
 class Trainer:
@@ -101,6 +117,7 @@ class Trainer:
         processes: Processes,
         run_dir: Path,
         metadata: Mapping[str, str],
+        evaluation: Evaluation | None = None,
     ) -> None:
         self._config = config
         self._plan = plan
@@ -110,6 +127,7 @@ class Trainer:
         self._processes = processes
         self._run_dir = run_dir
         self._metadata = metadata
+        self._evaluation = evaluation
         self._per_step = config.gradient_accumulation_steps * pipeline.dp_size
         self.total_steps = 0
         self.stopped_by: str | None = None
@@ -135,6 +153,8 @@ class Trainer:
                 writer = stack.enter_context(closing(MetricsWriter(self._run_dir, state.step + 1)))
                 bar = stack.enter_context(closing(Progress("training", self.total_steps, state.step)))
             stack.enter_context(self._last_checkpoint_in_place())
+            if self._evaluation is not None:
+                self._evaluation.begin(self._run_dir, state.step, writer)
             ahead = stack.enter_context(ReadAhead(self._read_step))
             while state.step < self.total_steps and self.stopped_by is None:
                 before = state
@@ -150,6 +170,7 @@ class Trainer:
                         grad=f"{row['grad_norm']:.3g}",
                     )
                 self._act_on_budget(over_budget, state.step)
+                self._evaluate_if_due(state, before)
                 self._save_if_due(state, before)
             self._writer.finish()
         return state
@@ -311,6 +332,18 @@ class Trainer:
         if self._processes.is_main and modules - self._warned:
             self._warned |= modules
             announce(f"warning: {message}")
+
+    # ------------------------------------------------------------------ evaluation
+
+    def _evaluate_if_due(self, state: LoopState, before: LoopState) -> None:
+        """Before the checkpoint of the same step, so that whoever goes on from that finds the evaluation done."""
+        if self._evaluation is None:
+            return
+        completed = self._plan.epoch_of(state.micro_batches_seen)
+        ended = completed > self._plan.epoch_of(before.micro_batches_seen)
+        epoch = completed if ended else completed + 1
+        at_end = state.step == self.total_steps
+        self._evaluation.after_step(state.step, epoch, epoch_ended=ended, at_end=at_end)
 
     # ------------------------------------------------------------------ saving
 

@@ -140,16 +140,21 @@ class WanBatches:
         return f"{sample.path}{place}"
 
     def _noised(self, sample_index: int, visit: int) -> _NoisedSample:
-        identity = (self._samples[sample_index].sample_id, visit)
         item = self._cache.read_latents(sample_index)
         latents = item["latents"].float()
-        seed = self._config.seed
-        noise = torch.randn(latents.shape, generator=generator(seed, "noise", *identity))
-        sigma = self.sigma_law.sample(generator(seed, "sigma", *identity))
+        random, sigma = self._noise_of(self._samples[sample_index].sample_id, visit)
+        noise = torch.randn(latents.shape, generator=random)
         inputs = add_noise(latents, noise, sigma)
         if "cond" in item:
             inputs = torch.cat((inputs, item["cond"].float()))
         return _NoisedSample(inputs, velocity_target(latents, noise), sigma)
+
+    def _noise_of(self, sample_id: int, visit: int) -> tuple[torch.Generator, float]:
+        """What the noise of a visit is drawn from, and its level sigma."""
+        seed = self._config.seed
+        return generator(seed, "noise", sample_id, visit), self.sigma_law.sample(
+            generator(seed, "sigma", sample_id, visit)
+        )
 
     def _masks(self, batch: MicroBatch) -> tuple[Tensor] | tuple[()]:
         """How much each latent position counts, mask_BHW; nothing where no sample of the micro-batch has a mask."""

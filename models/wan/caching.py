@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,11 +58,13 @@ class LatentFilling:
         batch_size: clips of one bucket that go through the VAE together, at most.
         decode_workers: processes that decode ahead; 0 decodes in this one.
         check_content: hash each file that is decoded, and refuse one that is not what its key says.
+        skip_bad: list a clip that cannot be decoded in `FillStats.failures` and go on, instead of stopping.
     """
 
     batch_size: int = 1
     decode_workers: int = 0
     check_content: bool = False
+    skip_bad: bool = False
 
 
 DEFAULT_FILLING = LatentFilling()
@@ -78,12 +81,14 @@ def hash_weights(paths: CheckpointPaths, memo: HashMemo) -> WeightHashes:
     return WeightHashes(hashed(paths.vae), hashed(paths.text_encoder), tokenizer)
 
 
-def build_filling(config: TrainConfig, num_processes_here: int, *, check_content: bool) -> LatentFilling:
+def build_filling(
+    config: TrainConfig, num_processes_here: int, *, check_content: bool, skip_bad: bool
+) -> LatentFilling:
     """How the configuration wants latents to be made, on a machine with so many ranks."""
     workers = config.decode_workers
     if workers is None:
         workers = automatic_workers(num_processes_here)
-    return LatentFilling(config.caching_batch_size, workers, check_content)
+    return LatentFilling(config.caching_batch_size, workers, check_content, skip_bad)
 
 
 def media_rules(variant: VariantInfo) -> MediaRules:
@@ -184,7 +189,7 @@ class WanCache:
         """Encode this rank's share of the latents: the missing ones, or all with `regenerate`.
 
         Raises:
-            UserError: a clip cannot be decoded, or the disk is full.
+            UserError: a clip cannot be decoded and `how` does not skip it, or the disk is full.
         """
         items = [
             FillItem(
@@ -201,14 +206,21 @@ class WanCache:
         ]
         make = partial(self._latent_encoder, paths.vae, processes.device)
 
+        def scaled(frames_FHWC: np.ndarray | UserError) -> Tensor | UserError:
+            if not isinstance(frames_FHWC, UserError):
+                return scale_frames(frames_FHWC)
+            if not how.skip_bad:
+                raise frames_FHWC
+            return frames_FHWC
+
         @contextmanager
-        def load(samples: Sequence[SampleRecord]) -> Iterator[Iterator[Tensor]]:
+        def load(samples: Sequence[SampleRecord]) -> Iterator[Iterator[Tensor | UserError]]:
             jobs = [
                 ClipJob(sample, self._rules, sample.content_hash if how.check_content else None)
                 for sample in samples
             ]
             with decoded_clips(jobs, how.decode_workers) as frames:
-                yield map(scale_frames, frames)
+                yield map(scaled, frames)
 
         return self._fill(items, make, how.batch_size, processes, regenerate, on_progress, load)
 

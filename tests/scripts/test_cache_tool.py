@@ -82,6 +82,28 @@ def test_prune_keeps_what_training_needs(workspace, capsys):
     assert (said.out + said.err).count(" 0 encoded now") == 2
 
 
+def test_prune_keeps_what_evaluation_needs(workspace, capsys):
+    """Both datasets in one cache: what only the evaluated one has stays; a cache that only it has can be pruned too."""
+    holdout, text = workspace.root / "holdout.toml", (workspace.root / "dataset.toml").read_text()
+    holdout.write_text(text)
+    alone = workspace.root / "alone"
+    alone.mkdir()
+    for path in workspace.media.glob("image_00.*"):
+        shutil.copy(path, alone)
+    (workspace.root / "dataset.toml").write_text(text.replace(str(workspace.media), str(alone)))
+    cache = str(workspace.cache)
+    config = write_config(workspace, "dit_lora", f"eval_datasets=['{holdout}']")
+    assert main(["prune", cache, "--config", config]) == 0
+    assert "13 needed, 0 not" in capsys.readouterr().out
+    assert main(["prune", cache, "--config", write_config(workspace, "dit_lora")]) == 0
+    assert "3 needed, 10 not" in capsys.readouterr().out
+    elsewhere = workspace.root / "dataset.toml"
+    elsewhere.write_text(elsewhere.read_text().replace(cache, str(workspace.root / "other")))
+    config = write_config(workspace, "dit_lora", f"eval_datasets=['{holdout}']")
+    assert main(["prune", cache, "--config", config]) == 0
+    assert "13 needed, 0 not" in capsys.readouterr().out
+
+
 def test_prune_deletes_only_with_yes(workspace, capsys):
     captions = sorted(workspace.media.glob("image_*.txt"))
     captions[0].write_text("a teal hexagon")

@@ -98,6 +98,9 @@ class ToyModel:
         save_file(dict(trained), path, metadata=dict(metadata))
         return [path]
 
+    def adapters_off(self, stage: nn.Module) -> None:
+        return None
+
     def deltas(self, parameters: Mapping[str, Tensor]) -> list[ModuleDelta]:
         return [ModuleDelta("blocks.0.x", 1, 1.0, self.delta, 1.0, self.delta, 1.0)] if self.delta else []
 

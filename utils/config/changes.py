@@ -32,6 +32,12 @@ FREE_KEYS = frozenset(
         "caching_batch_size",
         "decode_workers",
         "activation_checkpointing",
+        "eval_datasets",
+        "eval_before_first_step",
+        "eval_every_n_epochs",
+        "eval_every_n_steps",
+        "eval_quantiles",
+        "eval_micro_batch_size_per_gpu",
     }
 )
 

@@ -31,7 +31,7 @@ MIN_CLIPS_PER_WORKER = 8
 MAX_AUTOMATIC_WORKERS = 4
 _SECONDS_TO_END = 5.0
 
-_FRAMES, _USER_ERROR, _FAILURE = "frames", "user error", "failure"
+_FRAMES, _BAD_CLIP, _USER_ERROR, _FAILURE = "frames", "bad clip", "user error", "failure"
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,18 @@ def automatic_workers(local_world_size: int) -> int:
 
 
 @contextmanager
-def decoded_clips(jobs: Sequence[ClipJob], num_workers: int) -> Iterator[Iterator[np.ndarray]]:
+def decoded_clips(jobs: Sequence[ClipJob], num_workers: int) -> Iterator[Iterator[np.ndarray | UserError]]:
     """Decode `jobs` in order, ahead of who asks, for as long as the body runs.
 
     Memory: one clip of uint8 frames per worker, and the one that was asked for. With 0 workers, or too few clips to
     pay for starting one, each is decoded when it is asked for.
 
     Yields:
-        An iterator over `media.load_frames` of each job.
+        An iterator over `media.load_frames` of each job; where a file cannot be decoded, over the error instead.
 
     Raises:
-        UserError: (from the iterator, at the clip it belongs to) the file cannot be decoded, is not what its hash
-            says, or the worker was killed while it decoded it.
+        UserError: (from the iterator, at the clip it belongs to) the file is not what its hash says, or the worker
+            was killed while it decoded it.
     """
     num_workers = min(num_workers, len(jobs) // MIN_CLIPS_PER_WORKER)
     if num_workers <= 0:
@@ -79,17 +79,17 @@ def decoded_clips(jobs: Sequence[ClipJob], num_workers: int) -> Iterator[Iterato
             worker.wait_for_end()
 
 
-def _in_order(jobs: Sequence[ClipJob], workers: Sequence["_Worker"]) -> Iterator[np.ndarray]:
+def _in_order(jobs: Sequence[ClipJob], workers: Sequence["_Worker"]) -> Iterator[np.ndarray | UserError]:
     """Worker k decodes jobs k, k + N, ...: each is always one clip ahead, and the order needs no bookkeeping."""
     count = len(workers)
     for index, job in enumerate(jobs[:count]):
         workers[index].ask(job)
     for index, job in enumerate(jobs):
         worker = workers[index % count]
-        frames_FHWC = worker.receive(job)
+        decoded = worker.receive(job)
         if index + count < len(jobs):
             worker.ask(jobs[index + count])
-        yield frames_FHWC
+        yield decoded
 
 
 class _Worker:
@@ -120,8 +120,8 @@ class _Worker:
         except OSError:
             return
 
-    def receive(self, job: ClipJob) -> np.ndarray:
-        """The answer to `ask`; raises what the worker raised."""
+    def receive(self, job: ClipJob) -> np.ndarray | UserError:
+        """The answer to `ask`: frames, or why they cannot be had; raises what else the worker raised."""
         try:
             kind, content = self._connection.recv()
             if kind == _FRAMES:
@@ -130,6 +130,8 @@ class _Worker:
                 return frames_FHWC
         except (EOFError, OSError) as error:
             raise self._death(job.record.path) from error
+        if kind == _BAD_CLIP:
+            return UserError(content)
         if kind == _USER_ERROR:
             raise UserError(content)
         raise RuntimeError(f"{job.record.path}: decoding failed in a worker process\n{content}")
@@ -174,12 +176,14 @@ def _serve(connection: Connection) -> None:
 
 def _answer(job: ClipJob) -> tuple[str, object, np.ndarray | None]:
     try:
-        frames_FHWC = _decode(job)
+        decoded = _decode(job)
     except UserError as error:
         return _USER_ERROR, str(error), None
     except Exception:  # told to the parent, which raises
         return _FAILURE, traceback.format_exc(), None
-    return _FRAMES, frames_FHWC.shape, frames_FHWC
+    if isinstance(decoded, UserError):
+        return _BAD_CLIP, str(decoded), None
+    return _FRAMES, decoded.shape, decoded
 
 
 def _write_all(descriptor: int, content: memoryview) -> None:
@@ -204,9 +208,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _decode(job: ClipJob) -> np.ndarray:
+def _decode(job: ClipJob) -> np.ndarray | UserError:
     path = job.record.path
-    frames_FHWC = load_frames(job.record, job.rules)
+    try:
+        frames_FHWC = load_frames(job.record, job.rules)
+    except UserError as error:
+        return error
     if job.content_hash is not None and _hash_once(path, path.stat().st_mtime_ns) != job.content_hash:
         raise UserError(
             f"{path}: its content is not what it was when it was last read, though it has the same size; run the same "

@@ -11,6 +11,7 @@ import torch
 
 from utils.data.cache import CacheStore
 from utils.data.prefetch import ReadAhead
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,15 @@ class FillItem:
 
 @dataclass(frozen=True)
 class FillStats:
-    """What a rank found and did: its share in items, those that were there, those it encoded."""
+    """What a rank found and did: its share in items, those that were there, those it encoded, and what could not be.
+
+    `failures` holds key and reason of each item that `load` gave an error for.
+    """
 
     num_items: int
     num_present: int
     num_encoded: int
+    failures: tuple[tuple[str, str], ...] = ()
 
 
 Encode = Callable[[Sequence[FillItem]], Iterable[Mapping[str, torch.Tensor]]]
@@ -66,7 +71,8 @@ def fill_cache(
         store: the cache.
         work: all items of all ranks; the same on each, in any order. Equal keys count once.
         encode: gives the tensors of each item of a batch, in order; they are put as they come.
-        load: turns each payload into the one that `encode` gets. It runs in another thread, one batch ahead.
+        load: turns each payload into the one that `encode` gets, or into a UserError: that item is left out. It runs
+            in another thread, one batch ahead.
         rank: this process.
         world_size: number of processes that fill.
         batch_size: items in a batch, at most.
@@ -80,6 +86,7 @@ def fill_cache(
     missing = set(store.missing(item.key for item in share))
     to_do = [item for item in share if regenerate or item.key in missing]
     num_encoded = 0
+    failures: list[tuple[str, str]] = []
     if on_progress is not None:
         on_progress(0, len(to_do))
     batches = list(make_batches(to_do, batch_size))
@@ -92,12 +99,17 @@ def fill_cache(
             batch = ahead.take(index)
             if index + 1 < len(batches):
                 ahead.begin(index + 1)
-            for item, tensors in zip(batch, encode(batch), strict=True):
+            failed = [item for item in batch if isinstance(item.payload, UserError)]
+            failures += [(item.key, str(item.payload)) for item in failed]
+            usable = [item for item in batch if not isinstance(item.payload, UserError)]
+            for item, tensors in zip(usable, encode(usable) if usable else (), strict=True):
                 store.put(item.key, tensors, item.metadata)
                 num_encoded += 1
                 if on_progress is not None:
-                    on_progress(num_encoded, len(to_do))
-    return FillStats(num_items=len(share), num_present=len(share) - len(to_do), num_encoded=num_encoded)
+                    on_progress(num_encoded + len(failures), len(to_do))
+            if failed and on_progress is not None:
+                on_progress(num_encoded + len(failures), len(to_do))
+    return FillStats(len(share), len(share) - len(to_do), num_encoded, tuple(failures))
 
 
 def _load_batch(batches: Sequence[Sequence[FillItem]], loaded: Iterator[Any], index: int) -> list[FillItem]:

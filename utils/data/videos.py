@@ -115,8 +115,8 @@ def pictures_at(path: Path, times: Sequence[float], start_seconds: float) -> Ite
                 yield _to_picture(frame, stream), count
     except _DECODE_ERRORS as error:
         raise UserError(
-            f"{path}: cannot be decoded as far as the clip reaches ({_reason(error)}). on_bad_file could not catch "
-            "it because its beginning is whole; mend the file or take it out of the dataset"
+            f"{path}: cannot be decoded as far as the clip reaches ({_reason(error)}), though its beginning "
+            "is whole; mend the file or take it out of the dataset"
         ) from error
 
 

@@ -286,6 +286,17 @@ def found_in_dataset(table) -> list[Problem]:
             "model.caption_aug.mix",
             "adds up to 1.1",
         ),
+        (dit_lora(eval_every_n_steps=10), "eval_every_n_steps", "there are no eval_datasets"),
+        (dit_lora(eval_before_first_step=False), "eval_before_first_step", "there are no eval_datasets"),
+        (
+            dit_lora(eval_datasets=["a.toml"], eval_before_first_step=False, eval_every_n_epochs=0),
+            "eval_datasets",
+            "no key says when",
+        ),
+        (dit_lora(eval_datasets=["a.toml", "b/a.toml"]), "eval_datasets[1].name", "for the second time"),
+        (dit_lora(eval_datasets=[{"name": "../a", "config": "a.toml"}]), "eval_datasets[0].name", "letters"),
+        (dit_lora(eval_datasets=["a.toml"], eval_quantiles=[]), "eval_quantiles", "at least one"),
+        (dit_lora(eval_datasets=["a.toml"], eval_quantiles=[0.2, 0.2]), "eval_quantiles", "each once"),
     ],
 )
 def test_refused(table, key, words) -> None:
@@ -342,6 +353,9 @@ def test_refused(table, key, words) -> None:
         encoder_ft({"caption_aug": {"enable": False}}),
         dit_lora(model={"caption_aug": AUG | {"enable": False}}),
         dit_lora(save_every_n_epochs=0, checkpoint_every_n_epochs=0),
+        dit_lora(eval_datasets=["a.toml", {"name": "b", "config": "a.toml"}], eval_quantiles=[0.9, 0.5]),
+        dit_lora(eval_datasets=["a.toml"], eval_every_n_epochs=0),
+        dit_lora(eval_datasets=["a.toml"], eval_before_first_step=False, eval_every_n_steps=5),
     ],
 )
 def test_permitted(table) -> None:
@@ -487,6 +501,7 @@ def test_every_key_that_a_rule_reads_is_declared() -> None:
         partition_method="manual",
         pipeline_stages=2,
         partition_split=[1],
+        eval_datasets=[{"config": "a.toml"}],
     )
     sections = {s.path: s.record for s in sections_of(TrainConfig)}
     for path, record in sections.items():
@@ -495,6 +510,7 @@ def test_every_key_that_a_rule_reads_is_declared() -> None:
             inner = table
             for part in filter(None, path.split(".")):
                 inner = inner.setdefault(part, {})
+                inner = inner[0] if isinstance(inner, list) else inner
             inner[name] = object()
             assert any(problem.key.endswith(name) for problem in found_in(table))
 

@@ -101,20 +101,22 @@ def test_scaled_frames_are_the_clip(write_sample, make_record, tmp_path):
     assert np.array_equal(video_CFHW.numpy(), wanted)
 
 
-def test_a_clip_that_cannot_be_decoded_is_an_error_in_its_place(clips, started):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_clip_that_cannot_be_decoded_is_an_error_in_its_place(clips, started, num_workers):
     broken = clips / "broken.gif"
     broken.write_bytes(b"GIF89a")
     jobs = jobs_of(clips)
     (bad,) = jobs_of(clips, "broken.gif")
-    seen = []
-    with (
-        pytest.raises(UserError, match=r"broken\.gif.*not readable as an image"),
-        decoded_clips([*jobs[:5], bad, *jobs[5:]], 2) as frames,
-    ):
-        for one in frames:
-            seen.append(int(one[0, 0, 0, 0]))
-    assert seen == [0, 20, 40, 60, 80]
-    assert len(started) == 2
+    with decoded_clips([*jobs[:5], bad, *jobs[5:]], num_workers) as frames:
+        seen = [one if isinstance(one, UserError) else int(one[0, 0, 0, 0]) for one in frames]
+    error = seen.pop(5)
+    assert seen == [20 * number for number in range(len(jobs))]
+    assert (
+        isinstance(error, UserError)
+        and "broken.gif" in str(error)
+        and "not readable as an image" in str(error)
+    )
+    assert len(started) == num_workers
     changed = replace(jobs[0], content_hash="0" * 32)
     with (
         pytest.raises(UserError, match=r"0\.png: its content is not what.*--trust_cache"),

@@ -154,6 +154,34 @@ def test_an_error_keeps_what_was_done_and_the_next_run_does_the_rest(store):
     check_contents(store, work)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_what_cannot_be_loaded_is_left_out_and_listed(store, batch_size):
+    work, calls = make_work(9), []
+    bad = {2, 3, 7}
+
+    @contextmanager
+    def load(payloads):
+        yield (UserError(f"{payload} is damaged") if payload in bad else payload for payload in payloads)
+
+    stats = fill_cache(
+        store,
+        work,
+        Encoder(),
+        load=load,
+        batch_size=batch_size,
+        on_progress=lambda done, total: calls.append((done, total)),
+    )
+    keys = {item.key: item.payload for item in work}
+    assert {keys[key]: reason for key, reason in stats.failures} == {
+        payload: f"{payload} is damaged" for payload in bad
+    }
+    assert (stats.num_items, stats.num_present, stats.num_encoded) == (9, 0, 6)
+    assert calls[-1] == (9, 9) and calls == sorted(calls)
+    assert {keys[key] for key in store.missing(keys)} == bad
+    again = fill_cache(store, work, Encoder(), load=load)
+    assert (again.num_present, again.num_encoded, len(again.failures)) == (6, 0, 3)
+
+
 def test_an_encoder_that_gives_too_little_is_an_error(store):
     with pytest.raises(ValueError, match="shorter"):
         fill_cache(store, make_work(3), lambda items: [], batch_size=2)
