@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
@@ -229,12 +230,13 @@ def test_a_damaged_item_of_the_cache(workspace, capsys) -> None:
 
 
 def damage_behind_the_beginning(video: Path) -> None:
-    """Zeros in the place of the later frames; index and first frame stay whole, so only decoding finds it."""
+    """Zeros in the place of all frames but the first few, which the first one needs; the index stays whole, so only decoding finds it."""
+    with av.open(str(video)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        spans = [(packet.pos, packet.size) for packet in packets[4:]]
     content = bytearray(video.read_bytes())
-    start = content.index(b"mdat")
-    size = int.from_bytes(content[start - 4 : start], "big")
-    begin, end = start + size // 3, start + size - 8
-    content[begin:end] = bytes(end - begin)
+    for begin, size in spans:
+        content[begin : begin + size] = bytes(size)
     video.write_bytes(content)
 
 

@@ -237,11 +237,12 @@ def test_content_that_is_not_what_its_key_says_is_not_encoded(images, i2v, tmp_p
 
 
 def test_the_configuration_says_how_latents_are_made(make_config, monkeypatch):
-    assert build_filling(make_config("dit_lora", decode_workers=0), 1, check_content=False) == LatentFilling()
+    plain = {"check_content": False, "skip_bad": False}
+    assert build_filling(make_config("dit_lora", decode_workers=0), 1, **plain) == LatentFilling()
     config = make_config("dit_lora", decode_workers=7, caching_batch_size=4)
-    assert build_filling(config, 8, check_content=True) == LatentFilling(4, 7, True)
+    assert build_filling(config, 8, check_content=True, skip_bad=True) == LatentFilling(4, 7, True, True)
     monkeypatch.setattr("models.wan.caching.automatic_workers", lambda ranks: 100 + ranks)
-    assert build_filling(make_config("dit_lora"), 8, check_content=False).decode_workers == 108
+    assert build_filling(make_config("dit_lora"), 8, **plain).decode_workers == 108
 
 
 def test_other_variants_are_not_conditioned(manifest, i2v, tmp_path):
