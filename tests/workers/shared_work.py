@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tests.utils.test_trainer import WatchedModel, make_config, train
 from utils.cli import end_process, run_command
-from utils.distributed import Processes, num_processes_here, on_every_rank, process_group
+from utils.distributed import Processes, num_processes_here, on_every_rank, on_main, process_group
 from utils.errors import UserError
-from utils.run_dir import RunDir
+from utils.run_dir import CONFIG_FILE, RunDir
 from utils.shared_progress import SharedProgress
 
 
@@ -56,6 +56,7 @@ def read_ahead(processes: Processes, root: Path) -> None:
     """Rank 1 cannot read its share of step 3; both stop there, with step 2 done."""
     model = WatchedModel(fails_at=3 if processes.rank == 1 else None)
     config = make_config(gradient_accumulation_steps=1, checkpoint_every_n_steps=1)
+    on_main(lambda: (root / CONFIG_FILE).touch())  # by which every process sees that it is the same directory
     try:
         train(config, model, processes, RunDir(root))
     except UserError as error:
