@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -125,15 +127,29 @@ def test_the_comparison_can_fail(plain: Path) -> None:
         ), case
 
 
+@pytest.fixture(scope="module")
+def plain_of_every_case(tiny_ti2v: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The reference by number of micro-batches in a step, made when it is first asked for."""
+
+    @cache
+    def make(micro_batches: int) -> Path:
+        out = tmp_path_factory.mktemp("plain") / "out"
+        return launch(tiny_ti2v, out, QUICK + REST, processes=1, stages=0, micro_batches=micro_batches)
+
+    return make
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("processes", "stages"), [(1, 1), (2, 2), (3, 3), (4, 4), (4, 2)])
-def test_every_case(tiny_ti2v: Path, tmp_path: Path, processes: int, stages: int) -> None:
+def test_every_case(
+    tiny_ti2v: Path, tmp_path: Path, plain_of_every_case: Callable[[int], Path], processes: int, stages: int
+) -> None:
     copies = processes // stages
     micro_batches = 2 * copies if copies > 1 else 4
     cases = QUICK + REST
     if copies > 1:
         micro_batches = copies  # sums of two are exact in any order; of four they are not
-    plain = launch(tiny_ti2v, tmp_path / "plain", cases, processes=1, stages=0, micro_batches=micro_batches)
+    plain = plain_of_every_case(micro_batches)
     piped = launch(
         tiny_ti2v, tmp_path / "piped", cases, processes=processes, stages=stages, micro_batches=micro_batches
     )
