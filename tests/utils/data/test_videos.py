@@ -392,7 +392,7 @@ def test_damage_behind_the_first_frame_is_an_error_and_not_patched_over(tmp_path
     data[middle : middle + 3000] = np.random.default_rng(1).bytes(3000)
     path.write_bytes(data)
     facts = probe_video(path)
-    with pytest.raises(UserError, match="on_bad_file") as caught:
+    with pytest.raises(UserError, match="mend the file") as caught:
         list(pictures_at(path, [index / 24 for index in range(60)], facts.start_seconds))
     assert str(path) in str(caught.value)
 
