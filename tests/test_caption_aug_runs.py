@@ -28,7 +28,11 @@ def test_a_keyword_file_is_read_and_not_copied(workspace, capsys):
     private.write_text("circle\nsquare\nstar\n")
     resume = ["--resume_from_checkpoint"]
     code = workspace.train("encoder_ft", *section, "max_steps=3", flags=resume)
-    check_refused(code, capsys.readouterr().err, "keywords: a list of keywords -> a list of keywords, with other content")
+    check_refused(
+        code,
+        capsys.readouterr().err,
+        "keywords: a list of keywords -> a list of keywords, with other content",
+    )
     private.write_text("triangle\nsquare\ncircle\n")
     assert workspace.train("encoder_ft", *section, "max_steps=3", flags=resume) == 0
 

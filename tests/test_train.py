@@ -471,7 +471,7 @@ def test_one_change_makes_one_item_anew_and_says_why(workspace, tiny_ti2v, capsy
 
     assert fill() == (
         "6 encoded now (6 new), 0 there already",
-        "7 encoded now (7 new caption), 0 there already",
+        "7 encoded now (7 new), 0 there already",
     )
     nothing = ("0 encoded now, 6 there already", "0 encoded now, 7 there already")
     assert fill() == nothing

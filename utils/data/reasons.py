@@ -19,7 +19,6 @@ MEMORY_FILE = "made_of.json"
 # Raise where the file means something else: an old one then counts as empty.
 _FORMAT = 1
 _CAPTIONS_OF = "captions_of"
-_NEW = {LATENTS: "new", TEXT: "new caption"}
 _WORDS = {
     "content": "file changed",
     "bucket": "bucket changed",
@@ -86,7 +85,7 @@ class MadeOf:
         known = self._of(want.kind).get(want.identity)
         if not isinstance(known, dict):
             had_another = any(sample in self._of(_CAPTIONS_OF) for sample in want.samples)
-            return "caption changed" if had_another else _NEW[want.kind]
+            return "caption changed" if had_another else "new"
         now = json.loads(json.dumps(_without_caption(want.parts)))
         changed = [name for name in now if known.get(name) != now[name]]
         words = [_WEIGHTS[want.kind] if name == "weights" else _WORDS.get(name, name) for name in changed]

@@ -37,7 +37,7 @@ def path(tmp_path):
         (text("a circle", weights="other"), "text encoder changed"),
         (text("a circle", tokenizer="other"), "tokenizer changed"),
         (text("a square"), "caption changed"),
-        (text("a square", ("7",)), "new caption"),
+        (text("a square", ("7",)), "new"),
         (text("", ()), "removed or damaged"),
     ],
 )
