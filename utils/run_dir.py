@@ -38,6 +38,7 @@ _FREE_KEYS = frozenset(
         "keep_checkpoints",
         "timeout_minutes",
         "activation_checkpointing",
+        "blocks_to_swap",
     }
 )
 

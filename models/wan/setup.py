@@ -11,7 +11,7 @@ import xxhash
 
 from models.wan.arch import VariantInfo, load_arch
 from models.wan.caching import OnProgress, WanCache, WeightHashes, all_captions, hash_weights, media_rules
-from models.wan.checkpoint import CheckpointPaths, find_checkpoint, open_sharded
+from models.wan.checkpoint import CheckpointPaths, find_checkpoint, open_transformer
 from models.wan.model import WanModel
 from models.wan.text_encoder import MAX_TEXT_TOKENS, WanTokenizer
 from utils.config.dump import config_hash
@@ -104,7 +104,7 @@ def needed_items(config: LoadedConfig) -> tuple[set[str], Manifest]:
     assert dataset is not None, "load_config with check_files has read it"
     root = default_cache_dir(dataset)
     paths = find_checkpoint(model)
-    variant = load_arch(paths.config_json, open_sharded(paths.transformer_dir).shapes).variant
+    variant = load_arch(paths.config_json, open_transformer(paths.transformer_dir).shapes).variant
     manifest, hashes = _scan(dataset, variant, paths, HashMemo(root / MEMO_FILE))
     return WanCache(manifest, CacheStore(root), hashes, model, variant).keys(), manifest
 

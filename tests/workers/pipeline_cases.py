@@ -6,7 +6,7 @@ Run by tests/utils/test_pipeline.py, once per number of processes: many cases pe
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from models.wan.checkpoint import find_checkpoint, open_sharded, open_text_encod
 from models.wan.layers import Workload, dit_layers, text_layers
 from models.wan.stages import TextWire
 from utils.cli import end_process
-from utils.config.schema import AdapterConfig, BudgetConfig, ModelConfig, OptimizerConfig, TrainConfig
+from utils.config.schema import (
+    ActivationCheckpointing,
+    AdapterConfig,
+    BudgetConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from utils.layers import LayerSpec, PreparedBatch, global_names, table_names
 from utils.lora_targets import linear_modules, resolve_targets
 from utils.optim import build_optimizer
@@ -39,7 +46,10 @@ class Case:
     model: dict[str, Any]
     adapter: dict[str, Any] | None = None
     clipping: float = 0.05
-    recompute: bool = True
+    recompute: ActivationCheckpointing = True
+    swap: int = 0
+    # The case whose plain training this one has to equal.
+    like: str = ""
     micro_batches: int = MICRO_BATCHES
 
 
@@ -68,6 +78,27 @@ CASES = [
 ]
 
 
+def variants(case: Case) -> list[Case]:
+    """The same training with everything that must not change a number: recomputation, swapped blocks, both."""
+    ways: list[tuple[str, ActivationCheckpointing, int]] = [
+        ("none", False, 0),
+        ("selective", "selective", 0),
+        ("offload", "offload", 0),
+        ("swap_none", False, 3),
+        ("swap_true", True, 3),
+        ("swap_selective", "selective", 2),
+        ("swap_offload", "offload", 1),
+    ]
+    return [
+        replace(case, name=f"{case.name}_{way}", like=case.name, recompute=mode, swap=swap)
+        for way, mode, swap in ways
+    ]
+
+
+VARIED = ("encoder_tokens_dropout_fp32", "encoder_top1_bf16", "lora_last_fp32", "lora_all_bf16")
+CASES += [variant for case in list(CASES) if case.name in VARIED for variant in variants(case)]
+
+
 def make_config(case: Case, tiny: Path, num_stages: int) -> TrainConfig:
     model = ModelConfig(type="wan", ckpt_path=str(tiny), freeze_transformer=True, **case.model)
     return TrainConfig(
@@ -75,6 +106,7 @@ def make_config(case: Case, tiny: Path, num_stages: int) -> TrainConfig:
         dataset="unused",
         pipeline_stages=num_stages,
         activation_checkpointing=case.recompute,
+        blocks_to_swap=case.swap,
         gradient_clipping=case.clipping,
         model=model,
         adapter=None if case.adapter is None else AdapterConfig(**case.adapter),
@@ -225,7 +257,7 @@ def main() -> int:
 
         processes = init_processes(timeout_minutes=2)
     for case in chosen:
-        case = Case(**{**case.__dict__, "micro_batches": arguments.micro_batches})
+        case = replace(case, micro_batches=arguments.micro_batches)
         if processes is None:
             run_plain(case, arguments.tiny, arguments.out)
         else:
