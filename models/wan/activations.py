@@ -157,16 +157,17 @@ def umt5_block_selected(sizes: Umt5Sizes, batch: Batch, compute: int, stored: in
 
 
 def _adapters_saved(arch: WanArch, batch: Batch, precision: DitPrecision, adapters: Adapters) -> float:
-    """Inputs of A (in float32) and of B. The text in float32 already is the wire itself, which exists once."""
+    """Inputs of A (in float32) and of B. Some inputs exist anyhow where all is float32: the text, what attention gives."""
     saved = 0.0
     for path in adapters.paths:
         rows, width, _ = _linear_sizes(arch, batch, path)
-        is_wire = path in ("cross_attn.k", "cross_attn.v") and precision.compute == _FLOAT32
         saved += rows * adapters.rank * _FLOAT32
-        if adapters.dropout:
-            saved += rows * width * (_FLOAT32 + 1)  # what is left of the input, and the mask
-        elif not is_wire:
+        reads_text = path in ("cross_attn.k", "cross_attn.v")
+        exists_anyhow = precision.compute == _FLOAT32 and (reads_text or path.endswith("attn.o"))
+        if adapters.dropout or not exists_anyhow:
             saved += rows * width * _FLOAT32
+        if adapters.dropout and not reads_text:
+            saved += rows * width  # the mask, for the gradient of the input, which the text does not want
     return saved
 
 

@@ -18,6 +18,7 @@ from utils.optim import bytes_per_trained_weight, trainable_dtype
 from utils.tensor_source import Shape
 
 _FLOAT32 = 4.0
+_ID_BYTES = 8.0
 # The DiT's parts before its blocks, kept in float32 but for the text embedding.
 _FLOAT32_INPUT = ("patch_embedding.", "time_embedding.", "time_projection.")
 
@@ -162,16 +163,18 @@ class TextMemory:
         self._batch = Batch(workload.video_tokens * samples, workload.text_tokens * samples, samples)
 
     def table(self) -> LayerMemory:
-        """The token table."""
-        return self._weights("token_embedding.", trained=self._config.model.train_token_embedding)
+        """The token table; where it trains it keeps the ids."""
+        trained = self._config.model.train_token_embedding
+        weights = self._weights("token_embedding.", trained=trained)
+        return replace(weights, stored=self._batch.text_tokens * _ID_BYTES) if trained else weights
 
     def norm(self) -> LayerMemory:
         """The final norm: its input, normalised and not, and what the zeros of padding are multiplied with."""
         stored = 2 * self._batch.text_tokens * self._sizes.d_model * _FLOAT32
         return replace(self._weights("norm.", trained=True), stored=stored)
 
-    def block(self, index: int, *, trained: bool, has_backward: bool) -> LayerMemory:
-        """One block."""
+    def block(self, index: int, *, trained: bool, has_backward: bool, is_first_trained: bool) -> LayerMemory:
+        """One block. Into the first one that trains come states in the compute dtype."""
         weights = self._weights(f"blocks.{index}.", trained=trained)
         if not has_backward:
             return weights
@@ -182,7 +185,9 @@ class TextMemory:
                 self._sizes, self._batch, self._compute, stored, trained=trained
             ),
             selected=activations.umt5_block_selected(self._sizes, self._batch, self._compute, stored),
-            own_input=self._batch.text_tokens * self._sizes.d_model * stored,
+            own_input=self._batch.text_tokens
+            * self._sizes.d_model
+            * (self._compute if is_first_trained else stored),
             shared=0.0,
         )
         return replace(kept, weights=weights.weights, optimizer=weights.optimizer)

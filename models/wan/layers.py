@@ -58,7 +58,12 @@ def text_layers(config: TrainConfig, source: TensorSource, workload: Workload) -
                 f"{TEXT_PREFIX}encoder.block.{index}",
                 partial(builder.block, index),
                 trained,
-                memory.block(index, trained=trained, has_backward=trained or table_trained),
+                memory.block(
+                    index,
+                    trained=trained,
+                    has_backward=trained or table_trained,
+                    is_first_trained=index == builder.first_trained and not (table_trained and index == 0),
+                ),
                 forward_flops=flops,
                 recompute=layer_memory.recomputed_share(config.activation_checkpointing),
             )

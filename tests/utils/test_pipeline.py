@@ -89,9 +89,20 @@ def test_two_copies_equal_accumulation(tiny_ti2v: Path, tmp_path: Path) -> None:
 
 # Dropout shows whether what runs again draws the same masks.
 VARIED = {
-    1: ["lora_all_bf16_swap_none", "lora_last_fp32_swap_true", "lora_all_bf16_selective", "lora_last_fp32_offload"],
-    2: ["encoder_tokens_dropout_fp32_selective", "encoder_top1_bf16_offload", "encoder_top1_bf16_none"]
-    + ["encoder_tokens_dropout_fp32_swap_offload", "lora_all_bf16_none", "lora_all_bf16_swap_selective"],
+    1: [
+        "lora_all_bf16_swap_none",
+        "lora_last_fp32_swap_true",
+        "lora_all_bf16_selective",
+        "lora_last_fp32_offload",
+    ],
+    2: [
+        "encoder_tokens_dropout_fp32_selective",
+        "encoder_tokens_dropout_fp32_swap_offload",
+        "encoder_top1_bf16_offload",
+        "encoder_top1_bf16_none",
+        "lora_all_bf16_none",
+        "lora_all_bf16_swap_selective",
+    ],
 }
 WAYS = ("none", "selective", "offload", "swap_none", "swap_true", "swap_selective", "swap_offload")
 

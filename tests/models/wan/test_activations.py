@@ -11,11 +11,14 @@ from torch import Tensor
 from models.wan.layer_memory import Workload
 from models.wan.layers import dit_layers, text_layers
 from models.wan.stages import TextWire
+from utils import recompute
+from utils.config.schema import BudgetConfig
 from utils.layers import LayerSpec
+from utils.lora_targets import linear_modules, resolve_targets
 
-# Measured over all cases below: at most 0.028 for a layer. What is not counted is small: means and deviations of norms
+# Measured over all cases below: at most 0.013 for a layer. What is not counted is small: means and deviations of norms
 # and rotary tables, which weigh more in a narrow model than in a wide one.
-TOLERANCE = 0.04
+TOLERANCE = 0.02
 SAMPLES, LENGTH, GRID = 2, 12, (3, 4, 6)
 BANDS = {
     "cross": {"include": ("cross_attn.{k,v}",), "train_blocks_range": (1, 2)},
@@ -74,9 +77,6 @@ def planned(tiny_ti2v, open_tiny, make_config):
             activation_checkpointing=recompute,
             micro_batch_size_per_gpu=SAMPLES,
         )
-        from utils.lora_targets import linear_modules, resolve_targets
-        from utils.config.schema import BudgetConfig
-
         frames, rows, columns = GRID
         workload = Workload(float(frames * rows * columns), float(LENGTH))
         generator = torch.Generator().manual_seed(0)
@@ -132,8 +132,8 @@ def test_the_encoder_and_the_dit(model, dtype, planned):
     dit = next(index for index, spec in enumerate(specs) if spec.name == "")
     found = measure(specs, wire)
     assert check(specs[dit:], found[dit:]) < TOLERANCE
-    # UMT5 is narrow here, and the sum over its activation function counts in halves: measured at most 0.104.
-    assert check(specs[:dit], found[:dit]) < 0.15
+    # Measured at most 0.041: the first trained block has no gradient of its input to keep anything for.
+    assert check(specs[:dit], found[:dit]) < 0.06
 
 
 @pytest.mark.parametrize("mode", ["dit_lora", "encoder_ft"])
@@ -141,7 +141,71 @@ def test_recomputing_keeps_the_inputs_of_blocks_alone(mode, planned):
     specs, wire = planned(mode, True, "cross")
     found = measure(specs, wire)
     blocks = [index for index, spec in enumerate(specs) if spec.recompute and found[index]]
-    assert len(blocks) >= 3
-    own_input = SAMPLES * 72 * 128 * 4.0
-    assert all(specs[index].memory.stored == found[index] for index in blocks)
-    assert own_input in {found[index] for index in blocks}
+    assert [specs[index].memory.stored for index in blocks] == [found[index] for index in blocks]
+    assert sum(found[index] == SAMPLES * 72 * 128 * 4 for index in blocks) >= 3  # the DiT's
+
+
+@pytest.mark.parametrize("mode", ["dit_lora", "encoder_ft"])
+def test_offload_keeps_them_in_host_memory(mode, planned, monkeypatch):
+    parked = []
+    pack = recompute._pack
+
+    def counted(own: Tensor, tensor: Tensor):
+        kept = pack(own, tensor)
+        if kept is not tensor:
+            parked.append(float(tensor.nbytes))
+        return kept
+
+    monkeypatch.setattr(recompute, "_pack", counted)
+    specs, wire = planned(mode, "offload", "cross")
+    measure(specs, wire)
+    expected = [spec.memory.host_stored for spec in specs if spec.memory.host_stored]
+    assert parked == expected and len(parked) >= 3
+    assert not any(spec.memory.stored for spec in specs if spec.recompute)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["dit_lora", "encoder_ft"])
+def test_selective_keeps_the_outputs_of_products(mode, dtype, planned, monkeypatch):
+    """Counted at torch's own question what to keep, and as the inputs that the checkpoint saves."""
+    kept: list[dict[int, int]] = []
+    policy = recompute._policy
+
+    def counted(context, operation, *arguments, **named):
+        answer = policy(context, operation, *arguments, **named)
+        if answer == recompute.CheckpointPolicy.MUST_SAVE:
+            outputs = context.op_output
+            for tensor in outputs if isinstance(outputs, tuple) else (outputs,):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    kept[-1][storage.data_ptr()] = storage.nbytes()
+        return answer
+
+    monkeypatch.setattr(recompute, "_policy", counted)
+    specs, value = planned(mode, "selective", "cross", dtype)
+    worst, counted_layers = 0.0, 0
+    alive = []
+    for spec in specs:
+        kept.append({})
+        layer = spec.build(torch.device("cpu"))
+        following = layer(value)
+        if layer.recompute and spec.memory.stored:
+            found = sum(kept[-1].values()) + value[0].nbytes
+            worst = max(worst, abs(spec.memory.stored / found - 1))
+            counted_layers += 1
+        alive.append((layer, value, following))
+        value = following
+    print(f"largest error: {worst:.3f}")
+    assert counted_layers >= 3
+    assert worst < 0.1  # measured: 0.000, and 0.074 where autocast casts in a UMT5 block
+
+
+def test_a_frozen_part_keeps_nothing_in_any_way(planned):
+    for way in (False, True, "selective", "offload"):
+        specs, wire = planned("dit_lora", way, "cross")
+        assert measure(specs[:2], wire) == [0.0, 0.0]
+        assert not any(
+            getattr(spec.memory, kind)
+            for spec in specs[:2]
+            for kind in ("stored", "rebuilt", "shared", "host_stored")
+        )
