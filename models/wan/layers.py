@@ -178,6 +178,7 @@ class _DitBuilder:
         self.targets = [split_block_path(target) for target in targets]
         self.swapped = frozenset(evenly_spread(config.blocks_to_swap, arch.num_layers))
         self._swap: BlockSwap | None = None
+        self._in_8_bits = config.model.transformer_dtype == "float8"
         self._initial = initial
         self._compute_dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._residual_dtype: torch.dtype = getattr(torch, config.model.residual_dtype)
@@ -215,14 +216,14 @@ class _DitBuilder:
 
     def _store_frozen(self, block: nn.Module, index: int, device: torch.device) -> None:
         """Put frozen weights into 8 bits, or into host memory, or both, as configured. Adapters stay as they are."""
-        in_8_bits, is_swapped = self._config.model.transformer_dtype == "float8", index in self.swapped
-        if not in_8_bits and not is_swapped:
+        is_swapped = index in self.swapped
+        if not self._in_8_bits and not is_swapped:
             return
 
         def store(path: str, linear: nn.Linear) -> FrozenLinear:
             weight, scale = linear.weight.detach(), None
-            if in_8_bits:
-                weight, scale = self._in_8_bits(f"blocks.{index}.{path}.weight", weight)
+            if self._in_8_bits:
+                weight, scale = self._read_in_8_bits(f"blocks.{index}.{path}.weight", device)
             return FrozenLinear(weight, scale, linear.bias, self._compute_dtype)
 
         replace_frozen_linears(block, store)
@@ -231,12 +232,14 @@ class _DitBuilder:
                 self._swap = BlockSwap(device)
             move_out(block, self._swap)
 
-    def _in_8_bits(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _read_in_8_bits(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Values and scales of a weight: those of the file where it has them, so that nothing is rounded twice."""
         stored = self._source.stored_in_8_bits(name)
         if stored is None:
-            return quantise(weight)
-        values, scale = (tensor.to(weight.device) for tensor in stored)
+            values, scale = quantise(self._source.get(name).to(device))
+        else:
+            values, scale = (tensor.to(device) for tensor in stored)
+        self._source.release()
         return values, scale.expand(values.shape[0], 1).contiguous()
 
     def _start_from_initial(self, block: nn.Module, index: int, paths: Sequence[str]) -> None:
@@ -248,10 +251,13 @@ class _DitBuilder:
                         block.get_parameter(name).copy_(initial)
 
     def _load(self, module: nn.Module, prefix: str, device: torch.device) -> None:
-        state = {
-            name: _owned(self._source.get(prefix + name), device, parameter.dtype)
-            for name, parameter in module.named_parameters()
-        }
+        state = {}
+        for name, parameter in module.named_parameters():
+            if self._in_8_bits and isinstance(module, WanBlock) and parameter.dim() == 2:
+                # Of the right shape, and nothing behind it: `_store_frozen` reads this weight by itself.
+                state[name] = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+            else:
+                state[name] = _owned(self._source.get(prefix + name), device, parameter.dtype)
         self._source.release()
         module.load_state_dict(state, strict=True, assign=True)
         module.requires_grad_(False)

@@ -57,9 +57,9 @@ def encoder(name: str, **model: Any) -> Case:
     return Case(name, {"cache_text_embeddings": False, "train_text_encoder": True, **model})
 
 
-def lora(name: str, dtype: str = "float32", **adapter: Any) -> Case:
+def lora(name: str, dtype: str = "float32", transformer_dtype: str | None = None, **adapter: Any) -> Case:
     model = {"cache_text_embeddings": True, "train_text_encoder": False, "dtype": dtype}
-    return Case(name, model, {"rank": 4, **adapter})
+    return Case(name, {**model, "transformer_dtype": transformer_dtype}, {"rank": 4, **adapter})
 
 
 CASES = [
@@ -74,6 +74,8 @@ CASES = [
     lora("lora_first_fp32", train_blocks_range=(0, 0)),
     lora("lora_middle_bf16", "bfloat16", train_blocks_range=(1, 2)),
     lora("lora_last_fp32", train_blocks_range=(3, 3), dropout=0.1),
+    # Two of the blocks visit the device in 8 bits.
+    replace(lora("lora_float8_bf16", "bfloat16", transformer_dtype="float8"), swap=2),
     lora("lora_broad_fp32", include=("cross_attn.*", "ffn.*"), train_blocks_range=(2, 3)),
 ]
 
@@ -202,6 +204,15 @@ def run_pipeline(case: Case, tiny: Path, out: Path, num_stages: int, processes: 
         gradient_clipping=case.clipping,
         processes=processes,
     )
+    buffers = pipeline.engine.pipe_buffers
+    most_held = 0
+
+    def count_held(*_: Any) -> None:
+        nonlocal most_held
+        held = sum(buffer is not None for key in ("inputs", "outputs") for buffer in buffers[key])
+        most_held = max(most_held, held)
+
+    pipeline.engine.module.register_forward_pre_hook(count_held)
     rows = []
     for step in range(NUM_STEPS):
         recorder.clear()
@@ -216,11 +227,7 @@ def run_pipeline(case: Case, tiny: Path, out: Path, num_stages: int, processes: 
         "frozen_gradients": sum(
             p.grad is not None for p in pipeline.parameters.values() if not p.requires_grad
         ),
-        "buffers": sum(
-            buffer is not None
-            for key in ("inputs", "outputs")
-            for buffer in pipeline.engine.pipe_buffers[key]
-        ),
+        "most_buffers": most_held,
     }
     suffix = f"{case.name}-stage{pipeline.stage_id}-dp{pipeline.dp_rank}"
     write(

@@ -158,16 +158,6 @@ def check_partition(config: TrainConfig) -> list[Problem]:
     return problems
 
 
-def check_swapped_blocks_frozen(config: TrainConfig) -> list[Problem]:
-    """blocks_to_swap is for frozen blocks: what trains never leaves the device."""
-    if not config.blocks_to_swap or config.model.freeze_transformer:
-        return []
-    reason = (
-        f"is {config.blocks_to_swap}, and freeze_transformer is false: weights that train cannot be swapped"
-    )
-    return [Problem("blocks_to_swap", reason, "set model.freeze_transformer = true, or take it out")]
-
-
 def check_betas(config: TrainConfig) -> list[Problem]:
     """betas holds exactly two values."""
     betas = config.optimizer.betas
@@ -223,7 +213,6 @@ RULES = (
     Rule(check_noise_levels, ("model.min_t", "model.max_t")),
     Rule(check_sigmoid_scale, ("model.timestep_sample_method", "model.sigmoid_scale")),
     Rule(check_partition, ("partition_method", "partition_split", "pipeline_stages")),
-    Rule(check_swapped_blocks_frozen, ("blocks_to_swap", "model.freeze_transformer")),
     Rule(check_betas, ("optimizer.betas",)),
     Rule(check_optimizer_precision, ("optimizer.type", "model.dtype")),
     Rule(check_warmup, ("warmup_steps", "max_steps")),
