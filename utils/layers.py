@@ -52,6 +52,7 @@ class LayerSpec:
         name: global name; parameters are called `<name>.<name inside inner>` in checkpoints.
         build: builds the layer with its weights on the given device; called only by the stage that owns it.
         forward_flops: multiply-adds times two of one forward pass at the dataset's mean sample.
+        attention_flops: those of them that are attention's own two products.
         trainable: whether any of its parameters trains.
         trains_weights: whether its full weights train (not only an adapter), which adds a weight-gradient pass.
         recompute: share of its forward pass that runs again in the backward pass.
@@ -65,6 +66,7 @@ class LayerSpec:
     trains_weights: bool = False
     recompute: float = 0.0
     memory: LayerMemory = NO_MEMORY
+    attention_flops: float = 0.0
 
 
 def global_names(spec_name: str, layer: nn.Module) -> dict[str, nn.Parameter]:

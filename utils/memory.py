@@ -13,7 +13,8 @@ class LayerMemory:
 
     Attributes:
         weights: weights that stay on the device.
-        optimizer: gradients and optimizer state of what trains.
+        gradients: of what trains.
+        state: of the optimizer.
         stored: activations kept between forward and backward, per micro-batch, on the device; 0 without a backward.
         rebuilt: what exists for a moment only, while this layer's backward recomputes its forward.
         shared: the part of the wire that is kept per micro-batch too, once for all layers of a stage that read it.
@@ -23,7 +24,8 @@ class LayerMemory:
     """
 
     weights: float = 0.0
-    optimizer: float = 0.0
+    gradients: float = 0.0
+    state: float = 0.0
     stored: float = 0.0
     rebuilt: float = 0.0
     shared: float = 0.0
@@ -66,14 +68,15 @@ class RunningMemory:
     """Sums and maxima over the layers of a stage, layer by layer."""
 
     def __init__(self) -> None:
-        self._weights = self._optimizer = self._stored = self._host_weights = self._host_stored = 0.0
-        self._rebuilt = self._shared = 0.0
+        self._weights = self._gradients = self._state = self._stored = self._rebuilt = self._shared = 0.0
+        self._host_weights = self._host_stored = 0.0
         self._slots: list[float] = []
 
     def add(self, layer: LayerMemory) -> None:
         """One more layer."""
         self._weights += layer.weights
-        self._optimizer += layer.optimizer
+        self._gradients += layer.gradients
+        self._state += layer.state
         self._stored += layer.stored
         self._host_weights += layer.host_weights
         self._host_stored += layer.host_stored
@@ -84,19 +87,22 @@ class RunningMemory:
             largest = max([layer.slot, *self._slots])
             self._slots = [largest] * min(NUM_SWAP_SLOTS, len(self._slots) + 1)
 
-    def at(self, in_flight: int) -> StageMemory:
-        """The stage with this many micro-batches between forward and backward."""
+    def at(self, in_flight: int, state_share: float = 1.0) -> StageMemory:
+        """The stage with this many micro-batches between forward and backward, and this share of the optimizer's state.
+
+        The share is below 1 where data-parallel copies divide the state among them.
+        """
         return StageMemory(
             weights=self._weights + sum(self._slots),
-            optimizer=self._optimizer,
+            optimizer=self._gradients + state_share * self._state,
             activations=in_flight * (self._stored + self._shared) + self._rebuilt,
             host=self._host_weights + in_flight * self._host_stored,
         )
 
 
-def stage_memory(layers: Iterable[LayerMemory], in_flight: int) -> StageMemory:
-    """Memory of a stage that owns these layers."""
+def stage_memory(layers: Iterable[LayerMemory], in_flight: int, state_share: float = 1.0) -> StageMemory:
+    """Memory of a stage that owns these layers; see `RunningMemory.at`."""
     total = RunningMemory()
     for layer in layers:
         total.add(layer)
-    return total.at(in_flight)
+    return total.at(in_flight, state_share)

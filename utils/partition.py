@@ -15,6 +15,8 @@ from utils.schedule import in_flight
 
 # What is left is for transfer buffers, the loss, kernels' own memory and the allocator.
 USABLE_SHARE = 0.8
+# Five products for two: the scores again, and the gradients of scores, queries, keys and values.
+_ATTENTION_BACKWARD = 2.5
 SizeOf = Callable[[int, int, int], float]
 
 
@@ -48,20 +50,27 @@ def training_costs(specs: Sequence[LayerSpec]) -> tuple[LayerCost, ...]:
     """FLOPs of one training step in each layer.
 
     Before the first trainable layer only the forward pass runs. From it on, the backward pass is: what the layer
-    recomputes of its forward, the gradient of the input (about one forward), and for fully trained weights the
-    gradient of the weights (about one forward more).
+    recomputes of its forward, the gradient of the input (one forward, but for attention), and for fully trained
+    weights the gradient of the weights (one forward more, without attention, which has none).
     """
     costs = []
     has_backward = False
     for spec in specs:
         has_backward = has_backward or spec.trainable
-        passes = 1.0 + spec.recompute + spec.trains_weights if has_backward else 0.0
-        costs.append(LayerCost(spec.forward_flops, spec.forward_flops * passes))
+        backward = 0.0
+        if has_backward:
+            products = spec.forward_flops - spec.attention_flops
+            backward = products + _ATTENTION_BACKWARD * spec.attention_flops
+            backward += spec.recompute * spec.forward_flops + spec.trains_weights * products
+        costs.append(LayerCost(spec.forward_flops, backward))
     return tuple(costs)
 
 
 def plan_stages(
-    specs: Sequence[LayerSpec], config: TrainConfig, device_bytes: float | None = None
+    specs: Sequence[LayerSpec],
+    config: TrainConfig,
+    device_bytes: float | None = None,
+    state_share: float = 1.0,
 ) -> Partition:
     """Split the layers over `pipeline_stages` by `partition_method`.
 
@@ -70,6 +79,7 @@ def plan_stages(
         config: the run.
         device_bytes: memory of one device, where it bounds what a stage may hold ("cost" only): a split in which
             every stage stays under 80 % of it, activations counted, is preferred to one that is better balanced.
+        state_share: share of a stage's optimizer state that one process keeps; below 1 where copies divide it.
 
     Raises:
         UserError: more stages than layers, or a `partition_split` that does not fit the layers.
@@ -93,11 +103,13 @@ def plan_stages(
     weights = tuple(cost.total for cost in costs)
     if device_bytes is None:
         return Partition(balanced_bounds(weights, num_stages), costs)
-    size_of = _stage_sizes(specs, num_stages, config.gradient_accumulation_steps)
+    size_of = _stage_sizes(specs, num_stages, config.gradient_accumulation_steps, state_share)
     return Partition(balanced_bounds(weights, num_stages, size_of, device_bytes * USABLE_SHARE), costs)
 
 
-def _stage_sizes(specs: Sequence[LayerSpec], num_stages: int, num_micro_batches: int) -> SizeOf:
+def _stage_sizes(
+    specs: Sequence[LayerSpec], num_stages: int, num_micro_batches: int, state_share: float
+) -> SizeOf:
     """(start, end, stage) -> bytes on the device of a stage that owns these layers."""
     totals: dict[tuple[int, int], RunningMemory] = {}
     for start in range(len(specs)):
@@ -107,7 +119,7 @@ def _stage_sizes(specs: Sequence[LayerSpec], num_stages: int, num_micro_batches:
             totals[start, end] = copy(running)
 
     def size_of(start: int, end: int, stage: int) -> float:
-        return totals[start, end].at(in_flight(stage, num_stages, num_micro_batches)).device
+        return totals[start, end].at(in_flight(stage, num_stages, num_micro_batches), state_share).device
 
     return size_of
 

@@ -51,13 +51,18 @@ class StagePlan:
         return self.partition.bounds
 
 
-def make_plan(specs: Sequence[LayerSpec], config: TrainConfig, device_bytes: float | None) -> StagePlan:
-    """Split the layers and work the plan out; nothing is built.
+def make_plan(
+    specs: Sequence[LayerSpec],
+    config: TrainConfig,
+    device_bytes: float | None,
+    state_share: float = 1.0,
+) -> StagePlan:
+    """Split the layers and work the plan out; nothing is built. The arguments are those of `plan_stages`.
 
     Raises:
         UserError: as `plan_stages`.
     """
-    partition = plan_stages(specs, config, device_bytes)
+    partition = plan_stages(specs, config, device_bytes, state_share)
     micro_batches, num_stages = config.gradient_accumulation_steps, config.pipeline_stages
     total = sum(partition.stage_costs)
     stages = []
@@ -74,7 +79,7 @@ def make_plan(specs: Sequence[LayerSpec], config: TrainConfig, device_bytes: flo
                 backward=backward,
                 share=(forward + backward) / total if total else 0.0,
                 in_flight=flying,
-                memory=stage_memory((spec.memory for spec in specs[start:end]), flying),
+                memory=stage_memory((spec.memory for spec in specs[start:end]), flying, state_share),
             )
         )
     timing = simulate([s.forward for s in stages], [s.backward for s in stages], micro_batches)

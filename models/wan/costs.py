@@ -25,8 +25,12 @@ def dit_block_flops(arch: WanArch, video_tokens: float) -> float:
     """One DiT block: self-attention, cross-attention to `text_len` tokens, feed-forward."""
     dim, tokens = arch.dim, video_tokens
     linear = 2 * (tokens * (6 * dim * dim + 2 * dim * arch.ffn_dim) + arch.text_len * 2 * dim * dim)
-    attention = 4 * tokens * (tokens + arch.text_len) * dim
-    return linear + attention
+    return linear + dit_attention_flops(arch, video_tokens)
+
+
+def dit_attention_flops(arch: WanArch, video_tokens: float) -> float:
+    """The products of both attentions of one DiT block."""
+    return 4 * video_tokens * (video_tokens + arch.text_len) * arch.dim
 
 
 def dit_input_flops(arch: WanArch, video_tokens: float) -> float:
@@ -48,4 +52,9 @@ def umt5_block_flops(sizes: Umt5Sizes, text_tokens: float) -> float:
     """One UMT5 encoder block."""
     inner = sizes.num_heads * sizes.d_kv
     linear = 2 * text_tokens * (4 * sizes.d_model * inner + 3 * sizes.d_model * sizes.d_ff)
-    return linear + 4 * text_tokens * text_tokens * inner
+    return linear + umt5_attention_flops(sizes, text_tokens)
+
+
+def umt5_attention_flops(sizes: Umt5Sizes, text_tokens: float) -> float:
+    """The products of attention of one UMT5 block."""
+    return 4 * text_tokens * text_tokens * sizes.num_heads * sizes.d_kv

@@ -103,8 +103,7 @@ class DitMemory:
         if self._config.adapter is not None:
             names = [f"blocks.{index}.{path}" for path in paths]
             trained = num_adapter_weights(self._shapes, names, self._config.adapter.rank)
-            own, state = _trained_bytes(self._config)
-            memory = replace(memory, weights=trained * own, optimizer=trained * state)
+            memory = replace(_trained(trained, self._config), **_activations_of(memory))
         small, large = frozen
         if is_swapped:
             return replace(memory, weights=memory.weights + small, slot=large, host_weights=large)
@@ -190,21 +189,25 @@ class TextMemory:
             * (self._compute if is_first_trained else stored),
             shared=0.0,
         )
-        return replace(kept, weights=weights.weights, optimizer=weights.optimizer)
+        return replace(weights, **_activations_of(kept))
 
     def _weights(self, prefix: str, *, trained: bool) -> LayerMemory:
         number = num_weights(self._shapes, prefix)
         if not trained:
             return LayerMemory(weights=float(number * self._compute))
-        own, state = _trained_bytes(self._config)
-        return LayerMemory(weights=number * own, optimizer=number * state)
+        return _trained(number, self._config)
 
 
 def _bytes_of(dtype: str) -> int:
     return int(getattr(torch, dtype).itemsize)
 
 
-def _trained_bytes(config: TrainConfig) -> tuple[float, float]:
-    """Bytes of one trained weight: itself, and its gradient and optimizer state."""
+def _trained(number: float, config: TrainConfig) -> LayerMemory:
+    """Trained weights, their gradients (of the same size) and the optimizer's state."""
     own = float(trainable_dtype(config.optimizer).itemsize)
-    return own, bytes_per_trained_weight(config.optimizer) - own
+    state = bytes_per_trained_weight(config.optimizer) - 2 * own
+    return LayerMemory(weights=number * own, gradients=number * own, state=number * state)
+
+
+def _activations_of(memory: LayerMemory) -> dict[str, float]:
+    return {name: getattr(memory, name) for name in ("stored", "rebuilt", "shared", "host_stored")}

@@ -65,6 +65,7 @@ def text_layers(config: TrainConfig, source: TensorSource, workload: Workload) -
                     is_first_trained=index == builder.first_trained and not (table_trained and index == 0),
                 ),
                 forward_flops=flops,
+                attention_flops=costs.umt5_attention_flops(sizes, workload.text_tokens),
                 recompute=layer_memory.recomputed_share(config.activation_checkpointing),
             )
         )
@@ -104,6 +105,7 @@ def dit_layers(
                 trainable=any(number == index for number, _ in builder.targets),
                 recompute=layer_memory.recomputed_share(config.activation_checkpointing),
                 memory=memory.block(index, is_swapped=index in builder.swapped),
+                attention_flops=costs.dit_attention_flops(arch, tokens),
             )
         )
     specs.append(LayerSpec("head", builder.head, costs.dit_head_flops(arch, tokens), memory=memory.head()))

@@ -37,7 +37,7 @@ ADAPTED = LayerSpec(
     10.0,
     trainable=True,
     recompute=1.0,
-    memory=LayerMemory(weights=100.0, optimizer=30.0, stored=7.0, rebuilt=50.0, shared=2.0),
+    memory=LayerMemory(weights=100.0, gradients=10.0, state=20.0, stored=7.0, rebuilt=50.0, shared=2.0),
 )
 
 
@@ -73,6 +73,11 @@ def test_swapped_blocks_count_two_slots_on_the_device_and_all_in_host_memory():
     assert memory.weights == 3.0 + 2 * 50.0 and memory.host == 130.0
     assert stage_memory([visitor], 1).weights == 41.0
     assert stage_memory([LayerMemory(host_stored=5.0)], 3).host == 15.0
+
+
+def test_copies_that_share_the_optimizer_state_keep_less_of_it():
+    whole, shared = (make_plan([ADAPTED], config_of(1, 1), None, share) for share in (1.0, 0.25))
+    assert whole.stages[0].memory.optimizer == 30.0 and shared.stages[0].memory.optimizer == 15.0
 
 
 def test_the_table_names_every_number():
