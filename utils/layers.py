@@ -52,7 +52,8 @@ class LayerSpec:
         name: global name; parameters are called `<name>.<name inside inner>` in checkpoints.
         build: builds the layer with its weights on the given device; called only by the stage that owns it.
         forward_flops: multiply-adds times two of one forward pass at the dataset's mean sample.
-        attention_flops: those of them that are attention's own two products.
+        backward_flops: the same of its backward pass where a gradient comes, without what is recomputed. None: as many
+            as forward, and as many again where `trains_weights`.
         trainable: whether any of its parameters trains.
         trains_weights: whether its full weights train (not only an adapter), which adds a weight-gradient pass.
         recompute: share of its forward pass that runs again in the backward pass.
@@ -66,7 +67,7 @@ class LayerSpec:
     trains_weights: bool = False
     recompute: float = 0.0
     memory: LayerMemory = NO_MEMORY
-    attention_flops: float = 0.0
+    backward_flops: float | None = None
 
 
 def global_names(spec_name: str, layer: nn.Module) -> dict[str, nn.Parameter]:

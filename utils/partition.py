@@ -15,8 +15,6 @@ from utils.schedule import in_flight
 
 # What is left is for transfer buffers, the loss, kernels' own memory and the allocator.
 USABLE_SHARE = 0.8
-# Five products for two: the scores again, and the gradients of scores, queries, keys and values.
-_ATTENTION_BACKWARD = 2.5
 SizeOf = Callable[[int, int, int], float]
 
 
@@ -50,8 +48,8 @@ def training_costs(specs: Sequence[LayerSpec]) -> tuple[LayerCost, ...]:
     """FLOPs of one training step in each layer.
 
     Before the first trainable layer only the forward pass runs. From it on, the backward pass is: what the layer
-    recomputes of its forward, the gradient of the input (one forward, but for attention), and for fully trained
-    weights the gradient of the weights (one forward more, without attention, which has none).
+    recomputes of its forward, and what the layer says of its own; by default the gradient of the input (one
+    forward) and for fully trained weights the gradient of the weights (one forward more).
     """
     costs = []
     has_backward = False
@@ -59,9 +57,10 @@ def training_costs(specs: Sequence[LayerSpec]) -> tuple[LayerCost, ...]:
         has_backward = has_backward or spec.trainable
         backward = 0.0
         if has_backward:
-            products = spec.forward_flops - spec.attention_flops
-            backward = products + _ATTENTION_BACKWARD * spec.attention_flops
-            backward += spec.recompute * spec.forward_flops + spec.trains_weights * products
+            backward = spec.forward_flops * (1.0 + spec.trains_weights)
+            if spec.backward_flops is not None:
+                backward = spec.backward_flops
+            backward += spec.recompute * spec.forward_flops
         costs.append(LayerCost(spec.forward_flops, backward))
     return tuple(costs)
 

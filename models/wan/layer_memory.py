@@ -83,6 +83,10 @@ class DitMemory:
     def _first_adapted(self) -> float:
         return min(self._paths, default=math.inf)
 
+    def hidden_wants_gradient(self, index: int) -> bool:
+        """Whether a gradient goes on from this block to the one below."""
+        return index > self._first_adapted or (self._text_trains and index > 0)
+
     def input(self) -> LayerMemory:
         """Patch, time and text embedding."""
         weights = _FLOAT32 * num_weights(self._shapes, *_FLOAT32_INPUT)
@@ -126,7 +130,7 @@ class DitMemory:
         return small, large
 
     def _activations(self, index: int, paths: Sequence[str]) -> LayerMemory:
-        hidden = index > self._first_adapted or (self._text_trains and index > 0)
+        hidden = self.hidden_wants_gradient(index)
         if not (hidden or paths or self._text_trains):
             return LayerMemory()
         config, arch, batch, precision = self._config, self._arch, self._batch, self._precision

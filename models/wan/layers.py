@@ -65,7 +65,7 @@ def text_layers(config: TrainConfig, source: TensorSource, workload: Workload) -
                     is_first_trained=index == builder.first_trained and not (table_trained and index == 0),
                 ),
                 forward_flops=flops,
-                attention_flops=costs.umt5_attention_flops(sizes, workload.text_tokens),
+                backward_flops=costs.umt5_block_backward_flops(sizes, workload.text_tokens, trained=trained),
                 recompute=layer_memory.recomputed_share(config.activation_checkpointing),
             )
         )
@@ -105,7 +105,13 @@ def dit_layers(
                 trainable=any(number == index for number, _ in builder.targets),
                 recompute=layer_memory.recomputed_share(config.activation_checkpointing),
                 memory=memory.block(index, is_swapped=index in builder.swapped),
-                attention_flops=costs.dit_attention_flops(arch, tokens),
+                backward_flops=costs.dit_block_backward_flops(
+                    arch,
+                    tokens,
+                    [path for number, path in builder.targets if number == index],
+                    hidden_wants_gradient=memory.hidden_wants_gradient(index),
+                    text_wants_gradient=config.model.train_text_encoder,
+                ),
             )
         )
     specs.append(LayerSpec("head", builder.head, costs.dit_head_flops(arch, tokens), memory=memory.head()))

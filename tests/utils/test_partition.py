@@ -91,12 +91,9 @@ def test_work_is_counted_as_it_is_done():
     assert {cost.forward for cost in training_costs(specs)} == {10.0}
 
 
-def test_the_backward_of_attention_is_five_products_for_two():
-    layers = [
-        spec(10.0, trainable=True, attention_flops=4.0),
-        spec(10.0, trains_weights=True, trainable=True, attention_flops=4.0, recompute=1.0),
-    ]
-    assert [cost.backward for cost in training_costs(layers)] == [6 + 10, 6 + 10 + 10 + 6]
+def test_a_layer_may_say_what_its_backward_costs():
+    layers = [spec(10.0, backward_flops=3.0), spec(10.0, trainable=True, backward_flops=17.0, recompute=1.0)]
+    assert [cost.backward for cost in training_costs(layers)] == [0.0, 27.0]
 
 
 def test_stages_are_balanced_by_cost_unless_asked_otherwise():
