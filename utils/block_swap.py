@@ -1,7 +1,6 @@
 """Blocks whose frozen weights live in host memory and visit the device: two slots, filled ahead of use.
 
-A block's weights lie behind each other in one piece of pinned host memory and are copied in one go, on a stream of
-their own, while the block before computes. Nothing is copied back, because nothing changes. Which block comes next is
+A block's weights lie behind each other in pinned host memory and are copied together, on a stream of their own, while the block before computes. Nothing is copied back, because nothing changes. Which block comes next is
 what came next the last time, so that the order of both directions, of several micro-batches, and of evaluation is
 found out and not prescribed. A wrong guess costs the time of a copy and nothing else.
 
@@ -19,6 +18,8 @@ from utils.memory import NUM_SWAP_SLOTS
 
 # More than any kernel asks of its operands.
 _ALIGNMENT = 256
+# torch rounds pinned memory up to a power of two. In pieces of this size that costs next to nothing.
+_PIECE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,32 @@ def evenly_spread(num_chosen: int, num_blocks: int) -> list[int]:
     return [(2 * index + 1) * num_blocks // (2 * num_chosen) for index in range(num_chosen)]
 
 
+class _Home:
+    """One block's weights in host memory, as bytes behind each other, in pieces."""
+
+    def __init__(self, num_bytes: int, is_pinned: bool) -> None:
+        self.num_bytes = num_bytes
+        self._pieces = [
+            torch.empty(min(_PIECE_BYTES, num_bytes - start), dtype=torch.uint8, pin_memory=is_pinned)
+            for start in range(0, num_bytes, _PIECE_BYTES)
+        ]
+
+    def write(self, offset: int, values: Tensor) -> None:
+        """Put bytes where they belong."""
+        done = 0
+        while done < values.numel():
+            number, start = divmod(offset + done, _PIECE_BYTES)
+            count = min(_PIECE_BYTES - start, values.numel() - done)
+            self._pieces[number][start : start + count].copy_(values[done : done + count])
+            done += count
+
+    def copy_to(self, slot: Tensor) -> None:
+        """Copy everything; on a GPU this only queues the copies."""
+        for number, piece in enumerate(self._pieces):
+            start = number * _PIECE_BYTES
+            slot[start : start + piece.numel()].copy_(piece, non_blocking=True)
+
+
 class BlockSwap:
     """The swapped blocks of one stage.
 
@@ -61,7 +88,7 @@ class BlockSwap:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._homes: list[Tensor] = []
+        self._homes: list[_Home] = []
         self._slots: list[Tensor] = []
         self._holds: list[int | None] = []
         self._filled: list[torch.cuda.Event | None] = []
@@ -79,13 +106,11 @@ class BlockSwap:
         for weight in weights:
             offsets.append(end)
             end += -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
-        home = torch.empty(end, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        home = _Home(end, self._device.type == "cuda")
         block = len(self._homes)
         self._homes.append(home)
         for weight, offset in zip(weights, offsets, strict=True):
-            home[offset : offset + weight.nbytes].copy_(
-                weight.detach().contiguous().view(-1).view(torch.uint8)
-            )
+            home.write(offset, weight.detach().contiguous().view(-1).view(torch.uint8))
         return [
             SwappedTensor(self, block, offset, tuple(weight.shape), weight.dtype)
             for weight, offset in zip(weights, offsets, strict=True)
@@ -125,7 +150,7 @@ class BlockSwap:
         return neighbour if 0 <= neighbour < len(self._homes) else None
 
     def _make_slots(self) -> None:
-        size = max(home.numel() for home in self._homes)
+        size = max(home.num_bytes for home in self._homes)
         number = min(NUM_SWAP_SLOTS, len(self._homes))
         self._slots = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(number)]
         self._holds = [None] * number
@@ -133,18 +158,17 @@ class BlockSwap:
 
     def _copy(self, block: int, slot: int) -> None:
         home = self._homes[block]
-        target = self._slots[slot][: home.numel()]
         self._holds[slot] = block
         self.num_copies += 1
         if self._device.type != "cuda":
-            target.copy_(home)
+            home.copy_to(self._slots[slot])
             return
         if self._stream is None:
             self._stream = torch.cuda.Stream(self._device)
         # Whatever still reads the slot has been queued before.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            target.copy_(home, non_blocking=True)
+            home.copy_to(self._slots[slot])
             event = torch.cuda.Event()
             event.record(self._stream)
         self._filled[slot] = event

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from utils import block_swap
 from utils.block_swap import BlockSwap, evenly_spread
 from utils.frozen_linear import FrozenLinear, move_out, replace_frozen_linears
 from utils.recompute import run_again_later
@@ -97,6 +98,16 @@ def test_there_are_never_more_than_two_slots():
     _, single = blocks_with([3])
     single.slot_with(0)
     assert len(single._slots) == 1
+
+
+def test_a_block_may_lie_in_pieces(monkeypatch):
+    """Pieces that end in the middle of a weight, and in the middle of a number."""
+    expected = step(blocks_with([])[0], recompute=False)
+    for piece in (100, 257, 512):
+        monkeypatch.setattr(block_swap, "_PIECE_BYTES", piece)
+        blocks, _ = blocks_with([0, 2, 3])
+        for found, wanted in zip(step(blocks, recompute=True), expected, strict=True):
+            assert torch.equal(found, wanted)
 
 
 def test_only_weights_of_linear_layers_leave():
