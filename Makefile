@@ -41,6 +41,10 @@ bench: $(INSTALLED)
 bench-gpu: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench/pipeline.py --device cuda
 
+# 25 runs killed with SIGKILL, most of them inside a save, and resumed.
+chaos: $(INSTALLED)
+	$(BIN)/python scripts/chaos.py
+
 lint: $(INSTALLED)
 	$(BIN)/black --check --quiet .
 	$(BIN)/ruff check .

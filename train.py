@@ -32,7 +32,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="override a value of the config, e.g. --set adapter.rank=8 (repeatable)",
     )
     parser.add_argument("--cache_only", action="store_true", help="fill the cache and exit")
-    parser.add_argument("--regenerate_cache", action="store_true", help="encode this dataset's items anew")
+    anew_or_trusted = parser.add_mutually_exclusive_group()
+    anew_or_trusted.add_argument(
+        "--regenerate_cache", action="store_true", help="encode this dataset's items anew"
+    )
+    anew_or_trusted.add_argument(
+        "--trust_cache",
+        action="store_true",
+        help="take media files of known path and size for unchanged, whatever their time stamps say (copied or network "
+        "disks); one whose content changed at the same size keeps its old latents",
+    )
     parser.add_argument(
         "--dry_run", action="store_true", help="do everything up to the first step, summarise, exit"
     )
@@ -44,11 +53,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="RUN",
         help="continue a run (directory, or its name in output_dir; no value: the newest) from its newest checkpoint",
     )
+    parser.add_argument(
+        "--allow_changed",
+        default=None,
+        metavar="KEY[,KEY]",
+        help="with --resume_from_checkpoint: go on although these have changed, e.g. optimizer.lr,dataset",
+    )
     parser.add_argument("--debug", action="store_true", help="show stack traces")
     launcher = parser.add_argument_group("passed by launchers")
     launcher.add_argument("--local_rank", type=int, default=None, help="ignored: LOCAL_RANK says it")
     launcher.add_argument("--deepspeed", action="store_true", help="ignored: DeepSpeed is always the engine")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.allow_changed is not None and arguments.resume_from_checkpoint is None:
+        parser.error("--allow_changed would be ignored: it belongs to --resume_from_checkpoint")
+    return arguments
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -59,17 +77,28 @@ def train(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.set, check_files=True, preflight=preflight)
 
+    from models.wan.datasets import CacheUse
     from models.wan.model import WanModel
-    from models.wan.setup import prepare_data, run_metadata, write_base_description
+    from models.wan.setup import (
+        check_nodes,
+        prepare_data,
+        prepare_eval_data,
+        run_metadata,
+        write_base_description,
+    )
     from utils import distributed
     from utils import run as runs
+    from utils.resume import Inputs, find_run
 
     with distributed.process_group(config.train.timeout_minutes) as processes:
         runs.check_world_size(config.train, processes.world_size)
         say = runs.speaker(processes)
         paths = distributed.on_every_rank(lambda: find_checkpoint(config.train.model))
         model = distributed.on_every_rank(lambda: WanModel(config.train, paths))
-        data = prepare_data(config, model, paths, processes, regenerate=arguments.regenerate_cache, say=say)
+        check_nodes(config, model, paths, processes)
+        use = CacheUse(regenerate=arguments.regenerate_cache, trust_sizes=arguments.trust_cache)
+        data = prepare_data(config, model, paths, processes, use, say)
+        evals = prepare_eval_data(config, model, paths, processes, use, say)
         if arguments.cache_only:
             say(f"cache complete: {data.store_root}")
             return 0
@@ -77,12 +106,19 @@ def train(arguments: argparse.Namespace) -> int:
             runs.build(config.train, data.plan, model, processes, say)
             say("dry run: everything is in place; no step was taken and nothing was written to output_dir")
             return 0
-        found = runs.find_run(config, arguments.resume_from_checkpoint, data.plan, say)
-        if found is not None and found.is_finished:
-            return 0
+        inputs = Inputs(data.fingerprints, data.descriptions)
+        copies = processes.world_size // config.train.pipeline_stages
+        resume, allowed = arguments.resume_from_checkpoint, arguments.allow_changed
+        found = find_run(config, resume, allowed, data.plan, inputs, copies, say)
+        if found is not None:
+            config = found.config
+            if found.is_finished:
+                return 0
         ready = runs.build(config.train, data.plan, model, processes, say)
-        run_dir = found or runs.begin_run(config, partial(write_base_description, model), say)
-        runs.run(ready, run_dir, data.fingerprints, run_metadata(config, model, data), say)
+        run_dir = (
+            found.run_dir if found else runs.begin_run(config, partial(write_base_description, model), say)
+        )
+        runs.run(ready, run_dir, inputs, run_metadata(config, model, data), say, evals)
         return 0
 
 

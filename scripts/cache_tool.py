@@ -71,7 +71,7 @@ def stats(root: Path) -> int:
             print(f"  {kind.num_unreadable} with a header that cannot be read: run verify")
     left = find_leftovers(root)
     if left.paths:
-        print(f"{len(left.paths)} leftover temporary files, {size(left.num_bytes)}: prune deletes them")
+        print(f"{len(left.paths)} leftover files, {size(left.num_bytes)}: prune deletes them")
     return EXIT_OK
 
 
@@ -88,9 +88,10 @@ def verify(root: Path, remove: bool) -> int:
     finally:
         bar.close()
     for key, reason in damaged.items():
+        print(f"{'removed' if remove else 'damaged'}: {key} in {store.place(key)}: {reason}")
         if remove:
             store.remove(key)
-        print(f"{'removed' if remove else 'damaged'}: {store.path(key)}: {reason}")
+    store.flush()
     print(f"{len(keys)} items checked, {len(damaged)} damaged")
     if damaged and not remove:
         print("--remove deletes them; training makes removed items anew")
@@ -100,6 +101,7 @@ def verify(root: Path, remove: bool) -> int:
 def prune(root: Path, configs: Sequence[str], yes: bool) -> int:
     """Show, or delete, items that none of the configs needs, and what killed processes left."""
     from utils.data.cache_upkeep import all_keys, delete, find_leftovers, find_unneeded, open_existing
+    from utils.data.compaction import remove_items
 
     store = open_existing(root)
     # Listed before the configs are worked out, so that what is filled in meanwhile is not judged.
@@ -109,15 +111,20 @@ def prune(root: Path, configs: Sequence[str], yes: bool) -> int:
         needed |= needed_by(path, root)
     unneeded = find_unneeded(store, keys, needed)
     leftovers = find_leftovers(root)
-    kept = len(keys) - len(unneeded.paths)
-    print(f"{len(keys)} items: {kept} needed, {len(unneeded.paths)} not ({size(unneeded.num_bytes)})")
-    print(f"{len(leftovers.paths)} leftover temporary files ({size(leftovers.num_bytes)})")
+    kept = len(keys) - len(unneeded.keys)
+    print(f"{len(keys)} items: {kept} needed, {len(unneeded.keys)} not ({size(unneeded.num_bytes)})")
+    print(f"{len(leftovers.paths)} leftover files ({size(leftovers.num_bytes)})")
     if not yes:
         print("nothing was deleted; --yes deletes what is not needed and the leftovers")
         return EXIT_OK
-    delete(unneeded)
+    freed = remove_items(store, unneeded.keys)
     delete(leftovers)
-    print(f"deleted: {size(unneeded.num_bytes + leftovers.num_bytes)} are free again")
+    print(f"removed: {size(freed.freed_bytes + leftovers.num_bytes)} are free again")
+    if freed.left_bytes:
+        print(
+            f"{size(freed.left_bytes)} of removed items stay in shards that hold little else to free, or that another "
+            "process is writing; a later prune gives them back"
+        )
     return EXIT_OK
 
 
@@ -133,14 +140,15 @@ def needed_by(path: str, root: Path) -> set[str]:
 
     config = load_config(path, check_files=True)
     assert config.dataset is not None, "load_config with check_files has read it"
-    own = default_cache_dir(config.dataset)
-    if own.resolve() != root.resolve():
+    found = needed_items(config, root)
+    if found is None:
+        own = default_cache_dir(config.dataset)
         raise UserError(
             f"{path}: its dataset keeps its cache in {own}, not in {root}; give the configs that use {root}"
         )
-    needed, manifest = needed_items(config)
+    needed, left_out = found
     print(f"{path}: needs {len(needed)} items")
-    unreadable = [skipped for skipped in manifest.skipped if skipped.code == "unreadable"]
+    unreadable = [skipped for skipped in left_out if skipped.code == "unreadable"]
     for skipped in unreadable[:_SKIPPED_SHOWN]:
         print(f"  skipped {skipped.path}: {skipped.reason}; its items count as not needed")
     if len(unreadable) > _SKIPPED_SHOWN:

@@ -20,6 +20,7 @@ from tests.helpers.workspace import (
     mount_or_skip,
 )
 from train import main, parse_arguments
+from utils.data.cache import CacheStore
 
 SHARD = "diffusion_pytorch_model-00002-of-00003.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -160,6 +161,31 @@ def test_damaged_files_are_named_before_those_that_are_left_out_on_purpose(works
     assert f"skipped {workspace.media / 'video_02.mp4'}: " in said and "... and 11 more" in said
 
 
+def test_files_that_share_a_caption_by_their_stem_are_named(workspace, capsys) -> None:
+    shutil.copy(workspace.media / "image_01.png", workspace.media / "video_01.png")
+    assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
+    said = capsys.readouterr().err
+    shared = f"{workspace.media / 'video_01.txt'}: is the caption of 2 files of one stem, video_01.mp4, video_01.png"
+    assert f"warning: {shared}" in said and "7 samples" in said
+
+
+def test_a_bad_mask(workspace, refused, capsys) -> None:
+    masks = workspace.root / "masks"
+    masks.mkdir()
+    (masks / "video_01.png").write_bytes(b"no picture")
+    with (workspace.root / "dataset.toml").open("a") as file:
+        file.write(f'mask_path = "{masks}"\n')
+    assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
+    said = capsys.readouterr().err
+    assert (
+        f"skipped {workspace.media / 'video_01.mp4'}: its mask, {masks / 'video_01.png'}: not readable"
+        in said
+    )
+    assert "loss masks: 0 of 5 samples" in said
+    shutil.rmtree(masks)
+    refused(str(masks), "mask_path", "does not exist")
+
+
 @pytest.mark.parametrize("mode", ["dit_lora", "encoder_ft"])
 def test_a_caption_that_is_too_long_is_reported(workspace, capsys, mode) -> None:
     (workspace.media / "image_01.txt").write_text("a red circle and " * 400)
@@ -191,13 +217,55 @@ def test_a_caption_of_exactly_the_longest_length_is_not_reported(workspace, tiny
 
 def test_a_damaged_item_of_the_cache(workspace, capsys) -> None:
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
-    item = next((workspace.cache / "items" / "latents").rglob("*.safetensors"))
-    content = item.read_bytes()
-    item.write_bytes(content[:-4] + bytes(4 * [255 - content[-1]]))
+    item = next(CacheStore(workspace.cache).items("latents")).key
+    place = CacheStore(workspace.cache).place(item)
+    content = bytearray(place.shard.path.read_bytes())
+    content[place.entry.offset + place.entry.length - 1] ^= 128
+    place.shard.path.write_bytes(content)
     capsys.readouterr()
     code = workspace.train("dit_lora", "epochs=1")
-    check_refused(code, capsys.readouterr().err, str(item), "--cache_only")
+    check_refused(code, capsys.readouterr().err, str(workspace.cache), item, "--cache_only")
     assert workspace.train("dit_lora", "epochs=1") == 0
+
+
+def damage_behind_the_beginning(video: Path) -> None:
+    """Zeros in the place of the later frames; index and first frame stay whole, so only decoding finds it."""
+    content = bytearray(video.read_bytes())
+    start = content.index(b"mdat")
+    size = int.from_bytes(content[start - 4 : start], "big")
+    begin, end = start + size // 3, start + size - 8
+    content[begin:end] = bytes(end - begin)
+    video.write_bytes(content)
+
+
+def test_a_video_damaged_behind_a_whole_beginning_is_left_out(workspace, capsys) -> None:
+    video = workspace.media / "video_01.mp4"
+    damage_behind_the_beginning(video)
+    assert workspace.train("dit_lora", "max_steps=1") == 0
+    said = capsys.readouterr().err
+    assert (
+        "dataset: 6 samples" in said and "5 encoded now (6 new), 0 there already, 1 cannot be decoded" in said
+    )
+    (line,) = [line for line in said.splitlines() if line.startswith(f"  skipped {video}: ")]
+    assert "as far as the clip reaches" in line
+    assert "3 steps of" not in said and "5 micro-batches in the first epoch" in said
+    # It is tried again by the next run, because it may have been mended; the run itself is the same.
+    assert workspace.train("dit_lora", "max_steps=2", flags=["--resume_from_checkpoint"]) == 0
+    assert "0 encoded now, 5 there already, 1 cannot be decoded" in capsys.readouterr().err
+    workspace.write_dataset('on_bad_file = "error"')
+    code = workspace.train("dit_lora", "max_steps=1")
+    check_refused(code, capsys.readouterr().err, str(video), "as far as the clip reaches", "mend the file")
+
+
+def test_a_dataset_of_which_nothing_can_be_decoded(workspace, capsys) -> None:
+    for path in workspace.media.iterdir():
+        if path.suffix == ".mp4":
+            damage_behind_the_beginning(path)
+        elif path.suffix == ".png":
+            path.unlink()
+    code = workspace.train("dit_lora", "max_steps=1")
+    check_refused(code, capsys.readouterr().err, "nothing to train on", "none of its 3 clips can be decoded")
+    assert workspace.runs() == []
 
 
 # ---------------------------------------------------------------------- the disk
@@ -243,11 +311,12 @@ def test_a_full_disk_while_caching_keeps_what_is_whole(workspace, small_disk, ca
     code = workspace.train("dit_lora")
     check_refused(code, capsys.readouterr().err, str(disk / "cache"), "the disk is full")
     assert workspace.runs() == [] and not list(disk.rglob("*.tmp"))
-    whole = set((disk / "cache").rglob("*.safetensors"))
+    whole = list(CacheStore(disk / "cache").keys("latents"))
     assert whole
     subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
-    assert f"{6 - len(whole)} encoded now, {len(whole)} there already" in capsys.readouterr().err
+    left = 6 - len(whole)
+    assert f"{left} encoded now ({left} new), {len(whole)} there already" in capsys.readouterr().err
 
 
 def test_a_file_that_grows_over_the_limit(workspace, capsys) -> None:

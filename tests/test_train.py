@@ -5,10 +5,13 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -21,6 +24,7 @@ from tests.helpers.workspace import (
     Workspace,
     check_refused,
     environment,
+    linked_copy,
     make_workspace,
 )
 from utils.checkpoint import LATEST
@@ -51,8 +55,11 @@ ROW_KEYS = {
     "grad_norm",
     "samples_seen",
     "step_seconds",
+    "data_seconds",
     "tokens_per_second",
 }
+BUDGET_KEYS = {"max_delta_ratio", "mean_delta_ratio"}
+SAVE_KEYS = {"checkpoint_seconds", "checkpoint_copy_seconds"}
 
 
 @pytest.fixture
@@ -138,10 +145,17 @@ def test_each_step_stands_once_in_the_metrics(lora) -> None:
     assert [row["epoch"] for row in rows] == [1 + (step - 1) // 3 for step in range(1, NUM_STEPS + 1)]
     for row in rows:
         budgeted = row["step"] % 5 == 0 or row["step"] == NUM_STEPS
-        assert set(row) == ROW_KEYS | ({"max_delta_ratio", "mean_delta_ratio"} if budgeted else set())
+        # Saved every second step and at the end of each epoch, which is every third.
+        before = row["step"] - 1
+        after_a_save = before > 0 and (before % 2 == 0 or before % 3 == 0)
+        assert set(row) == ROW_KEYS | (BUDGET_KEYS if budgeted else set()) | (
+            SAVE_KEYS if after_a_save else set()
+        )
+        if after_a_save:
+            assert row["checkpoint_seconds"] >= row["checkpoint_copy_seconds"] >= 0
         assert row["lr"] == 1e-3
         assert 0 < row["loss"] < 10 and 0 < row["grad_norm"] < 100
-        assert row["step_seconds"] > 0 and row["tokens_per_second"] > 0
+        assert row["step_seconds"] >= row["data_seconds"] >= 0 and row["tokens_per_second"] > 0
         bins = row["loss_by_timestep"]
         assert 1 <= len(bins) <= 2 and min(bins.values()) <= row["loss"] <= max(bins.values())
 
@@ -150,6 +164,7 @@ def test_tensorboard_has_the_same_numbers(lora) -> None:
     events = EventAccumulator(str(lora.run())).Reload()
     found = {event.step: event.value for event in events.Scalars("train/loss")}
     assert found == pytest.approx({row["step"]: row["loss"] for row in read_metrics(lora.run())})
+    assert "train/data_seconds" in events.Tags()["scalars"]
     assert "train/max_delta_ratio" in events.Tags()["scalars"]
 
 
@@ -277,7 +292,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(lora, workspace, capsys
     assert [path for path in workspace.runs() if path != unfinished] == [run]
     rows, whole = read_metrics(run), read_metrics(lora.run())
     assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
-    changing = {"step_seconds", "tokens_per_second"}
+    changing = {"step_seconds", "data_seconds", "tokens_per_second"}
     for row, expected in zip(rows, whole, strict=True):
         assert {key: row[key] for key in ROW_KEYS - changing} == {
             key: expected[key] for key in ROW_KEYS - changing
@@ -289,6 +304,74 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(lora, workspace, capsys
     events = EventAccumulator(str(run)).Reload().Scalars("train/loss")
     assert [event.step for event in events] == list(range(1, NUM_STEPS + 1))
     assert not list(run.rglob("*.tmp"))
+
+
+@contextmanager
+def running(
+    workspace: Workspace, launcher: Sequence[str], *overrides: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A translator run in processes of its own, from its third step on; what it says is in `said`."""
+    command = workspace.command(launcher, "dit_lora", *overrides)
+    with (workspace.root / "said").open("w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, cwd=workspace.root, env=environment())
+    try:
+        wait_for(process, lambda: any(len(read_metrics(run)) >= 3 for run in workspace.runs()))
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(timeout=60)
+
+
+def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIME_LIMIT_SECONDS
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert condition()
+
+
+def workers_of(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    found = psutil.Process(launcher.pid).children(recursive=True)
+    return sorted((one for one in found if "RANK" in one.environ()), key=lambda one: one.environ()["RANK"])
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all_after_the_step(lora, workspace, capsys) -> None:
+    """And another number of copies goes on with the same global batch, to the losses of a run that never stopped."""
+    copies = (*LORA, "gradient_accumulation_steps=1")
+    launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    with running(workspace, launcher, *copies) as process:
+        workers_of(process)[-1].terminate()
+        assert process.wait(timeout=60) == 0
+    said, run = (workspace.root / "said").read_text(), workspace.run()
+    step = len(read_metrics(run))
+    assert 3 <= step < NUM_STEPS
+    assert f"stopped by SIGTERM after step {step} of {NUM_STEPS}" in said
+    assert f"--resume_from_checkpoint {run}" in said and "Traceback" not in said
+    assert (run / LATEST).read_text() == f"global_step{step}\n"
+
+    assert workspace.train("dit_lora", *copies, flags=["--resume_from_checkpoint"]) == 0
+    assert "gradient_accumulation_steps = 2 instead of 1" in capsys.readouterr().err
+    assert losses(run) == losses(lora.run())
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_a_file_asks_for_a_checkpoint_and_a_signal_for_the_end(workspace) -> None:
+    seldom = ("epochs=200", "checkpoint_every_n_epochs=0", "save_every_n_epochs=0")
+    with running(workspace, ["python"], *seldom) as process:
+        run = workspace.run()
+        assert not (run / LATEST).exists()
+        (run / "save").touch()
+        wait_for(process, lambda: not (run / "save").exists())
+        saved = (run / LATEST).read_text().strip()
+        assert (run / saved / "loop.json").exists()
+        wait_for(process, lambda: len(read_metrics(run)) > int(saved.removeprefix("global_step")) + 1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+    step = len(read_metrics(run))
+    assert (run / LATEST).read_text() == f"global_step{step}\n" and step > 3
+    said = (workspace.root / "said").read_text()
+    assert "SIGINT: the step in progress is finished" in said
+    assert f"stopped by SIGINT after step {step} of 600" in said
 
 
 def test_a_finished_run_is_left_alone(workspace, capsys) -> None:
@@ -326,7 +409,26 @@ def test_another_dataset_is_not_continued(workspace, capsys) -> None:
     assert workspace.train("dit_lora", "max_steps=1") == 0
     (workspace.media / "image_00.txt").write_text("a green circle")
     code = workspace.train("dit_lora", "max_steps=2", flags=["--resume_from_checkpoint"])
-    check_refused(code, capsys.readouterr().err, "global_step1", "the dataset has changed")
+    said = capsys.readouterr().err
+    check_refused(code, said, "dataset: 6 samples of 6 files -> 6 samples of 6 files, with other content")
+    flags = ["--resume_from_checkpoint", "--allow_changed", "dataset"]
+    assert workspace.train("dit_lora", "max_steps=2", flags=flags) == 0
+    assert "changed, as allowed: dataset: " in capsys.readouterr().err
+    assert len(read_metrics(workspace.run())) == 2
+
+
+def test_changes_are_allowed_only_where_a_run_goes_on(workspace, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        workspace.train("dit_lora", flags=["--allow_changed", "optimizer.lr"])
+    assert ended.value.code == 2 and "belongs to --resume_from_checkpoint" in capsys.readouterr().err
+    assert workspace.train("dit_lora", "max_steps=1") == 0
+    changed = ("max_steps=2", "optimizer.lr=0.5")
+    flags = ["--resume_from_checkpoint", "--allow_changed"]
+    capsys.readouterr()
+    code = workspace.train("dit_lora", *changed, flags=[*flags, "optimiser.lr"])
+    check_refused(code, capsys.readouterr().err, "--allow_changed optimiser.lr: is neither", "text_encoder")
+    assert workspace.train("dit_lora", *changed, flags=[*flags, "optimizer.lr"]) == 0
+    assert [row["lr"] for row in read_metrics(workspace.run())] == [1e-3, 0.5]
 
 
 # ---------------------------------------------------------------------- the other ways to start
@@ -338,7 +440,7 @@ def test_a_dry_run_writes_nothing_but_the_cache(workspace, capsys) -> None:
     assert "dry run: " in said and "8 adapter targets" in said and "6 steps of 2 micro-batch(es)" in said
     assert "in flight  activations" in said and "0-5 (input .. head)" in said
     assert not workspace.out.exists()
-    assert (workspace.cache / "items" / "latents").is_dir() and (workspace.cache / "items" / "text").is_dir()
+    assert CacheStore(workspace.cache).kinds() == ["latents", "text"]
 
 
 @pytest.mark.parametrize("mode", ["dit_lora", "encoder_ft"])
@@ -354,29 +456,71 @@ def test_several_clips_and_captions_of_a_file_are_cached_and_trained(mode, works
     said = capsys.readouterr().err
     assert "dataset: 12 samples (" in said
     assert f"skipped {workspace.media / 'ghost.png'}: captions.json names it" in said
-    assert "cache of latents: 12 items, 6 encoded now, 6 there already" in said
+    assert "cache of latents: 12 items, 6 encoded now (6 new), 6 there already" in said
     if mode == "dit_lora":
-        assert "cache of captions: 8 items, 1 encoded now, 7 there already" in said
+        assert "cache of captions: 8 items, 1 encoded now (1 caption changed), 7 there already" in said
     assert ", 12 samples, " in said
 
 
+def test_one_change_makes_one_item_anew_and_says_why(workspace, tiny_ti2v, capsys) -> None:
+    def fill(*overrides: str) -> tuple[str, str]:
+        capsys.readouterr()
+        assert workspace.train("dit_lora", *overrides, flags=["--cache_only"]) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cache of ")]
+        latents, captions = (line.split(" items, ")[1] for line in lines)
+        return latents, captions
+
+    assert fill() == (
+        "6 encoded now (6 new), 0 there already",
+        "7 encoded now (7 new caption), 0 there already",
+    )
+    nothing = ("0 encoded now, 6 there already", "0 encoded now, 7 there already")
+    assert fill() == nothing
+    caption, image = workspace.media / "image_00.txt", workspace.media / "image_01.png"
+    before = caption.read_text(), image.read_bytes()
+    caption.write_text("a teal hexagon")
+    assert fill() == (nothing[0], "1 encoded now (1 caption changed), 6 there already")
+    image.write_bytes((workspace.media / "image_02.png").read_bytes() + b"\0")
+    assert fill() == ("1 encoded now (1 file changed), 5 there already", nothing[1])
+    assert fill("model.vae_dtype=bfloat16")[0] == "6 encoded now (6 precision changed), 0 there already"
+    other = linked_copy(tiny_ti2v, workspace.root / "other")
+    weights = other / "models_t5_umt5-xxl-enc-bf16.pth"
+    weights.unlink()
+    state = torch.load(tiny_ti2v / weights.name, weights_only=True)
+    torch.save({name: tensor * 2 for name, tensor in state.items()}, weights)
+    assert fill(f"model.ckpt_path={other}") == (
+        nothing[0],
+        "7 encoded now (7 text encoder changed), 0 there already",
+    )
+    # Back to what was: everything is found again, but what has never been there.
+    caption.write_text(before[0])
+    image.write_bytes(before[1])
+    assert fill() == nothing
+    assert caption.read_text() not in (workspace.cache / "made_of.json").read_text()
+
+
 def test_the_cache_alone_and_anew(workspace, capsys) -> None:
-    def items() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in (workspace.cache / "items").rglob("*.safetensors")}
+    def items() -> dict[str, float]:
+        store = CacheStore(workspace.cache)
+        return {item.key: item.written for kind in store.kinds() for item in store.items(kind)}
 
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
-    assert "cache of latents: 6 items, 6 encoded now, 0 there already" in capsys.readouterr().err
+    assert "cache of latents: 6 items, 6 encoded now (6 new), 0 there already" in capsys.readouterr().err
     first = items()
     assert len(first) == 6 + 7  # latents; captions and the empty one
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
     assert "cache of captions: 7 items, 0 encoded now, 7 there already" in capsys.readouterr().err
     assert items() == first
     assert workspace.train("dit_lora", flags=["--cache_only", "--regenerate_cache"]) == 0
-    assert "cache of latents: 6 items, 6 encoded now, 0 there already" in capsys.readouterr().err
+    assert (
+        "cache of latents: 6 items, 6 encoded now (6 asked for), 0 there already" in capsys.readouterr().err
+    )
     anew = items()
     assert anew.keys() == first.keys() and all(anew[path] > first[path] for path in first)
     assert not workspace.out.exists()
-    next(iter(anew)).unlink()
+    store = CacheStore(workspace.cache)
+    store.remove(next(iter(anew)))
+    store.flush()
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
     assert items().keys() == first.keys()
 
@@ -415,9 +559,10 @@ def make_latents_nan(workspace: Workspace, name: str) -> None:
     text = dataset.read_text()
     dataset.write_text(text.replace(str(whole), str(alone)))
     assert workspace.train("dit_lora", flags=["--cache_only"]) == 0
-    (item,) = (workspace.cache / "items" / "latents").rglob("*.safetensors")
-    tensors = {key: torch.full_like(tensor, torch.nan) for key, tensor in load_file(item).items()}
-    CacheStore(workspace.cache).put(metadata_of(item)["key"], tensors)
+    store = CacheStore(workspace.cache)
+    (item,) = store.keys("latents")
+    store.put(item, {name: torch.full_like(tensor, torch.nan) for name, tensor in store.get(item).items()})
+    store.flush()
     dataset.write_text(text)
 
 

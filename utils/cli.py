@@ -7,7 +7,14 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from utils.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingStoppedError, UserError
+from utils.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    PeerLostError,
+    TrainingStoppedError,
+    UserError,
+)
 
 
 def run_command(function: Callable[[], int], *, debug: bool) -> int:
@@ -17,6 +24,9 @@ def run_command(function: Callable[[], int], *, debug: bool) -> int:
     """
     # Imported along by other libraries where it is installed, it reports a missing 4-bit kernel that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not debug:
+        # Read when torch is imported. A peer that goes would be met with traces of C++ beside our message.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         return function()
     except UserError as error:
@@ -27,6 +37,12 @@ def run_command(function: Callable[[], int], *, debug: bool) -> int:
         return EXIT_USER_ERROR
     except TrainingStoppedError as error:
         if _rank() == 0:
+            _say(f"stopped: {error}")
+        return EXIT_FAILED
+    except PeerLostError as error:
+        if debug:
+            traceback.print_exc()
+        elif error.is_told:
             _say(f"stopped: {error}")
         return EXIT_FAILED
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from utils.errors import TrainingStoppedError, UserError
+from utils.peers import PeerWatch, watch_peers
 
 T = TypeVar("T")
 _own_environment: list[str] = []
@@ -122,6 +125,28 @@ def _objects() -> Any:
     return _object_group[0] if _object_group else None
 
 
+class SharedCounter:
+    """A number that every rank adds to and reads, without waiting for any other rank."""
+
+    def __init__(self, name: str) -> None:
+        """The counter of this name in the process group; it begins at 0."""
+        self._name = name
+        self._store = _get_default_store()
+
+    def add(self, amount: int) -> int:
+        """Add `amount`; returns the sum so far."""
+        return int(self._store.add(self._name, amount))
+
+    def value(self) -> int:
+        """The sum so far."""
+        return self.add(0)
+
+
+def num_processes_here() -> int:
+    """How many of the processes run on this machine. Every rank must call it."""
+    return gather_objects(socket.gethostname()).count(socket.gethostname())
+
+
 def on_main(function: Callable[[], T]) -> T:
     """Run `function` on rank 0 and return its result on every rank; a UserError is raised on every rank.
 
@@ -172,15 +197,43 @@ def process_group(timeout_minutes: float) -> Iterator[Processes]:
     """Join for the body (see `init_processes`), and leave after it, also after an error that all processes share.
 
     After an error of this process alone it does not leave, because that would wait for peers which do not know;
-    `utils.cli.end_process` then ends it, and the launcher the others.
+    `utils.cli.end_process` then ends it, and the watch (`utils.peers`) the others.
+
+    Raises:
+        PeerLostError: instead of what torch says where a peer is gone.
     """
+    watch: PeerWatch | None = None
     try:
-        yield init_processes(timeout_minutes)
+        processes = init_processes(timeout_minutes)
+        watch = watch_peers(processes.rank, processes.world_size, timeout_minutes, _say)
+        yield processes
+        if watch is not None:
+            watch.leave()
+            gather_objects(None)  # nobody takes the store away from those who still work
     except BaseException as error:
+        lost = None
+        if watch is not None:
+            lost = None if is_shared(error) else watch.explain(error)
+            watch.stop()
         if not dist.is_initialized() or dist.get_world_size() == 1 or is_shared(error):
             shutdown()
+        if lost is not None:
+            raise lost from error
         raise
+    if watch is not None:
+        watch.stop()
     shutdown()
+
+
+def limit_waits(timeout_minutes: float) -> None:
+    """From now on no process takes long alone: objects are waited for no longer than tensors."""
+    for group in _object_group:
+        _set_pg_timeout(timedelta(minutes=timeout_minutes), group)
+
+
+def _say(text: str) -> None:
+    prefix = f"[rank {dist.get_rank()}] " if dist.get_rank() else ""
+    sys.stderr.write(f"{prefix}{text}\n")
 
 
 def is_shared(error: BaseException) -> bool:

@@ -18,6 +18,17 @@ class UserError(Exception):
     on_every_rank = False
 
 
+class PeerLostError(Exception):
+    """Another process of the run has failed or is gone, so this one ends too. Exit status 1.
+
+    `is_told` is set on the one process that tells it; on the others the message is not shown.
+    """
+
+    def __init__(self, message: str, *, is_told: bool) -> None:
+        super().__init__(message)
+        self.is_told = is_told
+
+
 class TrainingStoppedError(Exception):
     """Training cannot or must not go on; the message says why and what is left on disk. Exit status 1.
 

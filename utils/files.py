@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import xxhash
@@ -154,9 +155,15 @@ def give_usual_mode(path: Path) -> None:
 
     Temporary files, and those that safetensors writes, can be read by their owner alone.
     """
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+
+
+@cache
+def _umask() -> int:
+    """The process's umask; asked once, because asking sets it for a moment, for all threads."""
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    return mask
 
 
 def content_hash(path: Path) -> str:

@@ -64,9 +64,12 @@ class SigmaLaw:
 
     def sample(self, generator: torch.Generator) -> float:
         """Draw one sigma inside [min_t, max_t]."""
-        uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
+        return self.restricted_quantile(torch.rand((), generator=generator, dtype=torch.float64).item())
+
+    def restricted_quantile(self, probability: float) -> float:
+        """Sigma below which `probability` of the law as it is restricted to [min_t, max_t] lies."""
         low, high = self.probability_below(self.min_t), self.probability_below(self.max_t)
-        sigma = self.quantile(low + (high - low) * uniform)
+        sigma = self.quantile(low + (high - low) * probability)
         return min(max(sigma, self.min_t, 1e-6), self.max_t)
 
 
@@ -80,9 +83,21 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
     return noise - latents
 
 
-def per_sample_loss(velocity_BCFHW: Tensor, target_BCFHW: Tensor) -> Tensor:
-    """Mean squared error of each sample, float32 [B]."""
-    return (velocity_BCFHW.float() - target_BCFHW.float()).square().flatten(1).mean(1)
+def per_sample_loss(velocity_BCFHW: Tensor, target_BCFHW: Tensor, mask_BHW: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample, float32 [B].
+
+    Args:
+        velocity_BCFHW: what the model answers.
+        target_BCFHW: what it should answer.
+        mask_BHW: how much each latent position counts, in [0, 1], the same in all frames and channels; somewhere in
+            each sample above 0. The mean is then sum(mask * error^2) / sum(mask), so that a sample weighs as much
+            whatever its mask leaves of it. All ones give the same bits as None.
+    """
+    errors_BCFHW = (velocity_BCFHW.float() - target_BCFHW.float()).square()
+    if mask_BHW is not None:
+        weights_BHW = mask_BHW / mask_BHW.flatten(1).mean(1)[:, None, None]
+        errors_BCFHW = errors_BCFHW * weights_BHW[:, None, None]
+    return errors_BCFHW.flatten(1).mean(1)
 
 
 def sigma_bin(sigma: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ The loop and the engine know models only through this module; any model that imp
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,7 +89,8 @@ class PreparedBatch:
 
     Attributes:
         inputs: the first layer's wire; None on ranks whose stage is not the first.
-        labels: (target, sigma_B, weight_B, sample_index_B); None on ranks whose stage is not the last.
+        labels: (target, sigma_B, weight_B, sample_index_B), and behind them mask_BHW where a sample has a loss mask;
+            None on ranks whose stage is not the last.
     """
 
     inputs: Wire | None
@@ -126,6 +128,10 @@ class TrainableModel(Protocol):
             directory: exists and is empty; it becomes visible only after this returns.
             metadata: goes into each file.
         """
+        ...
+
+    def adapters_off(self, stage: nn.Module) -> AbstractContextManager[None] | None:
+        """A context in which a stage's layers compute what they do without adapters; None for a model without."""
         ...
 
     def deltas(self, parameters: Mapping[str, Tensor]) -> list[ModuleDelta]:

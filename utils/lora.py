@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -51,6 +52,21 @@ def add_lora(
             nn.init.kaiming_uniform_(initial, a=math.sqrt(5), generator=random)
             down.weight = nn.Parameter(initial.to(dtype))
             up.weight = nn.Parameter(torch.zeros(up.get_parameter("weight").shape, dtype=dtype))
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """Let everything inside `module` compute what it does without its adapters, for the body."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)  # which also makes the adapters want gradients again
 
 
 def scale_of(adapter: AdapterConfig) -> float:

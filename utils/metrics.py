@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ METRICS_FILE = "metrics.jsonl"
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All steps of a run, in order. A last line torn by a kill is left out."""
-    path = run_dir / METRICS_FILE
+    return read_rows(run_dir / METRICS_FILE)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one on each line; none where it does not exist. A torn line ends it."""
     if not path.exists():
         return []
     rows = []
@@ -54,6 +59,16 @@ class MetricsWriter:
                         self._tensorboard.add_scalar(f"{key}/{name}", number, row["step"])
                 elif isinstance(value, (int, float)) and key != "step":
                     self._tensorboard.add_scalar(f"train/{key}", value, row["step"])
+
+    def write_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        """Write numbers of another kind (evaluations) for TensorBoard alone.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with disk_errors_as_user_errors(self._path):
+            for name, number in scalars.items():
+                self._tensorboard.add_scalar(name, number, step)
 
     def _append(self, line: bytes) -> None:
         end = self._file.tell()

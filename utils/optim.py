@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from utils.config.schema import OptimizerConfig
@@ -17,16 +19,33 @@ def trainable_dtype(config: OptimizerConfig) -> torch.dtype:
 
 def bytes_per_trained_weight(config: OptimizerConfig) -> float:
     """Memory of one trained weight: itself, its gradient and the optimizer's state."""
-    return {"adamw": 16.0, "adamw8bit": 10.0, "adamw_kahan": 10.0}[config.type]
+    weight_and_gradient = {"adamw": 8.0, "adamw8bit": 8.0, "adamw_kahan": 4.0}[config.type]
+    return weight_and_gradient + state_bytes_per_weight(config)
+
+
+def state_bytes_per_weight(config: OptimizerConfig) -> float:
+    """Memory of the optimizer's state for one trained weight: what `zero_stage = 1` divides by the number of copies."""
+    return {"adamw": 8.0, "adamw8bit": 2.0, "adamw_kahan": 6.0}[config.type]
 
 
 def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, tables: Collection[str] = ()
+    parameters: Mapping[str, nn.Parameter],
+    config: OptimizerConfig,
+    tables: Collection[str] = (),
+    shared_by: Any = None,
 ) -> torch.optim.Optimizer:
     """The configured optimizer over one stage's trainable parameters; there may be none.
 
     Norms, biases and other vectors get no weight decay, and neither do lookup tables (`tables`, by name): decay would
     shrink the rows that the data never asks for.
+
+    Args:
+        parameters: the stage's trainable parameters by global name.
+        config: of the optimizer.
+        tables: names of those that are lookup tables.
+        shared_by: process group of the copies of this stage that share the optimizer's state out among themselves
+            (`zero_stage = 1`): each keeps the state of some parameters whole, steps them and sends them to the
+            others. None, or a group of one: nothing is shared.
 
     Raises:
         UserError: the optimizer's library is not installed.
@@ -38,11 +57,23 @@ def build_optimizer(
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    arguments = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
-    if config.type == "adamw" or not parameters:
+    if not parameters:
+        return torch.optim.AdamW(groups)  # an optimizer of nothing
+    groups = [group for group in groups if group["params"]]
+    if shared_by is None or dist.get_world_size(shared_by) == 1:
+        return _make_optimizer(groups, config)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(groups, lambda own: _make_optimizer(own, config), process_group=shared_by)  # type: ignore[arg-type]
+
+
+def _make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The configured optimizer over groups that say their weight decay; a group may be empty."""
+    arguments: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    if config.type == "adamw":
         # On a GPU the default implementation makes one more float32 copy of everything while it steps; the fused one does not.
-        fused = any(parameter.is_cuda for parameter in parameters.values())
-        return torch.optim.AdamW(groups, fused=fused, **arguments)  # type: ignore[arg-type]
+        fused = any(parameter.is_cuda for group in groups for parameter in group["params"])
+        return torch.optim.AdamW(groups, fused=fused, **arguments)
     if config.type == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
@@ -51,12 +82,20 @@ def build_optimizer(
                 "optimizer.type = 'adamw8bit' needs bitsandbytes, which is not installed: pip install "
                 "'ai-model-sandbox[8bit]', or use type = 'adamw'"
             ) from error
-        return AdamW8bit([group for group in groups if group["params"]], **arguments)
+        return AdamW8bit(groups, **arguments)
     from optimi import AdamW as KahanAdamW
 
-    return KahanAdamW(
-        [group for group in groups if group["params"]], kahan_sum=True, triton=False, **arguments
-    )
+    return KahanAdamW(groups, kahan_sum=True, triton=False, **arguments)
+
+
+def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that holds this process's state: the one inside where copies share it out, else itself."""
+    return optimizer.optim if is_shared_out(optimizer) else optimizer  # type: ignore[attr-defined]
+
+
+def is_shared_out(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether data-parallel copies share this optimizer's state out among themselves."""
+    return type(optimizer).__name__ == "ZeroRedundancyOptimizer"
 
 
 def group_counters(optimizer: torch.optim.Optimizer) -> dict[str, int]:

@@ -69,7 +69,7 @@ def plan_stages(
     specs: Sequence[LayerSpec],
     config: TrainConfig,
     device_bytes: float | None = None,
-    state_share: float = 1.0,
+    copies: int = 1,
 ) -> Partition:
     """Split the layers over `pipeline_stages` by `partition_method`.
 
@@ -78,7 +78,7 @@ def plan_stages(
         config: the run.
         device_bytes: memory of one device, where it bounds what a stage may hold ("cost" only): a split in which
             every stage stays under 80 % of it, activations counted, is preferred to one that is better balanced.
-        state_share: share of a stage's optimizer state that one process keeps; below 1 where copies divide it.
+        copies: data-parallel copies of the model; with `zero_stage = 1` each keeps its share of the optimizer's state.
 
     Raises:
         UserError: more stages than layers, or a `partition_split` that does not fit the layers.
@@ -102,13 +102,17 @@ def plan_stages(
     weights = tuple(cost.total for cost in costs)
     if device_bytes is None:
         return Partition(balanced_bounds(weights, num_stages), costs)
-    size_of = _stage_sizes(specs, num_stages, config.gradient_accumulation_steps, state_share)
+    share = state_share(config, copies)
+    size_of = _stage_sizes(specs, num_stages, config.gradient_accumulation_steps, share)
     return Partition(balanced_bounds(weights, num_stages, size_of, device_bytes * USABLE_SHARE), costs)
 
 
-def _stage_sizes(
-    specs: Sequence[LayerSpec], num_stages: int, num_micro_batches: int, state_share: float
-) -> SizeOf:
+def state_share(config: TrainConfig, copies: int) -> float:
+    """Share of a stage's optimizer state that one process keeps."""
+    return 1 / copies if config.zero_stage else 1.0
+
+
+def _stage_sizes(specs: Sequence[LayerSpec], num_stages: int, num_micro_batches: int, share: float) -> SizeOf:
     """(start, end, stage) -> bytes on the device of a stage that owns these layers."""
     totals: dict[tuple[int, int], RunningMemory] = {}
     for start in range(len(specs)):
@@ -118,7 +122,7 @@ def _stage_sizes(
             totals[start, end] = copy(running)
 
     def size_of(start: int, end: int, stage: int) -> float:
-        return totals[start, end].at(in_flight(stage, num_stages, num_micro_batches), state_share).device
+        return totals[start, end].at(in_flight(stage, num_stages, num_micro_batches), share).device
 
     return size_of
 

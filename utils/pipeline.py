@@ -105,6 +105,31 @@ class BandEngine(PipelineEngine):
         if self.last_gradient_norm > self.max_gradient_norm and gradients:
             torch._foreach_mul_(gradients, self.max_gradient_norm / (self.last_gradient_norm + 1e-6))
 
+    def forward_only(self, batches: Iterator[tuple[Any, Any]], count: int) -> None:
+        """Send `count` micro-batches through the stages without gradients and with dropout off.
+
+        `loss_fn` sees each on the last stage. (Stock `eval_batch` adds a barrier over all copies, which may have
+        different numbers of micro-batches here, and reductions of which nothing is needed.)
+        """
+        was_training = self.module.training
+        self.module.eval()
+        self._compute_loss = True
+        self.set_dataiterator(batches)
+        try:
+            with torch.no_grad():
+                self._exec_schedule(
+                    schedule.InferenceSchedule(
+                        micro_batches=count, stages=self.num_stages, stage_id=self.stage_id
+                    )
+                )
+        finally:
+            self.set_dataiterator(None)
+            self.module.train(was_training)
+            self.total_loss, self.loss = None, None
+            self.fwd_outputs: list[Tensor] = []
+            for buffers in self.pipe_buffers.values():
+                buffers[:] = [None] * len(buffers)
+
     def _exec_send_activations(self, buffer_id: int) -> None:
         outputs = self.pipe_buffers["outputs"][buffer_id]
         tensors = _tensors(outputs)
@@ -266,6 +291,20 @@ class Pipeline:
         """Global gradient norm of the last step, before clipping."""
         return self.engine.last_gradient_norm
 
+    @property
+    def module(self) -> nn.Module:
+        """This stage's layers."""
+        return self.engine.module
+
+    def forward_only(self, batches: Sequence[PreparedBatch]) -> None:
+        """Send micro-batches through the stages of this copy, without gradients and with dropout off.
+
+        The loss function sees each on the last stage. All stages of a copy call it with as many micro-batches; there may
+        be none.
+        """
+        if batches:
+            self.engine.forward_only(_as_deepspeed_batches(iter(batches)), len(batches))
+
     def train_step(self, batches: Iterator[PreparedBatch]) -> None:
         """One optimizer step over the accumulation window that `batches` yields.
 
@@ -284,7 +323,7 @@ def build_pipeline(
     specs: Sequence[LayerSpec],
     bounds: Sequence[int],
     loss_fn: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
-    make_optimizer: Callable[[dict[str, nn.Parameter], Collection[str]], torch.optim.Optimizer],
+    make_optimizer: Callable[[dict[str, nn.Parameter], Collection[str], Any], torch.optim.Optimizer],
     *,
     micro_batch_size: int,
     gradient_accumulation_steps: int,
@@ -297,8 +336,8 @@ def build_pipeline(
         specs: all layers of the model, first to last.
         bounds: stage i owns layers bounds[i] .. bounds[i+1] - 1.
         loss_fn: called on the last stage with its output and labels.
-        make_optimizer: gets this stage's trainable parameters by global name, of which there may be none, and the
-            names of those that are lookup tables.
+        make_optimizer: gets this stage's trainable parameters by global name, of which there may be none, the names
+            of those that are lookup tables, and the process group of the copies of this stage.
         micro_batch_size: samples per micro-batch.
         gradient_accumulation_steps: micro-batches per step and data-parallel rank.
         gradient_clipping: largest global gradient norm; 0 is off.
@@ -318,6 +357,8 @@ def build_pipeline(
         "train_batch_size": micro_batch_size * gradient_accumulation_steps * dp_size,
         "gradient_clipping": _ALWAYS_CALL_CLIPPING,
         "steps_per_print": 10**9,
+        # Copies average their gradients in float32, whatever the gradients' own precision.
+        "communication_data_type": "fp32",
     }
     topology = PipeDataParallelTopology(num_pp=num_stages, num_dp=dp_size)
     stage = topology.get_coord(processes.rank).pipe
@@ -332,7 +373,9 @@ def build_pipeline(
         engine = BandEngine(
             args=None,
             model=module,
-            optimizer=lambda _: make_optimizer(trainables, own.tables),
+            optimizer=lambda _: make_optimizer(
+                trainables, own.tables, module.mpu().get_data_parallel_group()
+            ),
             model_parameters=list(trainables.values()),
             mpu=module.mpu(),
             config=config,

@@ -29,6 +29,7 @@ class Progress:
         self._label = label
         self._start, self._done, self._total = start, start, total
         self._began, self._last_line = time.monotonic(), 0.0
+        self._is_shown = False
         self._bar = self._open_bar() if self._stream.isatty() else None
 
     def _open_bar(self) -> "tqdm[None]":
@@ -49,6 +50,7 @@ class Progress:
     def advance(self, count: int, **figures: str) -> None:
         """Move on by `count`, showing `figures` behind the bar, the most important first: a narrow terminal cuts."""
         self._done += count
+        self._is_shown = True
         shown = "  ".join(f"{name} {value}" for name, value in figures.items())
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
@@ -61,6 +63,11 @@ class Progress:
         remaining = self._remaining(now)
         line = f"{self._label} {self._done}/{self._total}  {shown}".rstrip() + remaining
         print(line, file=self._stream, flush=True)
+
+    def reach(self, done: int) -> None:
+        """Stand at `done`, as far as that is news."""
+        if done != self._done or not self._is_shown:
+            self.advance(done - self._done)
 
     def _remaining(self, now: float) -> str:
         """How long it still takes, once there is something to go by."""

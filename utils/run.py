@@ -1,22 +1,25 @@
 """The steps of a run around the loop: world size, run directory, pipeline, resume, closing summary."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from utils.checkpoint import LoopState, load_checkpoint, read_state
+from utils.checkpoint import checkpoint_name, load_checkpoint
 from utils.config.schema import LoadedConfig, TrainConfig
 from utils.data.sampler import BatchPlan
-from utils.distributed import Processes, gather_objects, on_every_rank, on_main
+from utils.distributed import Processes, gather_objects, limit_waits, on_every_rank, on_main
 from utils.errors import UserError
+from utils.evaluate import EvalSet, Evaluator
 from utils.layers import TrainableModel
 from utils.metrics import read_metrics
+from utils.nodes import check_seen
 from utils.optim import build_optimizer
 from utils.pipeline import Pipeline, build_pipeline
 from utils.progress import announce
-from utils.run_dir import RunDir, create_run_dir, find_run_dir, record_config, remove_leftovers
+from utils.resume import Inputs
+from utils.run_dir import CONFIG_FILE, RunDir, create_run_dir, remove_leftovers
 from utils.stage_plan import describe_plan, make_plan, plan_warnings
 from utils.trainer import LossRecorder, Trainer, initial_state, total_steps
 
@@ -64,31 +67,6 @@ def micro_batches_per_step(config: TrainConfig, world_size: int) -> int:
     return config.gradient_accumulation_steps * (world_size // config.pipeline_stages)
 
 
-def find_run(config: LoadedConfig, resume: str | None, plan: BatchPlan, say: Say) -> RunDir | None:
-    """The run to continue, which may be finished. None where a new one begins.
-
-    Raises:
-        UserError: the run to continue does not fit this configuration.
-    """
-    if resume is None:
-        return None
-    found = on_main(lambda: find_run_dir(config, resume))
-    if found is None:
-        say(f"no run to continue in {config.train.output_dir}: starting at step 0")
-        return None
-    if found.checkpoint is None:
-        say(f"{found.path} has no checkpoint yet: starting at step 0")
-        return found
-    state = on_main(lambda: read_state(Path(str(found.checkpoint))))
-    total = total_steps(config.train, plan, state)
-    if state.step >= total:
-        say(f"{found.path} is finished ({state.step} of {total} steps); nothing to do")
-        return replace(found, is_finished=True)
-    on_main(lambda: record_config(found.path, config.train, state.step))
-    say(f"continuing {found.path} from {found.checkpoint.name} ({state.step} of {total} steps done)")
-    return found
-
-
 def begin_run(config: LoadedConfig, describe: Callable[[Path], None], say: Say) -> RunDir:
     """Make the directory of a new run; `describe` writes into it what only the model knows.
 
@@ -110,7 +88,8 @@ def build(
     """
     specs = on_every_rank(model.layer_specs)
     memory = device_memory(processes.device)
-    stages = on_every_rank(lambda: make_plan(specs, config, memory))
+    copies = processes.world_size // config.pipeline_stages
+    stages = on_every_rank(lambda: make_plan(specs, config, memory, copies))
     # Before anything is built: where it does not fit, this is the last that is said.
     for line in describe_plan(stages) + plan_warnings(stages, memory):
         say(line)
@@ -120,7 +99,9 @@ def build(
             specs,
             stages.bounds,
             recorder,
-            lambda trainables, tables: build_optimizer(trainables, config.optimizer, tables),
+            lambda trainables, tables, copies: build_optimizer(
+                trainables, config.optimizer, tables, copies if config.zero_stage else None
+            ),
             micro_batch_size=config.micro_batch_size_per_gpu,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             gradient_clipping=config.gradient_clipping,
@@ -139,6 +120,8 @@ def build(
         f"micro-batch(es) of {config.micro_batch_size_per_gpu} per step and copy; {sum(trained.values()):,} trained "
         f"parameters ({', '.join(f'{trained[stage]:,}' for stage in sorted(trained))})"
     )
+    if config.zero_stage and pipeline.dp_size == 1:
+        say("zero_stage = 1 changes nothing here: there is one copy, which keeps the optimizer's state")
     return Ready(config, plan, model, pipeline, recorder, processes)
 
 
@@ -148,23 +131,36 @@ def device_memory(device: torch.device) -> float | None:
 
 
 def run(
-    ready: Ready, run_dir: RunDir, fingerprints: Mapping[str, str], metadata: Mapping[str, str], say: Say
+    ready: Ready,
+    run_dir: RunDir,
+    inputs: Inputs,
+    metadata: Mapping[str, str],
+    say: Say,
+    eval_sets: Sequence[EvalSet] = (),
 ) -> None:
     """Train to the end, from the run's checkpoint where it has one, and say what was made.
 
     Raises:
-        UserError: the checkpoint does not fit this run.
+        UserError: the checkpoint is damaged, or does not fit what is trained.
         TrainingStoppedError: see `Trainer.run`.
     """
     per_step = micro_batches_per_step(ready.config, ready.processes.world_size)
-    state = replace(initial_state(per_step), fingerprints=dict(fingerprints))
+    state = replace(
+        initial_state(per_step),
+        fingerprints=dict(inputs.fingerprints),
+        descriptions=dict(inputs.descriptions),
+    )
+    check_seen({f"the run directory {run_dir.path}": run_dir.path / CONFIG_FILE}, ready.processes)
     on_main(lambda: remove_leftovers(run_dir.path))
-    if run_dir.checkpoint is not None:
-        checkpoint = run_dir.checkpoint
-        stored = on_main(lambda: read_state(checkpoint))
-        on_main(lambda: _check_fits(stored, state, checkpoint))
-        on_every_rank(lambda: load_checkpoint(checkpoint, ready.pipeline))
-        state = stored
+    if run_dir.checkpoint is not None and run_dir.state is not None:
+        checkpoint, state = run_dir.checkpoint, run_dir.state
+        on_every_rank(
+            lambda: load_checkpoint(checkpoint, ready.pipeline, with_optimizer=run_dir.with_optimizer)
+        )
+    evaluator = Evaluator(
+        ready.config, eval_sets, ready.model, ready.pipeline, ready.recorder, ready.processes
+    )
+    limit_waits(ready.config.timeout_minutes)
     trainer = Trainer(
         ready.config,
         ready.plan,
@@ -174,8 +170,16 @@ def run(
         ready.processes,
         run_dir.path,
         metadata,
+        evaluator if eval_sets else None,
     )
     final = trainer.run(state)
+    if trainer.stopped_by is not None:
+        say(
+            f"stopped by {trainer.stopped_by} after step {final.step} of {trainer.total_steps}; everything up to here is in "
+            f"{run_dir.path / checkpoint_name(final.step)}. To go on, give the same command with "
+            f"--resume_from_checkpoint {run_dir.path}"
+        )
+        return
     rows = read_metrics(run_dir.path) if ready.processes.is_main else []
     if rows:
         say(
@@ -184,20 +188,3 @@ def run(
         )
         for path in sorted(run_dir.path.glob("epoch*/*.safetensors")):
             say(f"  {path}")
-
-
-def _check_fits(stored: LoopState, fresh: LoopState, checkpoint: Path) -> None:
-    if stored.micro_batches_per_step != fresh.micro_batches_per_step:
-        raise UserError(
-            f"{checkpoint}: was made with {stored.micro_batches_per_step} micro-batches per step, this run has "
-            f"{fresh.micro_batches_per_step}; choose gradient_accumulation_steps so that accumulation times data-parallel "
-            "copies stays the same"
-        )
-    changed = [
-        name for name in fresh.fingerprints if stored.fingerprints.get(name) != fresh.fingerprints[name]
-    ]
-    if changed:
-        raise UserError(
-            f"{checkpoint}: the content of {', '.join(changed)} has changed since it was made, so training would not be "
-            "continued but go on from something else; put it back, or start a new run"
-        )

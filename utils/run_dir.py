@@ -2,15 +2,13 @@
 
 import re
 import shutil
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from utils.checkpoint import latest_checkpoint
+from utils.checkpoint import LoopState, latest_checkpoint
 from utils.config.dump import dump_config
-from utils.config.load import load_config
 from utils.config.schema import LoadedConfig, TrainConfig
 from utils.errors import UserError
 from utils.files import TEMPORARY_SUFFIX, atomic_directory, atomic_write_text
@@ -19,38 +17,18 @@ CONFIG_FILE = "config.toml"
 NEWEST = ""
 _RUN_NAME = re.compile(r"(?P<stamp>\d{8}_\d{6})(_(?P<number>\d+))?")
 
-# What may differ between a run and its continuation: how far it goes, how it is split, when it saves.
-_FREE_KEYS = frozenset(
-    {
-        "output_dir",
-        "dataset",
-        "epochs",
-        "max_steps",
-        "pipeline_stages",
-        "partition_method",
-        "partition_split",
-        "gradient_accumulation_steps",
-        "save_every_n_epochs",
-        "save_every_n_steps",
-        "checkpoint_every_n_epochs",
-        "checkpoint_every_n_steps",
-        "checkpoint_every_n_minutes",
-        "keep_checkpoints",
-        "timeout_minutes",
-        "activation_checkpointing",
-        "blocks_to_swap",
-    }
-)
-
 
 @dataclass(frozen=True)
 class RunDir:
-    """Where a run writes, the checkpoint it continues from, if any, and whether there is nothing left to do."""
+    """Where a run writes, and what it goes on from, if anything: a checkpoint and the loop's state to begin with.
+
+    `with_optimizer` is false where the checkpoint's optimizer state is of no use, because another optimizer goes on.
+    """
 
     path: Path
     checkpoint: Path | None = None
-    is_resumed: bool = False
-    is_finished: bool = False
+    state: LoopState | None = None
+    with_optimizer: bool = True
 
 
 def create_run_dir(config: LoadedConfig, describe: Callable[[Path], None]) -> RunDir:
@@ -71,6 +49,8 @@ def create_run_dir(config: LoadedConfig, describe: Callable[[Path], None]) -> Ru
         inputs.mkdir()
         shutil.copyfile(config.path, inputs / f"train_{Path(config.path).name}")
         shutil.copyfile(config.dataset_path, inputs / f"dataset_{Path(config.dataset_path).name}")
+        for dataset in config.train.eval_datasets:
+            shutil.copyfile(dataset.config, inputs / f"eval_{dataset.label}_{Path(dataset.config).name}")
         atomic_write_text(temporary / CONFIG_FILE, dump_config(config.train))
         describe(temporary)
     return RunDir(path)
@@ -108,7 +88,7 @@ def find_run_dir(config: LoadedConfig, wanted: str) -> RunDir | None:
     Returns None where output_dir holds no run yet.
 
     Raises:
-        UserError: `wanted` names no run, or the run was made with another configuration.
+        UserError: `wanted` names no run.
     """
     parent = Path(config.train.output_dir)
     if wanted == NEWEST:
@@ -124,12 +104,11 @@ def find_run_dir(config: LoadedConfig, wanted: str) -> RunDir | None:
                 f"(with a {CONFIG_FILE}); give no value for the newest run of output_dir"
             )
         path = found[0]
-    _check_same_config(path, config.train)
-    return RunDir(path, latest_checkpoint(path), is_resumed=True)
+    return RunDir(path, latest_checkpoint(path))
 
 
 def record_config(run_dir: Path, config: TrainConfig, step: int) -> None:
-    """Where a run goes on with other values (of keys that may differ), keep the old ones and write the new.
+    """Where a run goes on with other values (of keys that may differ, or were allowed to), keep the old ones and write the new.
 
     So `config.toml` is always that of the newest files, and its hash the one in their metadata.
     """
@@ -138,34 +117,3 @@ def record_config(run_dir: Path, config: TrainConfig, step: int) -> None:
     if before != text:
         atomic_write_text(run_dir / "inputs" / f"config_until_step{step}.toml", before)
         atomic_write_text(path, text)
-
-
-def _check_same_config(path: Path, config: TrainConfig) -> None:
-    saved = load_config(path / CONFIG_FILE).train
-    before, now = _flatten(dump_config(saved)), _flatten(dump_config(config))
-    changed = [
-        f"  {key}: {before.get(key, '(not set)')} -> {now.get(key, '(not set)')}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in _FREE_KEYS
-    ]
-    if changed:
-        raise UserError(
-            f"{path}: the run was made with another configuration, so it cannot be continued with this one (the run's -> yours):\n"
-            + "\n".join(changed)
-            + "\nput these back, or start a new run without --resume_from_checkpoint"
-        )
-
-
-def _flatten(toml: str) -> dict[str, str]:
-    """Dotted keys and their values as text."""
-    flat: dict[str, str] = {}
-
-    def visit(prefix: str, table: dict[str, object]) -> None:
-        for key, value in table.items():
-            if isinstance(value, dict):
-                visit(f"{prefix}{key}.", value)
-            else:
-                flat[f"{prefix}{key}"] = repr(value)
-
-    visit("", tomllib.loads(toml))
-    return flat

@@ -47,12 +47,7 @@ def write_together(target: Path, write_share: Callable[[Path], None], finish: Ca
                 give_usual_mode(path)
                 fsync_file(path)
             fsync_directory(temporary)
-            replaced = target.with_name(f".{target.name}.old{TEMPORARY_SUFFIX}")
-            if target.exists():  # the same step, saved by a run that was resumed from before it
-                target.rename(replaced)
-            temporary.rename(target)
-            fsync_directory(target.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
+            rename_into_place(temporary, target)
 
     try:
         on_main(begin)
@@ -61,6 +56,16 @@ def write_together(target: Path, write_share: Callable[[Path], None], finish: Ca
     finally:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def rename_into_place(temporary: Path, target: Path) -> None:
+    """Give a directory that is whole and synced its name; what had that name before is removed."""
+    replaced = target.with_name(f".{target.name}.old{TEMPORARY_SUFFIX}")
+    if target.exists():  # the same step, saved by a run that was resumed from before it
+        target.rename(replaced)
+    temporary.rename(target)
+    fsync_directory(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def export_trained(

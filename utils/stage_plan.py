@@ -7,7 +7,7 @@ from itertools import pairwise
 from utils.config.schema import TrainConfig
 from utils.layers import LayerSpec
 from utils.memory import StageMemory, stage_memory
-from utils.partition import USABLE_SHARE, Partition, plan_stages
+from utils.partition import USABLE_SHARE, Partition, plan_stages, state_share
 from utils.schedule import StepTiming, in_flight, simulate
 
 _HEAD = ("stage", "layers", "work", "weights", "grad+optim", "in flight", "activations", "device", "host")
@@ -55,16 +55,16 @@ def make_plan(
     specs: Sequence[LayerSpec],
     config: TrainConfig,
     device_bytes: float | None,
-    state_share: float = 1.0,
+    copies: int = 1,
 ) -> StagePlan:
     """Split the layers and work the plan out; nothing is built. The arguments are those of `plan_stages`.
 
     Raises:
         UserError: as `plan_stages`.
     """
-    partition = plan_stages(specs, config, device_bytes, state_share)
+    partition = plan_stages(specs, config, device_bytes, copies)
     micro_batches, num_stages = config.gradient_accumulation_steps, config.pipeline_stages
-    total = sum(partition.stage_costs)
+    total, share = sum(partition.stage_costs), state_share(config, copies)
     stages = []
     for stage, (start, end) in enumerate(pairwise(partition.bounds)):
         costs = partition.layer_costs[start:end]
@@ -79,7 +79,7 @@ def make_plan(
                 backward=backward,
                 share=(forward + backward) / total if total else 0.0,
                 in_flight=flying,
-                memory=stage_memory((spec.memory for spec in specs[start:end]), flying, state_share),
+                memory=stage_memory((spec.memory for spec in specs[start:end]), flying, share),
             )
         )
     timing = simulate([s.forward for s in stages], [s.backward for s in stages], micro_batches)

@@ -2,22 +2,24 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils.checkpoint import LoopState, latest_checkpoint, save_checkpoint
+from utils.checkpoint import LoopState, latest_checkpoint
+from utils.checkpoint_writer import CheckpointWriter, SaveTimes, WriteFlags
 from utils.config.schema import TrainConfig
+from utils.data.prefetch import ReadAhead
 from utils.data.sampler import BatchPlan, MicroBatch, rank_slice
 from utils.delta_budget import ModuleDelta, over_cap, summarise
-from utils.distributed import Processes, broadcast_object, gather_objects, on_every_rank, on_main
-from utils.errors import TrainingStoppedError
+from utils.distributed import Processes, gather_objects, is_shared, on_every_rank, on_main
+from utils.errors import TrainingStoppedError, UserError
 from utils.flow_matching import NUM_SIGMA_BINS, per_sample_loss, sigma_bin
 from utils.layers import PreparedBatch, TrainableModel
 from utils.metrics import MetricsWriter
@@ -25,6 +27,9 @@ from utils.optim import learning_rate, set_learning_rate
 from utils.pipeline import NonFiniteGradientsError, Pipeline
 from utils.progress import Progress, announce
 from utils.saver import export_trained
+from utils.stopping import RequestFlags, RunControl
+
+_NUM_WRITE_FLAGS = len(WriteFlags._fields)
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,15 @@ class _Record:
     sample_index_B: Tensor
 
 
+@dataclass(frozen=True)
+class _StepData:
+    """Micro-batches of a step over all ranks, their samples, and this rank's share as tensors."""
+
+    batches: Sequence[MicroBatch]
+    num_samples: int
+    prepared: Sequence[PreparedBatch]
+
+
 class LossRecorder:
     """The loss function of the last stage; remembers each sample's loss for the metrics of the step."""
 
@@ -43,8 +57,8 @@ class LossRecorder:
 
     def __call__(self, velocity_BCFHW: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
         """Sum of weight * mean squared error over the micro-batch, a scalar."""
-        target_BCFHW, sigma_B, weight_B, sample_index_B = labels
-        losses_B = per_sample_loss(velocity_BCFHW, target_BCFHW)
+        target_BCFHW, sigma_B, weight_B, sample_index_B, *mask_BHW = labels
+        losses_B = per_sample_loss(velocity_BCFHW, target_BCFHW, *mask_BHW)
         self._records.append(_Record(losses_B.detach(), sigma_B, weight_B, sample_index_B))
         return (losses_B * weight_B).sum()
 
@@ -65,6 +79,10 @@ class LossRecorder:
             np.add.at(totals, 2 + NUM_SIGMA_BINS + bins, 1.0)
         return totals
 
+    def sample_losses(self) -> list[float]:
+        """Each sample's loss, in the order in which they came."""
+        return [loss for record in self._records for loss in record.losses_B.tolist()]
+
     def non_finite_samples(self) -> list[int]:
         """Indices of samples of this step whose loss is not finite."""
         found: list[int] = []
@@ -72,6 +90,18 @@ class LossRecorder:
             bad = ~torch.isfinite(record.losses_B.cpu())
             found += record.sample_index_B.cpu()[bad].tolist()
         return found
+
+
+class Evaluation(Protocol):
+    """What the loop calls to have the model evaluated (`utils.evaluate.Evaluator`)."""
+
+    def begin(self, run_dir: Path, step: int, writer: MetricsWriter | None) -> None:
+        """Before the first step of this process."""
+        ...
+
+    def after_step(self, step: int, epoch: int, *, epoch_ended: bool, at_end: bool) -> None:
+        """After every step."""
+        ...
 
 
 class Trainer:
@@ -87,6 +117,7 @@ class Trainer:
         processes: Processes,
         run_dir: Path,
         metadata: Mapping[str, str],
+        evaluation: Evaluation | None = None,
     ) -> None:
         self._config = config
         self._plan = plan
@@ -96,13 +127,19 @@ class Trainer:
         self._processes = processes
         self._run_dir = run_dir
         self._metadata = metadata
+        self._evaluation = evaluation
         self._per_step = config.gradient_accumulation_steps * pipeline.dp_size
         self.total_steps = 0
-        self._last_checkpoint_time = time.monotonic()
+        self.stopped_by: str | None = None
+        self._control = RunControl(run_dir, processes.is_main, config.checkpoint_every_n_minutes)
+        self._writer = CheckpointWriter(run_dir, pipeline, config.keep_checkpoints)
+        self._save_times: SaveTimes | None = None
         self._warned: set[str] = set()
 
     def run(self, state: LoopState) -> LoopState:
-        """Train from `state` to the end, saving on the way. Every rank must call it.
+        """Train from `state` to the end, or until asked to stop, saving on the way. Every rank must call it.
+
+        Where it was asked to stop, `stopped_by` says by what.
 
         Raises:
             TrainingStoppedError: a loss or gradient is not finite, or the budget says stop.
@@ -110,13 +147,18 @@ class Trainer:
         main = self._processes.is_main
         self.total_steps = total_steps(self._config, self._plan, state)
         with ExitStack() as stack:
+            stack.enter_context(self._control)
             writer, bar = None, None
             if main:
                 writer = stack.enter_context(closing(MetricsWriter(self._run_dir, state.step + 1)))
                 bar = stack.enter_context(closing(Progress("training", self.total_steps, state.step)))
-            while state.step < self.total_steps:
+            stack.enter_context(self._last_checkpoint_in_place())
+            if self._evaluation is not None:
+                self._evaluation.begin(self._run_dir, state.step, writer)
+            ahead = stack.enter_context(ReadAhead(self._read_step))
+            while state.step < self.total_steps and self.stopped_by is None:
                 before = state
-                state, row = self._step(before)
+                state, row = self._step(before, ahead)
                 over_budget = self._measure_budget(row)
                 on_main(lambda row=row: writer.write(row) if writer is not None else None)  # type: ignore[misc]
                 if writer is not None and bar is not None:
@@ -128,15 +170,32 @@ class Trainer:
                         grad=f"{row['grad_norm']:.3g}",
                     )
                 self._act_on_budget(over_budget, state.step)
+                self._evaluate_if_due(state, before)
                 self._save_if_due(state, before)
+            self._writer.finish()
         return state
+
+    @contextmanager
+    def _last_checkpoint_in_place(self) -> Iterator[None]:
+        """After an error that all ranks share, what was saved before it is still written to its end."""
+        try:
+            yield
+        except (UserError, TrainingStoppedError) as error:
+            if is_shared(error):
+                with suppress(UserError):  # the first error is the one to tell
+                    self._writer.finish()
+            raise
 
     # ------------------------------------------------------------------ one step
 
-    def _step(self, state: LoopState) -> tuple[LoopState, dict[str, Any]]:
+    def _step(self, state: LoopState, ahead: "ReadAhead[_StepData]") -> tuple[LoopState, dict[str, Any]]:
         started = time.perf_counter()
-        batches = self._step_batches(state.micro_batches_seen)
-        num_samples = sum(len(batch.visits) for batch in batches)
+        # Before the step begins: a file that one rank cannot read must not stop it in the middle of one.
+        data = on_every_rank(lambda: ahead.take(state.micro_batches_seen))
+        data_seconds = time.perf_counter() - started
+        batches, num_samples = data.batches, data.num_samples
+        if state.step + 1 < self.total_steps:
+            ahead.begin(state.micro_batches_seen + len(batches))
         lr = learning_rate(
             state.step,
             self.total_steps,
@@ -147,9 +206,7 @@ class Trainer:
         set_learning_rate(self._pipeline.optimizer, lr)
         self._recorder.clear()
         try:
-            # Read before the step begins: a file that one rank cannot read must not stop it in the middle of one.
-            prepared = on_every_rank(lambda: list(self._prepared(batches, num_samples)))
-            self._pipeline.train_step(iter(prepared))
+            self._pipeline.train_step(iter(data.prepared))
         except NonFiniteGradientsError:
             self._stop_non_finite(state.step, batches)
         totals = self._reduced_totals()
@@ -173,9 +230,20 @@ class Trainer:
             "grad_norm": self._pipeline.gradient_norm,
             "samples_seen": state.samples_seen,
             "step_seconds": round(seconds, 4),
+            "data_seconds": round(data_seconds, 4),
             "tokens_per_second": round(sum(map(self._model.num_tokens, batches)) / seconds, 1),
         }
+        if self._save_times is not None:
+            row["checkpoint_seconds"] = round(self._save_times.stall, 4)
+            row["checkpoint_copy_seconds"] = round(self._save_times.copy, 4)
+            self._save_times = None
         return state, row
+
+    def _read_step(self, first: int) -> _StepData:
+        """What this rank needs for the step that begins at this position; called in another thread than the steps."""
+        batches = self._step_batches(first)
+        num_samples = sum(len(batch.visits) for batch in batches)
+        return _StepData(batches, num_samples, list(self._prepared(batches, num_samples)))
 
     def _step_batches(self, first: int) -> Sequence[MicroBatch]:
         """The micro-batches of the step that begins at this position; fewer than usual at the very end of the run."""
@@ -197,10 +265,19 @@ class Trainer:
             )
 
     def _reduced_totals(self) -> np.ndarray:
-        """Totals of the step over all ranks; only last stages contribute."""
-        totals = torch.from_numpy(self._recorder.totals()).to(self._processes.device)
-        dist.all_reduce(totals)
-        return totals.cpu().numpy()
+        """Totals of the step over all ranks; only last stages contribute.
+
+        With them, at no further cost, go what any rank was asked for and how far the checkpoint in flight is.
+        """
+        flags = [*self._control.flags(), *self._writer.flags()]
+        own = np.concatenate([self._recorder.totals(), np.array(flags, dtype=np.float64)])
+        everything = torch.from_numpy(own).to(self._processes.device)
+        dist.all_reduce(everything)
+        totals, counts = np.split(everything.cpu().numpy(), [-len(flags)])
+        requests, written = np.split(counts.astype(int), [-_NUM_WRITE_FLAGS])
+        self._control.hear(RequestFlags(*requests.tolist()))
+        self._writer.advance(WriteFlags(*written.tolist()))
+        return totals
 
     def _stop_non_finite(self, step: int, batches: Sequence[MicroBatch]) -> None:
         bad = sorted(
@@ -215,6 +292,7 @@ class Trainer:
         )
 
     def _what_is_left(self) -> str:
+        self._writer.finish()
         newest = latest_checkpoint(self._run_dir)
         return "there is no checkpoint yet" if newest is None else f"the last good checkpoint is {newest}"
 
@@ -255,6 +333,18 @@ class Trainer:
             self._warned |= modules
             announce(f"warning: {message}")
 
+    # ------------------------------------------------------------------ evaluation
+
+    def _evaluate_if_due(self, state: LoopState, before: LoopState) -> None:
+        """Before the checkpoint of the same step, so that whoever goes on from that finds the evaluation done."""
+        if self._evaluation is None:
+            return
+        completed = self._plan.epoch_of(state.micro_batches_seen)
+        ended = completed > self._plan.epoch_of(before.micro_batches_seen)
+        epoch = completed if ended else completed + 1
+        at_end = state.step == self.total_steps
+        self._evaluation.after_step(state.step, epoch, epoch_ended=ended, at_end=at_end)
+
     # ------------------------------------------------------------------ saving
 
     def _save_if_due(self, state: LoopState, before: LoopState) -> None:
@@ -274,15 +364,11 @@ class Trainer:
         due = (ended and every(config.checkpoint_every_n_epochs, number)) or every(
             config.checkpoint_every_n_steps, step
         )
-        if due or at_end or self._minutes_are_up():
-            save_checkpoint(self._run_dir, self._pipeline, state, config.keep_checkpoints)
-            self._last_checkpoint_time = time.monotonic()
-
-    def _minutes_are_up(self) -> bool:
-        minutes = self._config.checkpoint_every_n_minutes
-        if minutes is None:
-            return False
-        return bool(broadcast_object(time.monotonic() - self._last_checkpoint_time >= 60 * minutes))
+        if due or at_end or self._control.wants_checkpoint:
+            self._control.saving()
+            self._save_times = self._writer.save(state, then=self._control.saved)
+        if self._control.wants_stop and not at_end:
+            self.stopped_by = self._control.reason
 
     def _export(self, name: str, state: LoopState, epoch: int) -> None:
         metadata = {**self._metadata, "step": str(state.step), "epoch": str(epoch)}

@@ -101,7 +101,9 @@ class WanBatches:
     def prepare(
         self, batch: MicroBatch, weight: float, *, need_inputs: bool, need_labels: bool
     ) -> PreparedBatch:
-        """Read, noise and label one micro-batch; see `TrainableModel.prepare`."""
+        """Read, noise and label one micro-batch; see `TrainableModel.prepare`. A stage that needs neither reads nothing."""
+        if not (need_inputs or need_labels):
+            return PreparedBatch(None, None)
         noised = [self._noised(visit.sample_index, visit.visit) for visit in batch.visits]
         sigma_B = torch.tensor([sample.sigma for sample in noised], dtype=torch.float32)
         inputs = None
@@ -118,7 +120,13 @@ class WanBatches:
         if need_labels:
             targets_BCFHW = torch.stack([sample.target_CFHW for sample in noised])
             indices_B = torch.tensor([visit.sample_index for visit in batch.visits], dtype=torch.int64)
-            labels = (targets_BCFHW, sigma_B, torch.full_like(sigma_B, weight), indices_B)
+            labels = (
+                targets_BCFHW,
+                sigma_B,
+                torch.full_like(sigma_B, weight),
+                indices_B,
+                *self._masks(batch),
+            )
         return PreparedBatch(None if inputs is None else tuple(inputs), labels)
 
     def num_tokens(self, batch: MicroBatch) -> int:
@@ -132,16 +140,31 @@ class WanBatches:
         return f"{sample.path}{place}"
 
     def _noised(self, sample_index: int, visit: int) -> _NoisedSample:
-        identity = (self._samples[sample_index].sample_id, visit)
         item = self._cache.read_latents(sample_index)
         latents = item["latents"].float()
-        seed = self._config.seed
-        noise = torch.randn(latents.shape, generator=generator(seed, "noise", *identity))
-        sigma = self.sigma_law.sample(generator(seed, "sigma", *identity))
+        random, sigma = self._noise_of(self._samples[sample_index].sample_id, visit)
+        noise = torch.randn(latents.shape, generator=random)
         inputs = add_noise(latents, noise, sigma)
         if "cond" in item:
             inputs = torch.cat((inputs, item["cond"].float()))
         return _NoisedSample(inputs, velocity_target(latents, noise), sigma)
+
+    def _noise_of(self, sample_id: int, visit: int) -> tuple[torch.Generator, float]:
+        """What the noise of a visit is drawn from, and its level sigma."""
+        seed = self._config.seed
+        return generator(seed, "noise", sample_id, visit), self.sigma_law.sample(
+            generator(seed, "sigma", sample_id, visit)
+        )
+
+    def _masks(self, batch: MicroBatch) -> tuple[Tensor] | tuple[()]:
+        """How much each latent position counts, mask_BHW; nothing where no sample of the micro-batch has a mask."""
+        masks = [self._samples[visit.sample_index].mask for visit in batch.visits]
+        present = next((mask for mask in masks if mask is not None), None)
+        if present is None:
+            return ()
+        everything_HW = torch.ones(present.grid.height, present.grid.width)
+        rows = [everything_HW if mask is None else torch.from_numpy(mask.grid.weights_HW()) for mask in masks]
+        return (torch.stack(rows),)
 
     def _text(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Token ids (encoder_ft) or cached states (dit_lora) of the micro-batch, padded with zeros, and true lengths."""

@@ -5,11 +5,14 @@ encoders live only while the cache fills.
 """
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,14 +20,18 @@ from models.wan.arch import VariantInfo
 from models.wan.checkpoint import CheckpointPaths
 from models.wan.text_encoder import MAX_TEXT_TOKENS, TextEncoder, WanTokenizer
 from models.wan.vae import WanVae, load_vae
-from utils.config.schema import ModelConfig
+from utils.config.schema import ModelConfig, TrainConfig
 from utils.data.buckets import MediaRules
-from utils.data.cache import CacheStore, latent_key, text_key
-from utils.data.fill import Encode, FillItem, FillStats, fill_cache
+from utils.data.cache import CacheStore
+from utils.data.cache_keys import LATENTS, TEXT, latent_parts, make_key, text_parts
+from utils.data.decode import ClipJob, automatic_workers, decoded_clips
+from utils.data.fill import Encode, FillItem, FillStats, Load, fill_cache
 from utils.data.manifest import Manifest, SampleRecord
-from utils.data.media import load_clip
+from utils.data.media import scale_frames
 from utils.data.memo import HashMemo
+from utils.data.reasons import MadeOf, Want, caption_identity
 from utils.distributed import Processes
+from utils.errors import UserError
 
 OnProgress = Callable[[int, int], None]
 EMPTY_CAPTION = ""
@@ -43,17 +50,54 @@ class WeightHashes:
     tokenizer: str
 
 
+@dataclass(frozen=True)
+class LatentFilling:
+    """How latents are made, as far as it does not change what they are.
+
+    Attributes:
+        batch_size: clips of one bucket that go through the VAE together, at most.
+        decode_workers: processes that decode ahead; 0 decodes in this one.
+        check_content: hash each file that is decoded, and refuse one that is not what its key says.
+        skip_bad: list a clip that cannot be decoded in `FillStats.failures` and go on, instead of stopping.
+    """
+
+    batch_size: int = 1
+    decode_workers: int = 0
+    check_content: bool = False
+    skip_bad: bool = False
+
+
+DEFAULT_FILLING = LatentFilling()
+
+
 def hash_weights(paths: CheckpointPaths, memo: HashMemo) -> WeightHashes:
-    """Hash VAE, UMT5 and tokenizer files; unchanged files are looked up in `memo` instead of read."""
+    """Hash VAE, UMT5 and tokenizer files; unchanged files are looked up in `memo` instead of read.
+
+    Never by size alone, whatever `memo` trusts: two encoders of one architecture have the same size.
+    """
+    hashed = partial(memo.content_hash, compare_time=True)
     files = [paths.tokenizer_dir / name for name in _TOKENIZER_FILES]
-    tokenizer = "-".join(memo.content_hash(path) for path in files if path.exists())
-    return WeightHashes(memo.content_hash(paths.vae), memo.content_hash(paths.text_encoder), tokenizer)
+    tokenizer = "-".join(hashed(path) for path in files if path.exists())
+    return WeightHashes(hashed(paths.vae), hashed(paths.text_encoder), tokenizer)
+
+
+def build_filling(
+    config: TrainConfig, num_processes_here: int, *, check_content: bool, skip_bad: bool
+) -> LatentFilling:
+    """How the configuration wants latents to be made, on a machine with so many ranks."""
+    workers = config.decode_workers
+    if workers is None:
+        workers = automatic_workers(num_processes_here)
+    return LatentFilling(config.caching_batch_size, workers, check_content, skip_bad)
 
 
 def media_rules(variant: VariantInfo) -> MediaRules:
     """What clips must look like for this variant."""
     return MediaRules(
-        fps=variant.fps, pixel_multiple=variant.pixel_multiple, frame_quantum=variant.vae_stride[0]
+        fps=variant.fps,
+        pixel_multiple=variant.pixel_multiple,
+        frame_quantum=variant.vae_stride[0],
+        latent_stride=variant.vae_stride[1],
     )
 
 
@@ -76,12 +120,13 @@ class WanCache:
         self._rules = media_rules(variant)
         self._conditioned = variant.model_type == "i2v"
         settings = {"first_frame_condition": self._conditioned}
-        self._latent_keys = [
-            latent_key(sample, self._rules, hashes.vae, config.vae_dtype, settings)
+        self._latent_parts = [
+            latent_parts(sample, self._rules, hashes.vae, config.vae_dtype, settings)
             for sample in self._samples
         ]
-        self._text_keys = {
-            caption: text_key(
+        self._latent_keys = [make_key(LATENTS, parts) for parts in self._latent_parts]
+        self._text_parts = {
+            caption: text_parts(
                 caption,
                 hashes.text_encoder,
                 hashes.tokenizer,
@@ -90,11 +135,40 @@ class WanCache:
             )
             for caption in sorted({EMPTY_CAPTION, *all_captions(self._samples)})
         }
+        self._text_keys = {caption: make_key(TEXT, parts) for caption, parts in self._text_parts.items()}
 
     def keys(self) -> set[str]:
         """Keys of all items that training reads; of captions only where their states are cached."""
-        texts = self._text_keys.values() if self._config.cache_text_embeddings else ()
-        return {*self._latent_keys, *texts}
+        return {want.key for want in self.wants(LATENTS) + self.wants(TEXT)}
+
+    def wants(self, kind: str) -> list[Want]:
+        """All items of a kind that training reads, and what they are made of."""
+        if kind == LATENTS:
+            return [
+                Want(LATENTS, key, str(sample.sample_id), parts)
+                for key, sample, parts in zip(
+                    self._latent_keys, self._samples, self._latent_parts, strict=True
+                )
+            ]
+        if not self._config.cache_text_embeddings:
+            return []
+        samples_of: dict[str, list[str]] = {caption: [] for caption in self._text_keys}
+        for sample in self._samples:
+            for caption in sample.captions:
+                samples_of[caption].append(str(sample.sample_id))
+        return [
+            Want(TEXT, key, caption_identity(caption), self._text_parts[caption], tuple(samples_of[caption]))
+            for caption, key in self._text_keys.items()
+        ]
+
+    def reasons(self, kind: str, made_of: MadeOf, regenerate: bool) -> Counter[str]:
+        """Why how many items of a kind have to be made anew."""
+        wants = self.wants(kind)
+        missing = set(self._store.missing(want.key for want in wants))
+        reasons = made_of.reasons(wants, missing)
+        if regenerate:
+            reasons["asked for"] = len({want.key for want in wants} - missing)
+        return reasons
 
     def read_latents(self, sample_index: int) -> dict[str, Tensor]:
         """`latents` [C, F, H, W] float32, and for I2V `cond` [20, F, H, W]: mask and encoded first frame."""
@@ -105,9 +179,18 @@ class WanCache:
         return self._store.get(self._text_keys[caption])["states"]
 
     def fill_latents(
-        self, paths: CheckpointPaths, processes: Processes, regenerate: bool, on_progress: OnProgress
+        self,
+        paths: CheckpointPaths,
+        processes: Processes,
+        regenerate: bool,
+        on_progress: OnProgress,
+        how: LatentFilling = DEFAULT_FILLING,
     ) -> FillStats:
-        """Encode this rank's share of the latents: the missing ones, or all with `regenerate`."""
+        """Encode this rank's share of the latents: the missing ones, or all with `regenerate`.
+
+        Raises:
+            UserError: a clip cannot be decoded and `how` does not skip it, or the disk is full.
+        """
         items = [
             FillItem(
                 key=key,
@@ -122,7 +205,24 @@ class WanCache:
             for key, sample in zip(self._latent_keys, self._samples, strict=True)
         ]
         make = partial(self._latent_encoder, paths.vae, processes.device)
-        return self._fill(items, make, 1, processes, regenerate, on_progress)
+
+        def scaled(frames_FHWC: np.ndarray | UserError) -> Tensor | UserError:
+            if not isinstance(frames_FHWC, UserError):
+                return scale_frames(frames_FHWC)
+            if not how.skip_bad:
+                raise frames_FHWC
+            return frames_FHWC
+
+        @contextmanager
+        def load(samples: Sequence[SampleRecord]) -> Iterator[Iterator[Tensor | UserError]]:
+            jobs = [
+                ClipJob(sample, self._rules, sample.content_hash if how.check_content else None)
+                for sample in samples
+            ]
+            with decoded_clips(jobs, how.decode_workers) as frames:
+                yield map(scaled, frames)
+
+        return self._fill(items, make, how.batch_size, processes, regenerate, on_progress, load)
 
     def fill_text(
         self,
@@ -158,6 +258,7 @@ class WanCache:
         processes: Processes,
         regenerate: bool,
         on_progress: OnProgress,
+        load: Load | None = None,
     ) -> FillStats:
         # The encoder loads at the first item that is missing, so a warm cache loads nothing.
         encoder = cache(make_encoder)
@@ -167,6 +268,7 @@ class WanCache:
                 self._store,
                 items,
                 lambda batch: encoder()(batch),
+                load=load,
                 rank=processes.rank,
                 world_size=processes.world_size,
                 batch_size=batch_size,
@@ -183,15 +285,25 @@ class WanCache:
         vae = load_vae(vae_path, getattr(torch, self._config.vae_dtype), device)
 
         def encode(batch: Sequence[FillItem]) -> Iterator[dict[str, Tensor]]:
-            for item in batch:
-                sample: SampleRecord = item.payload
-                video_BCFHW = load_clip(sample, self._rules).unsqueeze(0)
-                encoded = {"latents": vae.encode(video_BCFHW)[0].float().cpu()}
+            video_BCFHW = _stacked([item.payload for item in batch])
+            try:
+                encoded = {"latents": vae.encode(video_BCFHW).float().cpu()}
                 if self._conditioned:
-                    encoded["cond"] = first_frame_condition(video_BCFHW, vae)[0].float().cpu()
-                yield encoded
+                    encoded["cond"] = first_frame_condition(video_BCFHW, vae).float().cpu()
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"the GPU has no memory left to encode {len(batch)} clip(s) of {list(video_BCFHW.shape[2:])} (frames, "
+                    "height, width); lower caching_batch_size, or the resolutions or frame_buckets of the dataset"
+                ) from error
+            for row in range(len(batch)):
+                yield {name: tensors[row] for name, tensors in encoded.items()}
 
         return encode
+
+
+def _stacked(videos_CFHW: Sequence[Tensor]) -> Tensor:
+    """Clips as a batch; one alone is not copied."""
+    return torch.stack(list(videos_CFHW)) if len(videos_CFHW) > 1 else videos_CFHW[0].unsqueeze(0)
 
 
 def all_captions(samples: Iterable[SampleRecord]) -> set[str]:

@@ -1,5 +1,6 @@
 """A dataset as a Wan 2.2 variant sees it: manifest, caption lengths, plan and noise levels. No weights are opened."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -7,12 +8,12 @@ from models.wan.arch import VariantInfo
 from models.wan.batches import build_sigma_law
 from models.wan.caching import all_captions, media_rules
 from models.wan.checkpoint import has_tokenizer, locate, read_variant
-from models.wan.setup import MEMO_FILE, data_fingerprint, without_images
+from models.wan.datasets import MEMO_FILE, data_fingerprint, without_images
 from models.wan.text_encoder import WanTokenizer
 from utils.config.schema import DatasetConfig, TrainConfig
 from utils.data.buckets import MediaRules, build_buckets
 from utils.data.inspect import RunLength, printable, run_length
-from utils.data.manifest import Manifest, build_manifest, default_cache_dir
+from utils.data.manifest import BAD_FILE_CODES, Manifest, build_manifest, default_cache_dir
 from utils.data.memo import HashMemo
 from utils.data.sampler import BatchPlan
 from utils.flow_matching import NUM_SIGMA_BINS, SigmaLaw
@@ -79,7 +80,7 @@ def inspect_dataset(config: TrainConfig, dataset: DatasetConfig) -> Inspection:
         plan = BatchPlan(manifest.samples, config.micro_batch_size_per_gpu, config.seed)
         length = run_length(config, plan)
         fingerprint = data_fingerprint(manifest)
-    tokens = _count_tokens(config, manifest)
+    tokens = count_tokens(config, all_captions(manifest.samples))
     return Inspection(
         variant=variant,
         rules=rules,
@@ -119,16 +120,18 @@ def _unused_lengths(dataset: DatasetConfig, rules: MediaRules, manifest: Manifes
 
 
 def _stops_at(dataset: DatasetConfig, manifest: Manifest) -> tuple[str, ...]:
-    codes = {"unreadable"} if dataset.on_bad_file == "error" else set()
-    codes |= {"no_caption"} if dataset.missing_caption == "error" else set()
+    codes = set(BAD_FILE_CODES) if dataset.on_bad_file == "error" else set()
+    if dataset.missing_caption == "error":
+        codes.add("no_caption")
     return tuple(
         printable(f"{entry.path}: {entry.reason}") for entry in manifest.skipped if entry.code in codes
     )
 
 
-def _count_tokens(config: TrainConfig, manifest: Manifest) -> dict[str, int] | None:
+def count_tokens(config: TrainConfig, captions: Iterable[str]) -> dict[str, int] | None:
+    """Tokens of each caption before it is cut, with the end token; None where the model has no tokenizer yet."""
     directory = locate(config.model)[0].tokenizer_dir
     if not has_tokenizer(directory):
         return None
     tokenizer = WanTokenizer(directory)
-    return {caption: tokenizer.count(caption) for caption in all_captions(manifest.samples)}
+    return {caption: tokenizer.count(caption) for caption in captions}

@@ -14,7 +14,7 @@ from models.wan.component_shapes import Umt5Sizes
 from models.wan.costs import num_adapter_weights, num_weights
 from utils.config.schema import ActivationCheckpointing, TrainConfig
 from utils.memory import LayerMemory
-from utils.optim import bytes_per_trained_weight, trainable_dtype
+from utils.optim import state_bytes_per_weight, trainable_dtype
 from utils.tensor_source import Shape
 
 _FLOAT32 = 4.0
@@ -209,8 +209,8 @@ def _bytes_of(dtype: str) -> int:
 def _trained(number: float, config: TrainConfig) -> LayerMemory:
     """Trained weights, their gradients (of the same size) and the optimizer's state."""
     own = float(trainable_dtype(config.optimizer).itemsize)
-    state = bytes_per_trained_weight(config.optimizer) - 2 * own
-    return LayerMemory(weights=number * own, gradients=number * own, state=number * state)
+    state = number * state_bytes_per_weight(config.optimizer)
+    return LayerMemory(weights=number * own, gradients=number * own, state=state)
 
 
 def _activations_of(memory: LayerMemory) -> dict[str, float]:

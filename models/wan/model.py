@@ -1,15 +1,17 @@
 """Wan 2.2 as the loop sees it: layers, micro-batches and exports of the configured mode."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.wan.arch import load_arch
 from models.wan.batches import WanBatches
 from models.wan.caching import WanCache
 from models.wan.checkpoint import CheckpointPaths, TensorSource, open_text_encoder, open_transformer
+from models.wan.evaluation import WanEvalBatches
 from models.wan.export import save_text_encoder
 from models.wan.layers import dit_layers, text_layers
 from utils.config.schema import TrainConfig
@@ -18,6 +20,7 @@ from utils.data.sampler import MicroBatch
 from utils.delta_budget import ModuleDelta, module_delta, weight_norm
 from utils.layers import LayerSpec, PreparedBatch
 from utils.lora import (
+    adapters_off,
     base_weight_name,
     load_initial_adapter,
     parameter_names,
@@ -61,6 +64,14 @@ class WanModel:
         assert self._batches is not None, "attach_data comes first"
         return self._batches
 
+    def eval_batches(
+        self, samples: Sequence[SampleRecord], cache: WanCache, quantiles: Sequence[float]
+    ) -> WanEvalBatches:
+        """The maker of micro-batches of a dataset that is evaluated."""
+        return WanEvalBatches(
+            self._config, self.arch.variant, samples, cache, self._paths.tokenizer_dir, quantiles
+        )
+
     def describe(self) -> list[str]:
         """What is trained, for people."""
         variant, law = self.arch.variant, self.batches.sigma_law
@@ -94,6 +105,10 @@ class WanModel:
     def describe_sample(self, sample_index: int) -> str:
         """See `TrainableModel`."""
         return self.batches.describe_sample(sample_index)
+
+    def adapters_off(self, stage: nn.Module) -> AbstractContextManager[None] | None:
+        """See `TrainableModel`."""
+        return None if self._config.adapter is None else adapters_off(stage)
 
     def deltas(self, parameters: Mapping[str, Tensor]) -> list[ModuleDelta]:
         """See `TrainableModel`."""

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from models.wan.checkpoint import TOKENIZER_FILES, locate
 from utils.config.load import load_config, load_dataset
 from utils.config.schema import TrainConfig
+from utils.errors import UserError
 from utils.probe_cli import probe_parser, run_probe
 from utils.report import Report, Verdict
 
@@ -41,7 +42,13 @@ HOW_TO_READ = """\
 - **steps** are those of one copy of the model; N data-parallel copies make N times as many micro-batches per step.
 - **noise levels**: the share of draws in each tenth, of the law as it is configured and without `min_t`, `max_t` and the
   expert's range. The boundary parts the high-noise expert (above) from the low-noise one.
-- **contact sheet**: an image, or a video's first, middle and last frame, after scaling, cropping and resampling in time."""
+- **contact sheet**: an image, or a video's first, middle and last frame, after scaling, cropping and resampling in time.
+  What a loss mask leaves out is grey with a tint of magenta, in squares of the latent grid."""
+PROMPTS_QUESTION = "How long are these prompts in tokens, and are any of them cut off?"
+HOW_TO_READ_PROMPTS = """\
+- **prompts.csv** has each prompt by its place in the file, never its text, with its tokens.
+- **caption_tokens**: lengths are in tokens with the end token. What lies behind the limit is not seen by the model."""
+NEXT_STEPS_PROMPTS = "- Shorten prompts that are cut off, or put what matters first."
 NEXT_STEPS: dict[Verdict, str] = {
     "pass": "- Look at the contact sheet: is what matters inside the crop and inside the clip?\n- Start with `--dry_run`.",
     "fail": (
@@ -62,14 +69,28 @@ def build_parser() -> argparse.ArgumentParser:
         TOOL, "What training makes of a dataset; opens no weights and writes only a report."
     )
     parser.add_argument("--config", metavar="TOML", type=Path, required=True, help="training config")
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--dataset", metavar="TOML", type=Path, help="dataset TOML, instead of the one that the config names"
+    )
+    source.add_argument(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help="count the tokens of these prompts alone (.txt, .json or .jsonl), without any dataset",
+    )
+    parser.add_argument(
+        "--decode_all",
+        action="store_true",
+        help="decode every clip, not only those of the contact sheet: finds damage behind a whole beginning",
     )
     return parser
 
 
 def probe(args: argparse.Namespace) -> Verdict:
     """Inspect, write the report, and return the verdict."""
+    if args.prompts is not None:
+        return probe_prompts(args)
     overrides = [] if args.dataset is None else [f"dataset={json.dumps(str(args.dataset))}"]
     config = load_config(args.config, overrides).train
     dataset = load_dataset(config.dataset, check_files=True)
@@ -77,26 +98,64 @@ def probe(args: argparse.Namespace) -> Verdict:
     # torch comes with these; a config that is not right is answered without it.
     from models.wan.inspect import inspect_dataset
     from utils.data.contact_sheet import draw_contact_sheet
-    from utils.data.inspect import bucket_rows, choose_samples
+    from utils.data.inspect import bucket_rows, choose_samples, undecodable
 
     found = inspect_dataset(config, dataset)
     samples = found.manifest.samples
     rows: list[BucketRow] = []
-    failures: tuple[str, ...] = ()
+    failures: dict[int, str] = {}
     if found.plan is not None and found.length is not None:
         rows = bucket_rows(samples, found.plan, found.length.epochs)
         sheet = draw_contact_sheet(choose_samples(samples, MAX_PICTURES), found.rules)
-        failures = sheet.failures
+        failures = undecodable(samples, found.rules) if args.decode_all else sheet.failures
         report.picture("contact_sheet", sheet.image, "Clips as the model sees them")
     add_inputs(report, args.config, config)
-    add_files(report, found)
+    add_files(report, found, failures)
     add_buckets(report, found, rows)
     add_captions(report, found)
     add_noise(report, config, found)
-    for problem in (*found.stops_at, *failures)[:_MAX_NAMED]:
+    for problem in (*found.stops_at, *failures.values())[:_MAX_NAMED]:
         report.note(f"training would stop at {problem}")
-    verdict, explanation = judge(found, rows, failures)
+    verdict, explanation = judge(found, rows, list(failures.values()))
     directory = report.write(verdict, explanation, HOW_TO_READ, NEXT_STEPS[verdict])
+    print(f"{verdict}: {explanation}\nreport: {directory}")
+    return verdict
+
+
+def probe_prompts(args: argparse.Namespace) -> Verdict:
+    """The same for a list of prompts without media: how long they are."""
+    from utils.data.prompts import read_prompts
+
+    config = load_config(args.config).train
+    prompts = read_prompts(args.prompts)
+    report = Report(TOOL, PROMPTS_QUESTION, args.reports_dir, args.run_tag)
+    from models.wan.inspect import count_tokens
+    from models.wan.text_encoder import MAX_TEXT_TOKENS
+
+    counts = count_tokens(config, {prompt.text for prompt in prompts})
+    if counts is None:
+        raise UserError(
+            f"{locate(config.model)[0].tokenizer_dir}: no tokenizer is there, and prompts are counted in tokens; "
+            "set model.tokenizer_path"
+        )
+    report.add_input("config", args.config)
+    report.add_input("prompts", args.prompts)
+    add_tokenizer(report, config)
+    lengths = [counts[prompt.text] for prompt in prompts]
+    too_long = sum(length > MAX_TEXT_TOKENS for length in lengths)
+    report.metric("num_prompts", len(prompts))
+    report.metric("num_prompts_over_limit", too_long, "prompts that are cut off")
+    add_lengths(report, lengths, len(counts))
+    rows = [
+        {"place": prompt.place, "tokens": length, "is_truncated": length > MAX_TEXT_TOKENS}
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    report.table("prompts", rows, "Per prompt, in the order of the file")
+    verdict: Verdict = "inconclusive" if too_long else "pass"
+    explanation = (
+        f"Prompts: {len(prompts)}, of which {too_long or 'none'} cut off at {MAX_TEXT_TOKENS} tokens."
+    )
+    directory = report.write(verdict, explanation, HOW_TO_READ_PROMPTS, NEXT_STEPS_PROMPTS)
     print(f"{verdict}: {explanation}\nreport: {directory}")
     return verdict
 
@@ -162,21 +221,27 @@ def add_inputs(report: Report, config_path: Path, config: TrainConfig) -> None:
     report.add_input("dataset", config.dataset)
     if paths.config_json.is_file():
         report.add_input("variant", paths.config_json)
+    add_tokenizer(report, config)
+
+
+def add_tokenizer(report: Report, config: TrainConfig) -> None:
+    """Name the files of the tokenizer that counts."""
+    paths, _ = locate(config.model)
     for name in TOKENIZER_FILES:
         if (paths.tokenizer_dir / name).is_file():
             report.add_input("tokenizer", paths.tokenizer_dir / name)
 
 
-def add_files(report: Report, found: "Inspection") -> None:
+def add_files(report: Report, found: "Inspection", failures: Mapping[int, str]) -> None:
     """What becomes of every file."""
     from models.wan.text_encoder import MAX_TEXT_TOKENS
-    from utils.data.inspect import file_rows, skip_rows, skipped_share
+    from utils.data.inspect import file_rows, printable, skip_rows, skipped_share
 
     manifest = found.manifest
     kept = {sample.path: sample for sample in manifest.samples}
     report.cap("max_skipped_share", MAX_SKIPPED_SHARE, "above it the report is inconclusive")
     report.metric(
-        "num_files", len(kept) + len(manifest.skipped), "everything in the directories but captions"
+        "num_files", len(kept) + len(manifest.skipped), "everything in the directories but captions and masks"
     )
     report.metric("num_skipped", len(manifest.skipped), "of these, left out")
     report.metric("skipped_share", skipped_share(manifest))
@@ -188,13 +253,20 @@ def add_files(report: Report, found: "Inspection") -> None:
     used = sum(sample.bucket.num_frames / found.rules.fps for sample in videos)
     report.metric("video_seconds", total, "length of all videos that are kept")
     report.metric("clip_seconds", used, "length of all clips that are made of them")
+    masked = [sample.mask.grid.masked_share for sample in manifest.samples if sample.mask is not None]
+    report.metric("num_masked_samples", len(masked), "samples with a loss mask; the others count whole")
+    if masked:
+        report.metric("mean_masked_share", sum(masked) / len(masked), "of their area, left out of the loss")
     report.metric("skipped_by_reason", dict(Counter(entry.code for entry in manifest.skipped)))
     report.metric("dataset_fingerprint", found.fingerprint, "the one that a run records of its dataset")
+    for warning in manifest.warnings[:_MAX_NAMED]:
+        report.note(printable(warning))
     if manifest.skipped:
         skips = [asdict(row) for row in skip_rows(manifest.skipped)]
         report.table("skips", skips, "Skipped files by reason")
     rows = [
-        asdict(row) for row in file_rows(manifest, found.rules.fps, found.caption_tokens, MAX_TEXT_TOKENS)
+        asdict(row)
+        for row in file_rows(manifest, found.rules.fps, found.caption_tokens, MAX_TEXT_TOKENS, failures)
     ]
     report.table("files", rows, "Per file, skipped ones first")
 
@@ -233,13 +305,7 @@ def add_buckets(report: Report, found: "Inspection", rows: "Sequence[BucketRow]"
 
 
 def add_captions(report: Report, found: "Inspection") -> None:
-    """Lengths of captions, one per sample."""
-    from matplotlib.ticker import MaxNLocator
-
-    from models.wan.text_encoder import MAX_TEXT_TOKENS
-    from utils.data.inspect import caption_histogram
-
-    report.cap("max_text_tokens", MAX_TEXT_TOKENS, "a longer caption is cut off")
+    """Lengths of captions; of a sample with several, all."""
     report.metric("num_captions_over_limit", num_truncated(found), "samples whose caption is cut off")
     if found.caption_tokens is None:
         report.note("no tokenizer was found, so captions were not counted; see model.tokenizer_path")
@@ -247,12 +313,23 @@ def add_captions(report: Report, found: "Inspection") -> None:
     if not found.manifest.samples:
         return
     lengths = [found.caption_tokens[one] for sample in found.manifest.samples for one in sample.captions]
-    report.metric("num_different_captions", len(found.caption_tokens))
+    add_lengths(report, lengths, len(found.caption_tokens))
+
+
+def add_lengths(report: Report, lengths: Sequence[int], num_different: int) -> None:
+    """The histogram of caption (or prompt) lengths, which is not empty."""
+    from matplotlib.ticker import MaxNLocator
+
+    from models.wan.text_encoder import MAX_TEXT_TOKENS
+    from utils.data.inspect import caption_histogram
+
+    report.cap("max_text_tokens", MAX_TEXT_TOKENS, "a longer caption is cut off")
+    report.metric("num_different_captions", num_different)
     report.metric("mean_caption_tokens", sum(lengths) / len(lengths))
     report.metric("max_caption_tokens", max(lengths))
     bins = caption_histogram(lengths, MAX_TEXT_TOKENS)
     report.table("caption_tokens", [asdict(row) for row in bins], "Captions by length in tokens")
-    axes = new_axes("tokens", "samples")
+    axes = new_axes("tokens", "captions")
     labels = [f"{row.low}-{row.high}" if row.high is not None else f"over {MAX_TEXT_TOKENS}" for row in bins]
     colours = ["tab:blue" if row.high is not None else "tab:red" for row in bins]
     axes.bar(labels, [row.count for row in bins], color=colours, width=0.9)

@@ -55,17 +55,18 @@ def test_verify_names_damage_and_removes_it_only_when_told(workspace, capsys):
     cache = str(workspace.cache)
     assert main(["verify", cache]) == 0
     assert "13 items checked, 0 damaged" in capsys.readouterr().out
-    damaged = CacheStore(workspace.cache).path(keys_in(workspace, "latents")[2])
-    data = bytearray(damaged.read_bytes())
-    data[-1] ^= 1
-    damaged.write_bytes(data)
+    damaged = keys_in(workspace, "latents")[2]
+    place = CacheStore(workspace.cache).place(damaged)
+    data = bytearray(place.shard.path.read_bytes())
+    data[place.entry.offset + place.entry.length - 1] ^= 1
+    place.shard.path.write_bytes(data)
     assert main(["verify", cache]) == 1
     said = capsys.readouterr().out
-    assert f"damaged: {damaged}: does not match its checksum" in said and "--remove" in said
-    assert damaged.exists()
+    assert f"damaged: {damaged} in {place}: does not match its checksum" in said and "--remove" in said
+    assert CacheStore(workspace.cache).has(damaged)
     assert main(["verify", cache, "--remove"]) == 1
     assert f"removed: {damaged}" in capsys.readouterr().out
-    assert not damaged.exists()
+    assert not CacheStore(workspace.cache).has(damaged)
     assert main(["verify", cache]) == 0
     assert len(all_keys(CacheStore(workspace.cache))) == 12
 
@@ -81,17 +82,39 @@ def test_prune_keeps_what_training_needs(workspace, capsys):
     assert (said.out + said.err).count(" 0 encoded now") == 2
 
 
+def test_prune_keeps_what_evaluation_needs(workspace, capsys):
+    """Both datasets in one cache: what only the evaluated one has stays; a cache that only it has can be pruned too."""
+    holdout, text = workspace.root / "holdout.toml", (workspace.root / "dataset.toml").read_text()
+    holdout.write_text(text)
+    alone = workspace.root / "alone"
+    alone.mkdir()
+    for path in workspace.media.glob("image_00.*"):
+        shutil.copy(path, alone)
+    (workspace.root / "dataset.toml").write_text(text.replace(str(workspace.media), str(alone)))
+    cache = str(workspace.cache)
+    config = write_config(workspace, "dit_lora", f"eval_datasets=['{holdout}']")
+    assert main(["prune", cache, "--config", config]) == 0
+    assert "13 needed, 0 not" in capsys.readouterr().out
+    assert main(["prune", cache, "--config", write_config(workspace, "dit_lora")]) == 0
+    assert "3 needed, 10 not" in capsys.readouterr().out
+    elsewhere = workspace.root / "dataset.toml"
+    elsewhere.write_text(elsewhere.read_text().replace(cache, str(workspace.root / "other")))
+    config = write_config(workspace, "dit_lora", f"eval_datasets=['{holdout}']")
+    assert main(["prune", cache, "--config", config]) == 0
+    assert "13 needed, 0 not" in capsys.readouterr().out
+
+
 def test_prune_deletes_only_with_yes(workspace, capsys):
     captions = sorted(workspace.media.glob("image_*.txt"))
     captions[0].write_text("a teal hexagon")
-    leftover = workspace.cache / "items" / "latents" / ".x.safetensors.y.tmp"
+    leftover = workspace.cache / "shards" / ".x.index.y.tmp"
     leftover.write_bytes(b"torn")
     os.utime(leftover, (time.time() - 7200,) * 2)
     before = all_keys(CacheStore(workspace.cache))
     command = ["prune", str(workspace.cache), "--config", write_config(workspace, "dit_lora")]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "12 needed, 1 not" in said and "1 leftover temporary files (4 B)" in said
+    assert "12 needed, 1 not" in said and "1 leftover files (4 B)" in said
     assert "nothing was deleted" in said
     assert all_keys(CacheStore(workspace.cache)) == before and leftover.exists()
     assert main([*command, "--yes"]) == 0

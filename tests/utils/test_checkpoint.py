@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,8 @@ from utils.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     read_state,
-    save_checkpoint,
 )
+from utils.checkpoint_writer import CheckpointWriter
 from utils.distributed import init_processes, shutdown
 from utils.errors import UserError
 
@@ -30,6 +30,7 @@ STATE = LoopState(
     train_seconds=1.5,
     micro_batches_seen=6,
     fingerprints={"the dataset": "0123"},
+    descriptions={"the dataset": "6 samples"},
 )
 
 
@@ -58,6 +59,12 @@ class Stage:
 
     def values(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.trainables.items()}
+
+
+def save_checkpoint(run_dir: Path, stage: Stage, state: LoopState, keep: int) -> None:
+    writer = CheckpointWriter(run_dir, stage, keep)
+    writer.save(state)
+    writer.finish()
 
 
 SHAPES = {"blocks.0.a": (3, 4), "blocks.1.a": (2,), "blocks.2.a": (5, 1)}
@@ -90,7 +97,8 @@ def saved(trained, tmp_path) -> Path:
 def test_a_checkpoint_holds_state_parameters_and_moments_by_name(saved, trained) -> None:
     assert {path.name for path in saved.iterdir()} == {"loop.json", "stage_0.json", "stage_0.safetensors"}
     document = json.loads((saved / "loop.json").read_text())
-    assert document.pop("format") == FORMAT and document.pop("num_stages") == 1
+    assert document.pop("format") == FORMAT == 2 and document.pop("num_stages") == 1
+    assert document.pop("files") == ["stage_0.safetensors", "stage_0.json"]
     assert LoopState(**document) == STATE
     stored = load_file(saved / "stage_0.safetensors")
     assert set(stored) == {
@@ -196,13 +204,43 @@ def test_a_truncated_stage_is_named(saved) -> None:
 
 def test_a_stage_of_several_that_is_missing_is_named(saved) -> None:
     document = json.loads((saved / "loop.json").read_text())
-    (saved / "loop.json").write_text(json.dumps(document | {"num_stages": 2}))
+    files = [f"stage_{stage}{suffix}" for stage in (0, 1) for suffix in (".safetensors", ".json")]
+    (saved / "loop.json").write_text(json.dumps(document | {"files": files}))
     refuse(saved, str(saved / "stage_1.safetensors"), "missing")
 
 
 def test_a_newer_format_is_not_guessed_at(saved) -> None:
     (saved / "loop.json").write_text(json.dumps({"format": FORMAT + 1, "something": "else"}))
-    refuse(saved, f"checkpoint format {FORMAT + 1}, this version reads format {FORMAT}")
+    refuse(saved, f"checkpoint format {FORMAT + 1}, this version reads formats 1 and {FORMAT}")
+
+
+def test_the_format_before_is_still_read(saved, trained) -> None:
+    """Format 1 had no list of files and no descriptions."""
+    document = json.loads((saved / "loop.json").read_text())
+    old = {key: value for key, value in document.items() if key not in ("files", "descriptions")}
+    (saved / "loop.json").write_text(json.dumps(old | {"format": 1}))
+    assert read_state(saved) == replace(STATE, descriptions={})
+    other = Stage(SHAPES, seed=9)
+    load_checkpoint(saved, other)
+    assert all(torch.equal(trained.values()[name], value) for name, value in other.values().items())
+    (saved / "stage_0.json").unlink()
+    refuse(saved, str(saved / "stage_0.json"), "missing")
+
+
+def test_a_checkpoint_of_deepspeeds_own_is_recognised_and_named(tmp_path) -> None:
+    theirs = tmp_path / "global_step7"
+    theirs.mkdir()
+    (theirs / "mp_rank_00_model_states.pt").write_bytes(b"x")
+    (tmp_path / LATEST).write_text("global_step7")
+    found = latest_checkpoint(tmp_path)
+    assert found == theirs
+    refuse(theirs, str(theirs), "DeepSpeed's own format", "adapter.init_from_existing")
+
+
+def test_files_elsewhere_are_not_read(saved) -> None:
+    document = json.loads((saved / "loop.json").read_text())
+    (saved / "loop.json").write_text(json.dumps(document | {"files": ["../stage_0.safetensors"]}))
+    refuse(saved, "loop.json", "damaged")
 
 
 def test_other_parameters_are_refused(saved) -> None:
@@ -216,7 +254,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_its_pointer(saved, trai
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("utils.checkpoint.save_file", full)
+    monkeypatch.setattr("utils.checkpoint_writer.save_file", full)
     with pytest.raises(UserError, match="global_step4: the disk is full"):
         save_checkpoint(saved.parent, trained, LoopState(4, 8, 2, 2.0), keep=2)
     assert {path.name for path in saved.parent.iterdir()} == {"global_step3", LATEST}

@@ -72,7 +72,8 @@ def test_after_an_error_of_its_own_a_process_does_not_wait_to_leave(monkeypatch:
     left: list[bool] = []
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "init_processes", lambda timeout_minutes: None)
+    alone = distributed.Processes(0, 0, 1, distributed.torch.device("cpu"))
+    monkeypatch.setattr(distributed, "init_processes", lambda timeout_minutes: alone)
     monkeypatch.setattr(distributed, "shutdown", lambda: left.append(True))
     shared = UserError("all know")
     shared.on_every_rank = True

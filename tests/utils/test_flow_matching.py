@@ -149,6 +149,35 @@ def test_loss_is_the_mean_square_of_each_sample_in_float32():
     assert losses_B.tolist() == [3.0, 1001.0**2 / 4]
 
 
+def test_a_masked_loss_is_the_mean_over_what_counts():
+    """By hand: one channel, two frames of 1 x 2 positions, whose errors are 1, 2 in frame 0 and 3, 4 in frame 1."""
+    velocity = torch.zeros(3, 1, 2, 1, 2, dtype=torch.bfloat16)
+    target = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(1, 1, 2, 1, 2).repeat(3, 1, 1, 1, 1)
+    mask_BHW = torch.tensor([[[1.0, 0.0]], [[0.25, 0.75]], [[0.0, 0.125]]])
+    losses_B = per_sample_loss(velocity, target, mask_BHW)
+    assert losses_B.dtype == torch.float32
+    # (1 + 9) / 2; (0.25 (1 + 9) + 0.75 (4 + 16)) / 2; (4 + 16) / 2, however little counts.
+    assert losses_B.tolist() == [5.0, 8.75, 10.0]
+
+
+def test_what_does_not_count_gets_no_gradient():
+    velocity = torch.zeros(1, 2, 1, 1, 2, requires_grad=True)
+    target = torch.ones(1, 2, 1, 1, 2)
+    per_sample_loss(velocity, target, torch.tensor([[[1.0, 0.0]]])).sum().backward()
+    assert velocity.grad[0, :, 0, 0].tolist() == [[-1.0, 0.0], [-1.0, 0.0]]
+
+
+def test_a_mask_of_ones_changes_no_bit():
+    draws = generator(0, "masked")
+    velocity, target = (torch.randn(4, 16, 3, 5, 7, generator=draws) for _ in range(2))
+    mask_BHW = torch.ones(4, 5, 7)
+    plain = per_sample_loss(velocity, target)
+    assert torch.equal(per_sample_loss(velocity, target, mask_BHW), plain)
+    mask_BHW[2, :, 3:] = 0.0
+    mixed = per_sample_loss(velocity, target, mask_BHW)
+    assert torch.equal(mixed[[0, 1, 3]], plain[[0, 1, 3]]) and mixed[2] != plain[2]
+
+
 def test_sigma_bins():
     sigmas = torch.tensor([0.0, 0.05, 0.1, 0.55, 0.999, 1.0])
     assert sigma_bin(sigmas).tolist() == [0, 0, 1, 5, NUM_SIGMA_BINS - 1, NUM_SIGMA_BINS - 1]

@@ -11,6 +11,7 @@ from utils.errors import UserError
 from utils.lora import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    adapters_off,
     add_lora,
     base_weight_name,
     load_initial_adapter,
@@ -223,3 +224,18 @@ def test_an_adapter_that_does_not_fit_is_refused(targets, values, message, tmp_p
     with pytest.raises(UserError, match=message) as raised:
         load_initial_adapter(tmp_path, targets, adapter_of(**values))
     assert str(tmp_path) in str(raised.value)
+
+
+def test_adapters_off_is_the_base_bit_for_bit_and_leaves_no_trace() -> None:
+    states = torch.randn(3, DIM, generator=torch.Generator().manual_seed(5))
+    base, block = Block(), adapted_block(dropout=0.5).train()
+    for name, parameter in block.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    wanting = {name: parameter.requires_grad for name, parameter in block.named_parameters()}
+    assert not torch.equal(block.eval()(states), base(states))
+    with pytest.raises(KeyError), adapters_off(nn.Sequential(block)):
+        assert torch.equal(block(states), base(states))
+        raise KeyError
+    assert {name: parameter.requires_grad for name, parameter in block.named_parameters()} == wanting
+    assert sum(wanting.values()) == 4 and not torch.equal(block(states), base(states))

@@ -7,11 +7,14 @@ from torch import nn
 from utils.config.schema import OptimizerConfig
 from utils.errors import UserError
 from utils.optim import (
+    _make_optimizer,
     build_optimizer,
+    bytes_per_trained_weight,
     group_counters,
     learning_rate,
     restore_group_counters,
     set_learning_rate,
+    state_bytes_per_weight,
     trainable_dtype,
 )
 
@@ -201,3 +204,34 @@ def test_the_rate_never_rises_again_and_stays_zero_beyond_the_end(schedule):
 def test_a_run_of_nothing_but_warm_up_has_finite_rates(schedule):
     assert learning_rate(5, 5, 1.0, schedule, 5) == pytest.approx(1.0)
     assert learning_rate(2, 3, 1.0, schedule, 10) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_copy_that_got_no_share_of_a_group_steps_all_the_same(kind):
+    """What a data-parallel copy does whose share of the state is empty in one group, or in all."""
+    config = config_of(type=kind)
+    parameters = parameters_for(config)
+    for held in ([parameters["matrix"]], []):
+        groups = [{"params": held, "weight_decay": 0.1}, {"params": [], "weight_decay": 0.0}]
+        optimizer = _make_optimizer(groups, config)
+        step(optimizer, parameters)
+        optimizer.step()
+        assert len(optimizer.state) == len(held)
+
+
+@pytest.mark.parametrize(
+    ("kind", "total", "shared"), [("adamw", 16, 8), ("adamw8bit", 10, 2), ("adamw_kahan", 10, 6)]
+)
+def test_bytes_of_a_trained_weight(kind, total, shared):
+    assert bytes_per_trained_weight(config_of(type=kind)) == total
+    assert state_bytes_per_weight(config_of(type=kind)) == shared
+    parameters = parameters_for(config_of(type=kind))
+    optimizer = build_optimizer(parameters, config_of(type=kind))
+    step(optimizer, parameters)
+    state = optimizer.state[parameters["matrix"]]
+    size = sum(
+        value.numel() * value.element_size()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.numel() >= parameters["matrix"].numel()
+    )
+    assert size == shared * parameters["matrix"].numel()

@@ -19,7 +19,22 @@ QUICK = [
     "lora_last_fp32",
     "lora_float8_bf16",
 ]
-REST = ["encoder_all_fp32", "encoder_all_bf16", "lora_all_fp32", "lora_middle_bf16", "lora_broad_fp32"]
+REST = [
+    "encoder_all_fp32",
+    "encoder_all_bf16",
+    "encoder_top1_fp32",
+    "lora_all_fp32",
+    "lora_first_bf16",
+    "lora_middle_fp32",
+    "lora_middle_bf16",
+    "lora_last_bf16",
+    "lora_ends_fp32",
+    "lora_ends_bf16",
+    "lora_broad_fp32",
+    "lora_unclipped_fp32",
+    "lora_kept_bf16",
+]
+CLIPPING = 0.01
 LAUNCH_LIMIT_SECONDS = 280
 
 
@@ -42,8 +57,12 @@ def launch(
 
 def assert_equal(
     plain: Path, piped: Path, case: str, *, stages: int, copies: int = 1, like: str = ""
-) -> None:
-    """`case` through the pipeline is plain training of `like`, by default of the same case."""
+) -> list[int]:
+    """`case` has the same bits as plain training of `like`, by default of the same case.
+
+    Returns the number of trained parameters of each stage.
+    """
+    trained = []
     expected = json.loads((plain / f"{like or case}.json").read_text())["rows"]
     parameters = load_file(plain / f"{like or case}.safetensors")
     found: dict[str, torch.Tensor] = {}
@@ -59,6 +78,14 @@ def assert_equal(
             # A stage below everything that trains holds what it is working on and nothing else.
             if stage == 0 and stages > 1 and "lora_last" in case:
                 assert document["held"]["most_buffers"] == 1
+            if copy == 0:
+                trained.append(document["held"]["trained"])
+            if stage == stages - 1:
+                evaluated = [row["evaluated"] for row in document["rows"] if "evaluated" in row]
+                assert evaluated == [
+                    row["evaluated"][copy::copies] for row in expected if "evaluated" in row
+                ], case
+                assert evaluated[0] and all(evaluated[0]), case
             share = load_file(stem.with_suffix(".safetensors"))
             assert all(name not in found or torch.equal(found[name], share[name]) for name in share)
             found |= share
@@ -68,6 +95,7 @@ def assert_equal(
     if copies == 1:
         last = json.loads((piped / f"{case}-stage{stages - 1}-dp0.json").read_text())["rows"]
         assert [row["totals"] for row in last] == [row["totals"] for row in expected], case
+    return trained
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +171,11 @@ def test_the_comparison_can_fail(plain: Path) -> None:
         tensor for name, tensor in load_file(plain / "lora_all_bf16.safetensors").items() if "lora_B" in name
     ]
     assert ups and all(tensor.abs().sum() > 0 for tensor in ups)
+    # The norms lie on the far side of the threshold, so clipping is a part of what is compared.
+    for case in QUICK:
+        assert all(
+            row["norm"] > CLIPPING for row in json.loads((plain / f"{case}.json").read_text())["rows"]
+        ), case
 
 
 @pytest.mark.long
@@ -157,5 +190,17 @@ def test_every_case(tiny_ti2v: Path, tmp_path: Path, processes: int, stages: int
     piped = launch(
         tiny_ti2v, tmp_path / "piped", cases, processes=processes, stages=stages, micro_batches=micro_batches
     )
-    for case in cases:
-        assert_equal(plain, piped, case, stages=stages, copies=copies)
+    trained = {case: assert_equal(plain, piped, case, stages=stages, copies=copies) for case in cases}
+    if stages >= 3:  # stages that train nothing at every place: at the start, in the middle, at the end
+        assert trained["lora_last_fp32"][0] == 0 and trained["lora_first_fp32"][-1] == 0
+        assert trained["encoder_top1_fp32"][-1] == 0 and trained["lora_middle_fp32"][1] > 0
+        assert trained["lora_ends_fp32"][0] > 0 and trained["lora_ends_fp32"][-1] > 0
+        assert 0 in trained["lora_ends_fp32"][1:-1]
+
+
+def test_the_long_set_has_every_case() -> None:
+    """Every trained part in both precisions, so that nothing is left out by an oversight."""
+    source = WORKER.read_text()
+    assert all(f'"{case}"' in source for case in QUICK + REST)
+    parts = ("encoder_all", "encoder_top1", "lora_all", "lora_first", "lora_middle", "lora_last", "lora_ends")
+    assert {f"{part}_{dtype}" for part in parts for dtype in ("fp32", "bf16")} <= set(QUICK + REST)

@@ -76,7 +76,7 @@ def test_swapped_blocks_count_two_slots_on_the_device_and_all_in_host_memory():
 
 
 def test_copies_that_share_the_optimizer_state_keep_less_of_it():
-    whole, shared = (make_plan([ADAPTED], config_of(1, 1), None, share) for share in (1.0, 0.25))
+    whole, shared = (make_plan([ADAPTED], config_of(1, 1, zero_stage=zero), None, 4) for zero in (0, 1))
     assert whole.stages[0].memory.optimizer == 30.0 and shared.stages[0].memory.optimizer == 15.0
 
 

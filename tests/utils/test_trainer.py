@@ -1,6 +1,7 @@
 """The loop trains any model that implements `TrainableModel`: here a small one that is not Wan."""
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils import run as runs
-from utils.checkpoint import complete_checkpoints, latest_checkpoint
+from utils.checkpoint import complete_checkpoints, latest_checkpoint, read_state
 from utils.config.schema import BudgetConfig, ModelConfig, OptimizerConfig, TrainConfig
 from utils.data.buckets import Bucket
 from utils.data.sampler import BatchPlan, MicroBatch
@@ -21,6 +22,8 @@ from utils.errors import TrainingStoppedError, UserError
 from utils.layers import LayerSpec, PipelineLayer, PreparedBatch
 from utils.metrics import read_metrics
 from utils.optim import trainable_dtype
+from utils.pipeline import Pipeline
+from utils.resume import Inputs
 from utils.rng import generator
 from utils.run_dir import RunDir
 
@@ -95,6 +98,9 @@ class ToyModel:
         save_file(dict(trained), path, metadata=dict(metadata))
         return [path]
 
+    def adapters_off(self, stage: nn.Module) -> None:
+        return None
+
     def deltas(self, parameters: Mapping[str, Tensor]) -> list[ModuleDelta]:
         return [ModuleDelta("blocks.0.x", 1, 1.0, self.delta, 1.0, self.delta, 1.0)] if self.delta else []
 
@@ -131,13 +137,18 @@ def train(
     processes: Processes,
     run: RunDir,
     num_samples: int = 7,
-    data: str = "toy",
 ) -> None:
     plan = BatchPlan(
         [ToySample(index) for index in range(num_samples)], config.micro_batch_size_per_gpu, config.seed
     )
     ready = runs.build(config, plan, model, processes, lambda text: None)
-    runs.run(ready, run, {"the data": data}, {"who": "toy"}, lambda text: None)
+    runs.run(ready, run, Inputs({"the data": "toy"}), {"who": "toy"}, lambda text: None)
+
+
+def continued(path: Path) -> RunDir:
+    checkpoint = latest_checkpoint(path)
+    assert checkpoint is not None
+    return RunDir(path, checkpoint, read_state(checkpoint))
 
 
 def test_a_toy_model_trains_saves_and_resumes(processes: Processes, tmp_path: Path) -> None:
@@ -147,7 +158,7 @@ def test_a_toy_model_trains_saves_and_resumes(processes: Processes, tmp_path: Pa
         path.mkdir()
     train(config, ToyModel(), processes, RunDir(whole))
     train(make_config(max_steps=3), ToyModel(), processes, RunDir(parts))
-    train(config, ToyModel(), processes, RunDir(parts, latest_checkpoint(parts), is_resumed=True))
+    train(config, ToyModel(), processes, continued(parts))
 
     rows = read_metrics(whole)
     # 7 samples in micro-batches of 2: 4 of them an epoch, 16 in all, 2 a step
@@ -176,7 +187,7 @@ def test_every_optimizer_resumes_exactly(processes: Processes, tmp_path: Path, k
         path.mkdir()
     train(config, model, processes, RunDir(whole))
     train(replace(config, max_steps=3), model, processes, RunDir(parts))
-    train(config, model, processes, RunDir(parts, latest_checkpoint(parts), is_resumed=True))
+    train(config, model, processes, continued(parts))
     final, resumed = (load_file(path / "epoch4" / "toy.safetensors") for path in (whole, parts))
     assert all(torch.equal(final[name], resumed[name]) for name in final)
     assert [row["loss"] for row in read_metrics(parts)] == [row["loss"] for row in read_metrics(whole)]
@@ -186,7 +197,7 @@ def test_more_epochs_after_a_short_last_step_skip_nothing(processes: Processes, 
     """5 micro-batches in windows of 2: the first run ends in a window of one, and the next begins right behind it."""
     config = make_config(epochs=1, checkpoint_every_n_steps=1)
     train(config, ToyModel(), processes, RunDir(tmp_path), num_samples=9)
-    longer = RunDir(tmp_path, latest_checkpoint(tmp_path), is_resumed=True)
+    longer = continued(tmp_path)
     train(replace(config, epochs=3), ToyModel(), processes, longer, num_samples=9)
     rows = read_metrics(tmp_path)
     assert rows[2]["samples_seen"] == 9 and rows[-1]["samples_seen"] == 27
@@ -198,12 +209,20 @@ def test_more_epochs_after_a_short_last_step_skip_nothing(processes: Processes, 
     ]
 
 
-def test_a_run_does_not_go_on_from_other_data(processes: Processes, tmp_path: Path) -> None:
-    config = make_config(max_steps=2)
-    train(config, ToyModel(), processes, RunDir(tmp_path))
-    resumed = RunDir(tmp_path, latest_checkpoint(tmp_path), is_resumed=True)
-    with pytest.raises(UserError, match="the content of the data has changed"):
-        train(replace(config, max_steps=4), ToyModel(), processes, resumed, data="another")
+def test_the_clock_and_the_steps_ask_for_checkpoints(processes: Processes, tmp_path: Path) -> None:
+    """7 samples, 2 epochs: 4 steps. Without either there is one at the end."""
+    cases = {
+        "minutes": ({"checkpoint_every_n_minutes": 1e-9}, [1, 2, 3, 4]),
+        "steps": ({"checkpoint_every_n_steps": 2}, [2, 4]),
+        "epochs": ({"checkpoint_every_n_epochs": 1}, [2, 4]),
+        "never": ({}, [4]),
+    }
+    for name, (values, steps) in cases.items():
+        (tmp_path / name).mkdir()
+        config = make_config(**({"checkpoint_every_n_epochs": 0, "keep_checkpoints": 9} | values))
+        train(config, ToyModel(), processes, RunDir(tmp_path / name))
+        found = [path.name for path in complete_checkpoints(tmp_path / name)]
+        assert found == [f"global_step{step}" for step in steps], name
 
 
 def test_a_short_last_step_weighs_samples_not_batches(processes: Processes, tmp_path: Path) -> None:
@@ -250,8 +269,65 @@ def test_the_budget_stops_or_warns(
     train(make_config(budget=stopping), ToyModel(delta=0.05), processes, RunDir(tmp_path / "stop"))
 
 
+class WatchedModel(ToyModel):
+    """Remembers which micro-batches were asked for; the `fails_at`-th cannot be read."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        super().__init__()
+        self.asked: list[MicroBatch] = []
+        self.changed = threading.Condition()
+        self.fails_at = fails_at
+
+    def prepare(
+        self, batch: MicroBatch, weight: float, *, need_inputs: bool, need_labels: bool
+    ) -> PreparedBatch:
+        with self.changed:
+            self.asked.append(batch)
+            self.changed.notify_all()
+        if len(self.asked) == self.fails_at:
+            raise UserError("item 5 is damaged")
+        return super().prepare(batch, weight, need_inputs=need_inputs, need_labels=need_labels)
+
+
+def reading_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("read ahead")]
+
+
+def test_the_next_step_is_read_while_this_one_runs_and_nothing_behind_the_last(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, steps, read_meanwhile = WatchedModel(), [], []
+    train_step = Pipeline.train_step
+
+    def watched(self: Pipeline, batches: Iterator[PreparedBatch]) -> None:
+        steps.append(len(steps) + 1)
+        wanted = min(len(steps) + 1, 4) * 2  # micro-batches of this step and of the next, where there is one
+        with model.changed:
+            assert model.changed.wait_for(lambda: len(model.asked) >= wanted, timeout=60)
+            read_meanwhile.append(len(model.asked))
+        train_step(self, batches)
+
+    monkeypatch.setattr(Pipeline, "train_step", watched)
+    train(make_config(max_steps=4), model, processes, RunDir(tmp_path))
+    assert read_meanwhile == [4, 6, 8, 8]
+    plan = BatchPlan([ToySample(index) for index in range(7)], 2, 0)
+    assert model.asked == list(plan.window(0, 8))
+    assert not reading_threads()
+    assert all(0 <= row["data_seconds"] <= row["step_seconds"] for row in read_metrics(tmp_path))
+
+
+def test_what_cannot_be_read_ahead_is_an_error_of_its_own_step(processes: Processes, tmp_path: Path) -> None:
+    """The fifth micro-batch belongs to step 3: it is read during step 2, which is done, written and saved."""
+    with pytest.raises(UserError, match="item 5 is damaged"):
+        train(make_config(checkpoint_every_n_steps=1), WatchedModel(fails_at=5), processes, RunDir(tmp_path))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert (tmp_path / "latest").read_text().strip() == "global_step2"
+    assert not reading_threads()
+
+
 def test_metrics_lines_are_plain_json(processes: Processes, tmp_path: Path) -> None:
     train(make_config(epochs=1), ToyModel(), processes, RunDir(tmp_path))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     wanted = {"step", "epoch", "loss", "loss_by_timestep", "lr", "grad_norm", "samples_seen", "step_seconds"}
+    wanted |= {"data_seconds"}
     assert all(wanted | {"tokens_per_second"} <= set(json.loads(line)) for line in lines)

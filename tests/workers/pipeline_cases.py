@@ -33,6 +33,8 @@ from utils.optim import build_optimizer
 from utils.trainer import LossRecorder
 
 NUM_STEPS = 3
+EVALUATE_AFTER_STEP = 1
+EVAL_STEP = 50  # names other micro-batches than those of training
 MICRO_BATCHES = 4
 # Frames, rows and columns of latents: images and clips of several shapes in one accumulation window.
 SHAPES = ((1, 4, 4), (3, 4, 6), (2, 6, 4), (1, 6, 6))
@@ -45,7 +47,7 @@ class Case:
     name: str
     model: dict[str, Any]
     adapter: dict[str, Any] | None = None
-    clipping: float = 0.05
+    clipping: float = 0.01
     recompute: ActivationCheckpointing = True
     swap: int = 0
     # The case whose plain training this one has to equal.
@@ -62,9 +64,13 @@ def lora(name: str, dtype: str = "float32", transformer_dtype: str | None = None
     return Case(name, {**model, "transformer_dtype": transformer_dtype}, {"rank": 4, **adapter})
 
 
+ENDS = str(Path(__file__).parents[1] / "assets" / "targets_at_both_ends.txt")
+# {encoder whole, encoder's top, LoRA in all blocks, in the first, in those of the middle, in the last, at both ends} x
+# {float32, bfloat16}, and what else there is to configure. Where a band ends, stages without trained parameters begin.
 CASES = [
     encoder("encoder_all_fp32", dtype="float32"),
     encoder("encoder_all_bf16", dtype="bfloat16"),
+    encoder("encoder_top1_fp32", dtype="float32", text_train_blocks=1),
     encoder("encoder_top1_bf16", dtype="bfloat16", text_train_blocks=1),
     encoder(
         "encoder_tokens_dropout_fp32", dtype="float32", train_token_embedding=True, text_encoder_dropout=0.1
@@ -72,10 +78,17 @@ CASES = [
     lora("lora_all_fp32"),
     lora("lora_all_bf16", "bfloat16"),
     lora("lora_first_fp32", train_blocks_range=(0, 0)),
+    lora("lora_first_bf16", "bfloat16", train_blocks_range=(0, 0)),
+    lora("lora_middle_fp32", train_blocks_range=(1, 2)),
     lora("lora_middle_bf16", "bfloat16", train_blocks_range=(1, 2)),
     lora("lora_last_fp32", train_blocks_range=(3, 3), dropout=0.1),
     # Two of the blocks visit the device in 8 bits.
     replace(lora("lora_float8_bf16", "bfloat16", transformer_dtype="float8"), swap=2),
+    lora("lora_last_bf16", "bfloat16", train_blocks_range=(3, 3), dropout=0.1),
+    lora("lora_ends_fp32", include_file=ENDS),
+    lora("lora_ends_bf16", "bfloat16", include_file=ENDS),
+    replace(lora("lora_unclipped_fp32"), clipping=0.0),
+    replace(lora("lora_kept_bf16", "bfloat16"), recompute=False),
     lora("lora_broad_fp32", include=("cross_attn.*", "ffn.*"), train_blocks_range=(2, 3)),
 ]
 
@@ -150,6 +163,8 @@ def make_batch(config: TrainConfig, step: int, index: int, num_micro_batches: in
     wire = TextWire(text, lens, latents, (1000 * sigma)[:, None], torch.tensor([step * 100 + index]))
     weight = torch.full((size,), 1.0 / size)
     labels = (torch.randn(latents.shape, generator=random), sigma, weight, torch.arange(size))
+    if (step + index) % 3 == 1:  # some micro-batches have loss masks, others do not
+        labels += (torch.rand(size, rows, columns, generator=random),)
     return PreparedBatch(tuple(wire), labels)
 
 
@@ -176,14 +191,43 @@ def run_plain(case: Case, tiny: Path, out: Path) -> None:
             (loss / case.micro_batches).backward()
         norms = [p.grad.float().norm().double() for _, p in sorted(trainables.items()) if p.grad is not None]
         norm = torch.stack(norms).square().sum().sqrt().item()
-        if norm > case.clipping:
+        if 0 < case.clipping < norm:
             for parameter in trainables.values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(case.clipping / (norm + 1e-6))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         rows.append({"norm": norm, "totals": recorder.totals().tolist()})
+        if step == EVALUATE_AFTER_STEP:
+            rows[-1]["evaluated"] = evaluate_plain(case, config, model)
     write(out / case.name, rows, trainables, {})
+
+
+def evaluate_plain(case: Case, config: TrainConfig, model: nn.Module) -> list[list[float]]:
+    """Losses of each micro-batch, without gradients and with dropout off."""
+    recorder = LossRecorder()
+    model.eval()
+    losses = []
+    with torch.no_grad():
+        for index in range(case.micro_batches):
+            batch = make_batch(config, EVAL_STEP, index, case.micro_batches)
+            recorder.clear()
+            recorder(model(batch.inputs), batch.labels)
+            losses.append(recorder.sample_losses())
+    model.train()
+    return losses
+
+
+def evaluate_pipeline(
+    case: Case, config: TrainConfig, pipeline: Any, recorder: LossRecorder
+) -> list[list[float]]:
+    """The same of this copy's share, in one pass; empty where no loss is computed."""
+    indices = range(pipeline.dp_rank, case.micro_batches, pipeline.dp_size)
+    batches = [make_batch(config, EVAL_STEP, index, case.micro_batches) for index in indices]
+    recorder.clear()
+    pipeline.forward_only(batches)
+    losses = iter(recorder.sample_losses())
+    return [[next(losses) for _ in batch.labels[1]] for batch in batches] if pipeline.is_last else []
 
 
 def run_pipeline(case: Case, tiny: Path, out: Path, num_stages: int, processes: Any) -> None:
@@ -198,7 +242,7 @@ def run_pipeline(case: Case, tiny: Path, out: Path, num_stages: int, processes: 
         specs,
         plan_stages(specs, config).bounds,
         recorder,
-        lambda trainables, tables: build_optimizer(trainables, config.optimizer, tables),
+        lambda trainables, tables, _: build_optimizer(trainables, config.optimizer, tables),
         micro_batch_size=1,
         gradient_accumulation_steps=case.micro_batches // dp_size,
         gradient_clipping=case.clipping,
@@ -223,7 +267,10 @@ def run_pipeline(case: Case, tiny: Path, out: Path, num_stages: int, processes: 
 
         pipeline.train_step(batches())
         rows.append({"norm": pipeline.gradient_norm, "totals": recorder.totals().tolist()})
+        if step == EVALUATE_AFTER_STEP:
+            rows[-1]["evaluated"] = evaluate_pipeline(case, config, pipeline, recorder)
     held = {
+        "trained": len(pipeline.trainables),
         "frozen_gradients": sum(
             p.grad is not None for p in pipeline.parameters.values() if not p.requires_grad
         ),

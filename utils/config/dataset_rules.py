@@ -1,6 +1,9 @@
 """Rules over a dataset TOML that need neither its files nor the model."""
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 from utils.config.rules import Rule
 from utils.config.schema import DatasetConfig, DirectoryConfig, Problem
@@ -8,7 +11,7 @@ from utils.data.clips import CLIP_MODES, MAX_UNIFORM_CLIPS, is_clip_mode
 
 FRAME_QUANTUM = 4  # Every Wan VAE packs frame 1 alone and then four at a time.
 
-_OVERRIDABLE = ("resolutions", "frame_buckets", "size_buckets")
+_OVERRIDABLE_LISTS = ("ar_buckets", "resolutions", "frame_buckets", "size_buckets")
 
 
 def check_directories(dataset: DatasetConfig) -> list[Problem]:
@@ -20,18 +23,28 @@ def check_directories(dataset: DatasetConfig) -> list[Problem]:
 
 def check_aspect_ratios(dataset: DatasetConfig) -> list[Problem]:
     """min_ar is at most max_ar."""
-    if dataset.min_ar <= dataset.max_ar:
-        return []
-    reason = f"is {dataset.min_ar:g}, above max_ar = {dataset.max_ar:g}"
-    return [Problem("min_ar", reason, "lower min_ar or raise max_ar; both are width / height")]
+    problems = []
+    for where, table in _tables(dataset):
+        low, high = (_effective(table, dataset, name) for name in ("min_ar", "max_ar"))
+        # A directory that says nothing of it is not told again what is wrong at the top level.
+        if low > high and (table is dataset or (table.min_ar, table.max_ar) != (None, None)):
+            is_max = table.min_ar is None
+            key = where("max_ar" if is_max else "min_ar")
+            reason = (
+                f"is {high:g}, below min_ar = {low:g}" if is_max else f"is {low:g}, above max_ar = {high:g}"
+            )
+            problems.append(Problem(key, reason, "lower min_ar or raise max_ar; both are width / height"))
+    return problems
 
 
 def check_lists(dataset: DatasetConfig) -> list[Problem]:
     """Lists of sizes, lengths and ratios are not empty."""
-    problems = [] if dataset.ar_buckets != () else [_empty("ar_buckets")]
-    for where, table in _tables(dataset):
-        problems += [_empty(where(name)) for name in _OVERRIDABLE if getattr(table, name) == ()]
-    return problems
+    return [
+        _empty(where(name))
+        for where, table in _tables(dataset)
+        for name in _OVERRIDABLE_LISTS
+        if getattr(table, name) == ()
+    ]
 
 
 def check_size_buckets(dataset: DatasetConfig) -> list[Problem]:
@@ -70,11 +83,36 @@ def check_clip_modes(dataset: DatasetConfig) -> list[Problem]:
     return problems
 
 
+def check_mask_paths(dataset: DatasetConfig) -> list[Problem]:
+    """Masks do not lie among the files that they are for: there each would be a sample too."""
+    media = {_absolute(directory.path) for directory in dataset.directory}
+    return [
+        Problem(
+            f"directory[{index}].mask_path",
+            f'"{directory.mask_path}" is the path of a [[directory]], so its masks would be samples',
+            "put the masks into a folder of their own, under the names of the files that they are for",
+        )
+        for index, directory in enumerate(dataset.directory)
+        if directory.mask_path is not None and _absolute(directory.mask_path) in media
+    ]
+
+
+def _absolute(path: str) -> str:
+    """Absolute and without `..`; nothing is looked up."""
+    return os.path.normpath(Path(path).absolute())
+
+
 def _tables(dataset: DatasetConfig) -> Iterator[tuple[Callable[[str], str], DatasetConfig | DirectoryConfig]]:
     """The top level and each directory, with what turns a key's name into its dotted key."""
     yield str, dataset
     for index, directory in enumerate(dataset.directory):
         yield f"directory[{index}].{{}}".format, directory
+
+
+def _effective(table: DatasetConfig | DirectoryConfig, dataset: DatasetConfig, name: str) -> Any:
+    """A key of a directory, or the top level's where the directory leaves it out."""
+    own = getattr(table, name)
+    return getattr(dataset, name) if own is None else own
 
 
 def _everywhere(*names: str) -> tuple[str, ...]:
@@ -88,9 +126,10 @@ def _empty(key: str) -> Problem:
 
 DATASET_RULES = (
     Rule(check_directories, ("directory",)),
-    Rule(check_aspect_ratios, ("min_ar", "max_ar")),
-    Rule(check_lists, ("ar_buckets", *_everywhere(*_OVERRIDABLE))),
+    Rule(check_aspect_ratios, _everywhere("min_ar", "max_ar")),
+    Rule(check_lists, _everywhere(*_OVERRIDABLE_LISTS)),
     Rule(check_size_buckets, _everywhere("size_buckets")),
     Rule(check_frame_counts, _everywhere("frame_buckets", "size_buckets")),
     Rule(check_clip_modes, _everywhere("video_clip_mode")),
+    Rule(check_mask_paths, ("directory[].mask_path", "directory[].path")),
 )

@@ -41,10 +41,12 @@ def check_adapter_paths(adapter: AdapterConfig) -> list[Problem]:
 
 
 def check_dataset_paths(dataset: DatasetConfig) -> list[Problem]:
-    """Every `[[directory]]` is a directory that can be listed, and `cache_dir` can be made."""
+    """Every `[[directory]]` and its `mask_path` can be listed, and `cache_dir` can be made."""
     problems = [] if dataset.cache_dir is None else _check_can_be_made("cache_dir", dataset.cache_dir)
     for index, directory in enumerate(dataset.directory):
         problems += _check_directory(f"directory[{index}].path", directory.path)
+        if directory.mask_path is not None:
+            problems += _check_directory(f"directory[{index}].mask_path", directory.mask_path, "the masks")
     return problems
 
 
@@ -84,14 +86,12 @@ def _check_keywords_file(key: str, path: str) -> list[Problem]:
     return []
 
 
-def _check_directory(key: str, path: str) -> list[Problem]:
+def _check_directory(key: str, path: str, content: str = "the images and videos") -> list[Problem]:
     missing = _check_exists(key, path)
     if missing:
         return missing
     if not Path(path).is_dir():
-        return [
-            Problem(key, f'"{path}" is not a directory', "name the folder that holds the images and videos")
-        ]
+        return [Problem(key, f'"{path}" is not a directory', f"name the folder that holds {content}")]
     if not os.access(path, os.R_OK | os.X_OK):
         return [Problem(key, f'"{path}" cannot be listed', "mend its rights")]
     return []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils.config.caption_rules import CAPTION_RULES
+from utils.config.eval_rules import EVAL_RULES
 from utils.config.introspect import keys_of
 from utils.config.rules import Rule
 from utils.config.schema import ModelConfig, Problem, TrainConfig
@@ -216,5 +217,6 @@ RULES = (
     Rule(check_betas, ("optimizer.betas",)),
     Rule(check_optimizer_precision, ("optimizer.type", "model.dtype")),
     Rule(check_warmup, ("warmup_steps", "max_steps")),
+    *EVAL_RULES,
     Rule(check_output_dir, ("output_dir",)),
 )

@@ -17,7 +17,10 @@ _PLURALS = {bool: "of true or false", int: "of integers", float: "of numbers", s
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a table. `kind` is its type without `| None`; `table` the record class of a (list of) table(s)."""
+    """One key of a table. `kind` is its type without `| None`; `table` the record class of a (list of) table(s).
+
+    `shorthand` is the key inside such a table that a plain string stands for.
+    """
 
     name: str
     kind: Any
@@ -27,6 +30,7 @@ class Key:
     bounds: Mapping[str, float]
     table: type | None
     is_array: bool
+    shorthand: str | None = None
 
     @property
     def is_required(self) -> bool:
@@ -121,6 +125,7 @@ def _read_key(field: "dataclasses.Field[Any]", hint: Any) -> Key:
         bounds=field.metadata["bounds"],
         table=inner if dataclasses.is_dataclass(inner) and isinstance(inner, type) else None,
         is_array=is_array,
+        shorthand=field.metadata["shorthand"],
     )
 
 

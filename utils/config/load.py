@@ -69,16 +69,27 @@ def load_config(
         raise ConfigError(path, [unreadable])
     overridden = apply_overrides(table, overrides)
     parsed = parse_table(TrainConfig, overridden.table, file=path, others={"the dataset TOML": DatasetConfig})
-    dataset = _load_named_dataset(parsed, path, check_files)
+    dataset = _load_named_dataset("dataset", parsed.draft.dataset, parsed, path, check_files)
+    evals = [
+        _load_named_dataset(f"eval_datasets[{index}].config", named.config, parsed, path, check_files)
+        for index, named in enumerate(parsed.draft.eval_datasets)
+    ]
     problems = [*overridden.problems, *parsed.problems, *run_rules(RULES, parsed.draft, parsed.invalid, path)]
-    problems += dataset.problems if dataset else ()
+    for found in filter(None, (dataset, *evals)):
+        # One dataset TOML may be named twice, as what is trained and as what is evaluated.
+        problems += [problem for problem in found.problems if problem not in problems]
     if check_files:
-        found = _check_files(parsed, {problem.key for problem in problems}, preflight)
-        problems += [replace(problem, file=problem.file or path) for problem in found]
+        in_files = _check_files(parsed, {problem.key for problem in problems}, preflight)
+        problems += [replace(problem, file=problem.file or path) for problem in in_files]
     if problems:
         raise ConfigError(path, [_name_flag(problem, overridden, path) for problem in problems])
     return LoadedConfig(
-        parsed.draft, dataset.value if dataset else None, path, parsed.draft.dataset, tuple(overrides)
+        parsed.draft,
+        dataset.value if dataset else None,
+        path,
+        parsed.draft.dataset,
+        tuple(overrides),
+        tuple(found.value for found in evals if found is not None and found.value is not None),
     )
 
 
@@ -110,18 +121,17 @@ def _read_toml(path: str) -> tuple[dict[str, Any], Problem | None]:
 
 
 def _load_named_dataset(
-    parsed: Parsed[TrainConfig], path: str, must_exist: bool
+    key: str, named: str, parsed: Parsed[TrainConfig], path: str, must_exist: bool
 ) -> Parsed[DatasetConfig] | None:
-    """The dataset TOML that the training TOML names; None where that key is unusable or the file may be missing."""
-    if "dataset" in parsed.invalid:
+    """The dataset TOML that a key of the training TOML names; None where that is unusable or the file may be missing."""
+    if key in parsed.invalid:
         return None
-    named = parsed.draft.dataset
     if can_be_seen(named):
         return _parse_dataset(named, must_exist)
     if not must_exist:
         return None
     fix = "mend the path; it is relative to the working directory"
-    return _unreadable_dataset(Problem("dataset", f'"{named}" does not exist', fix, path))
+    return _unreadable_dataset(Problem(key, f'"{named}" does not exist', fix, path))
 
 
 def _parse_dataset(path: str, check_files: bool) -> Parsed[DatasetConfig]:

@@ -97,6 +97,8 @@ class _Reader:
 
     def _read_table(self, key: Key, record: type, raw: Any, where: str) -> Any:
         if key.is_array:
+            if key.shorthand is not None and isinstance(raw, list):
+                raw = [{key.shorthand: item} if isinstance(item, str) else item for item in raw]
             if isinstance(raw, list) and all(isinstance(item, dict) for item in raw):
                 return tuple(self.read(record, item, f"{where}[{index}]") for index, item in enumerate(raw))
             self._report(

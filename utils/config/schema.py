@@ -7,6 +7,7 @@ those that users of DeepSpeed diffusion trainers already write.
 # ruff: noqa: RUF009 (`option` is a `dataclasses.field`)
 
 from dataclasses import MISSING, dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal
 
 DType = Literal["float32", "bfloat16"]
@@ -24,13 +25,20 @@ def option(
     le: float | None = None,
     lt: float | None = None,
     alias: str | None = None,
+    shorthand: str | None = None,
 ) -> Any:
     """Declare a config key: help text, default (none = required) and bounds (of each element, for lists).
 
-    Literal types give the choices. A string may be blank only where its default is.
+    Literal types give the choices. A string may be blank only where its default is. In a list of tables, a plain string
+    stands for a table with that string under the key `shorthand`.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    metadata = {"help": help, "alias": alias, "bounds": {k: v for k, v in bounds.items() if v is not None}}
+    metadata = {
+        "help": help,
+        "alias": alias,
+        "shorthand": shorthand,
+        "bounds": {k: v for k, v in bounds.items() if v is not None},
+    }
     if default is MISSING:
         return field(metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -186,6 +194,22 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalDatasetConfig:
+    """`[[eval_datasets]]`: a dataset whose loss is measured while training goes on; a plain path is short for it."""
+
+    name: str | None = option(
+        "Its name in files and messages (letters, digits, `_`, `-`, `.`). Not set: the name of its file.",
+        None,
+    )
+    config: str = option("Its dataset TOML. num_repeats is not read: every sample counts once.")
+
+    @property
+    def label(self) -> str:
+        """The name that it goes by."""
+        return PurePath(self.config).stem if self.name is None else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The top level of a training TOML."""
 
@@ -200,6 +224,9 @@ class TrainConfig:
         "Micro-batches per optimizer step and data-parallel rank.", 1, ge=1
     )
     pipeline_stages: int = option("Processes that one copy of the model is split over.", 1, ge=1)
+    zero_stage: int = option(
+        "1: data-parallel copies share the optimizer's state out among themselves. 0 is off.", 0, ge=0, le=1
+    )
     partition_method: Literal["cost", "uniform", "manual"] = option(
         "How layers are split over stages.", "cost"
     )
@@ -231,8 +258,41 @@ class TrainConfig:
     )
     checkpoint_every_n_steps: int | None = option("The same every N steps.", None, ge=1)
     checkpoint_every_n_minutes: float | None = option("The same every N minutes.", None, gt=0.0)
-    keep_checkpoints: int = option("How many checkpoints are kept.", 2, ge=2)
+    keep_checkpoints: int = option(
+        "How many checkpoints are kept; at least 2, so that one is there whatever happens to the other.",
+        2,
+        ge=2,
+    )
+    eval_datasets: tuple[EvalDatasetConfig, ...] = option(
+        "Datasets whose loss is measured while training goes on.", (), shorthand="config"
+    )
+    eval_before_first_step: bool = option("Evaluate before the first step too.", True)
+    eval_every_n_epochs: int = option(
+        "Evaluate every N epochs, and at the end of the run. 0 is off.", 1, ge=0
+    )
+    eval_every_n_steps: int | None = option("The same every N steps.", None, ge=1)
+    eval_quantiles: tuple[float, ...] = option(
+        "Noise levels of an evaluation, as quantiles of the law that training draws from.",
+        (0.1, 0.3, 0.5, 0.7, 0.9),
+        gt=0.0,
+        lt=1.0,
+    )
+    eval_micro_batch_size_per_gpu: int | None = option(
+        "Samples in one micro-batch of an evaluation. Not set: micro_batch_size_per_gpu.", None, ge=1
+    )
     seed: int = option("Everything random follows from it.", 0, ge=0)
+    caching_batch_size: int = option(
+        "Clips of one bucket that the VAE encodes together while caching. Above 1 the last bits of latents depend on it.",
+        1,
+        ge=1,
+    )
+    decode_workers: int | None = option(
+        "Processes per rank that decode clips ahead while caching; 0 decodes in the rank itself. Not set: by the "
+        "number of cores and ranks of the machine, at most 4.",
+        None,
+        ge=0,
+        le=256,
+    )
     timeout_minutes: float = option(
         "How long a process waits for a silent peer before it gives up.", 30.0, gt=0.0, le=100_000.0
     )
@@ -251,7 +311,16 @@ class DirectoryConfig:
         "How often each image or clip is seen per epoch; fractions work.", 1.0, gt=0.0, le=10_000.0
     )
     caption_prefix: str = option("Put before every caption.", "")
+    mask_path: str | None = option(
+        "Folder of loss masks: pictures with the stem of the file that they are for. White counts, black does not.",
+        None,
+    )
     resolutions: tuple[int, ...] | None = option("Overrides the top level.", None, ge=16, le=8192)
+    enable_ar_bucket: bool | None = option("Overrides the top level.", None)
+    min_ar: float | None = option("Overrides the top level, its ar_buckets too.", None, ge=0.05, le=20.0)
+    max_ar: float | None = option("Overrides the top level, its ar_buckets too.", None, ge=0.05, le=20.0)
+    num_ar_buckets: int | None = option("Overrides the top level, its ar_buckets too.", None, ge=1, le=100)
+    ar_buckets: tuple[float, ...] | None = option("Overrides the top level.", None, ge=0.05, le=20.0)
     frame_buckets: tuple[int, ...] | None = option("Overrides the top level.", None, ge=1, le=4001)
     size_buckets: tuple[tuple[int, ...], ...] | None = option("Overrides the top level.", None, ge=1, le=8192)
     video_clip_mode: str | None = option("Overrides the top level.", None)
@@ -298,7 +367,8 @@ class DatasetConfig:
 class LoadedConfig:
     """What `load_config` returns: both documents, checked together, and where they came from.
 
-    `dataset` is None only where the dataset TOML does not exist and files were not checked.
+    `dataset` is None only where the dataset TOML does not exist and files were not checked. `eval_datasets` are in the
+    order of the training TOML's, without those that do not exist.
     """
 
     train: TrainConfig
@@ -306,6 +376,7 @@ class LoadedConfig:
     path: str
     dataset_path: str
     overrides: tuple[str, ...] = ()
+    eval_datasets: tuple[DatasetConfig, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
+from typing import Any
 
 from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.errors import UserError
@@ -13,6 +15,7 @@ from utils.errors import UserError
 _ASPECT_TOLERANCE = 0.1
 # Buckets of one resolution differ in area only by rounding; the next resolution starts after a gap of this size (in log).
 _AREA_GAP = 0.2
+_RANGE_KEYS = ("min_ar", "max_ar", "num_ar_buckets")
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,13 @@ class MediaRules:
         fps: frames per second the model was made for.
         pixel_multiple: width and height are multiples of this many pixels.
         frame_quantum: clips have `frame_quantum * n + 1` frames.
+        latent_stride: a latent position stands for this many pixels in each direction.
     """
 
     fps: float
     pixel_multiple: int
     frame_quantum: int = 4
+    latent_stride: int = 8
 
 
 @dataclass(frozen=True, order=True)
@@ -76,8 +81,9 @@ def build_buckets(
     return tuple(sorted(buckets))
 
 
+@lru_cache(maxsize=4096)  # a folder of many files has few sizes
 def assign_bucket(
-    width: int, height: int, num_frames_available: int, buckets: Iterable[Bucket]
+    width: int, height: int, num_frames_available: int, buckets: tuple[Bucket, ...]
 ) -> Bucket | None:
     """The bucket for a medium of `width` x `height` px, or None if there is none.
 
@@ -134,7 +140,7 @@ def _effective_size_buckets(
     if size_buckets is None:
         return None
     owner = "its own" if directory.size_buckets is not None else "the top level's"
-    for key in ("resolutions", "frame_buckets"):
+    for key in ("resolutions", "frame_buckets", "enable_ar_bucket", *_RANGE_KEYS, "ar_buckets"):
         if getattr(directory, key) is not None:
             problems.append(
                 f"{key}: {owner} size_buckets decide instead, so it would do nothing -> remove one of them"
@@ -174,7 +180,7 @@ def _regular_buckets(
             )
     for num_frames in frame_buckets:
         _check_num_frames("frame_buckets", num_frames, rules, problems)
-    aspect_ratios = _aspect_ratios(dataset, problems)
+    aspect_ratios = _aspect_ratios(dataset, directory, problems)
     if problems:
         return set()
     return {
@@ -183,22 +189,37 @@ def _regular_buckets(
     }
 
 
-def _aspect_ratios(dataset: DatasetConfig, problems: list[str]) -> tuple[float, ...]:
+def _aspect_ratios(
+    dataset: DatasetConfig, directory: DirectoryConfig, problems: list[str]
+) -> tuple[float, ...]:
     """Width / height of each bucket shape: evenly spaced in log, so that 1:2 is as far from square as 2:1."""
-    if not dataset.enable_ar_bucket:
+    own = [key for key in (*_RANGE_KEYS, "ar_buckets") if getattr(directory, key) is not None]
+
+    def effective(key: str) -> Any:
+        value = getattr(directory, key)
+        return getattr(dataset, key) if value is None else value
+
+    if not effective("enable_ar_bucket"):
+        problems.extend(
+            f"{key}: enable_ar_bucket is false, so it would do nothing -> remove it" for key in own
+        )
         return (1.0,)
-    if dataset.ar_buckets is not None:
-        if not dataset.ar_buckets or min(dataset.ar_buckets) <= 0:
-            problems.append(f"ar_buckets: {list(dataset.ar_buckets)} -> give positive width / height ratios")
-        return dataset.ar_buckets
-    if not 0 < dataset.min_ar <= dataset.max_ar:
-        problems.append(f"min_ar: {dataset.min_ar} is not between 0 and max_ar = {dataset.max_ar}")
+    ratios = effective("ar_buckets") if directory.ar_buckets is not None or not own else None
+    if ratios is not None:
+        ignored = [key for key in own if key != "ar_buckets"]
+        problems.extend(f"{key}: its own ar_buckets decide instead -> remove one of them" for key in ignored)
+        if not ratios or min(ratios) <= 0:
+            problems.append(f"ar_buckets: {list(ratios)} -> give positive width / height ratios")
+        return tuple(ratios)
+    min_ar, max_ar, count = (effective(key) for key in _RANGE_KEYS)
+    if not 0 < min_ar <= max_ar:
+        problems.append(f"min_ar: {min_ar} is not between 0 and max_ar = {max_ar}")
         return ()
-    low, high = math.log(dataset.min_ar), math.log(dataset.max_ar)
-    if dataset.num_ar_buckets == 1:
+    low, high = math.log(min_ar), math.log(max_ar)
+    if count == 1:
         return (math.exp((low + high) / 2),)
-    step = (high - low) / (dataset.num_ar_buckets - 1)
-    return tuple(math.exp(low + index * step) for index in range(dataset.num_ar_buckets))
+    step = (high - low) / (count - 1)
+    return tuple(math.exp(low + index * step) for index in range(count))
 
 
 def _check_num_frames(key: str, num_frames: int, rules: MediaRules, problems: list[str]) -> None:

@@ -1,105 +1,49 @@
-"""The cache of encoded items, addressed by content: an item's key is a hash of everything that made it."""
+"""The cache of encoded items: one store of shards, filled and read by several processes, addressed by content."""
 
-import json
-import os
-import re
-from collections import defaultdict
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import safetensors.torch
 import torch
-import xxhash
-from safetensors import SafetensorError, safe_open
 
-from utils.data.buckets import MediaRules
-from utils.data.manifest import SampleRecord
-from utils.data.media import PREPROCESSING_VERSION
+from utils.data.cache_keys import split_key
+from utils.data.items import decode_metadata, decode_tensors, encode_item
+from utils.data.shards import Entry, Shard, ShardWriter, has_room, kind_of, shard_paths
 from utils.errors import UserError
-from utils.files import atomic_write_bytes, atomic_write_text, disk_errors_as_user_errors
+from utils.files import atomic_write_text, disk_errors_as_user_errors
 
-STORE_FORMAT = 1
-
-Setting = str | int | float | bool | None
-
-_KEY = re.compile(r"([a-z_]+)/([0-9a-f]{32})")
-_KIND = re.compile(r"[a-z_]+")
-_SUFFIX = ".safetensors"
-_CHECKSUM, _KEY_FIELD = "checksum", "key"
+STORE_FORMAT = 2
+SHARDS_FOLDER = "shards"
 
 
-def latent_key(
-    record: SampleRecord,
-    rules: MediaRules,
-    vae_hash: str,
-    vae_dtype: str,
-    settings: Mapping[str, Setting] | None = None,
-) -> str:
-    """Key of a sample's latents: file content, bucket, clip, preprocessing, weights and precision.
+class Place(NamedTuple):
+    """Where an item is."""
 
-    The caption, the file's name and `num_repeats` do not enter; frame rate and clip start only for videos.
+    shard: Shard
+    entry: Entry
 
-    Args:
-        record: the sample.
-        rules: of the model's variant.
-        vae_hash: fingerprint of the VAE's weights.
-        vae_dtype: precision it encodes in.
-        settings: anything else that changes the result.
-    """
-    is_video = record.kind == "video"
-    return _make_key(
-        "latents",
-        content=record.content_hash,
-        bucket=[record.bucket.width, record.bucket.height, record.bucket.num_frames],
-        fps=float(rules.fps) if is_video else None,
-        clip_start_seconds=record.clip_start_seconds if is_video else None,
-        preprocessing=PREPROCESSING_VERSION,
-        weights=vae_hash,
-        dtype=vae_dtype,
-        settings=dict(settings or {}),
-    )
+    def __str__(self) -> str:
+        return f"{self.shard.path} at byte {self.entry.offset}"
 
 
-def text_key(
-    caption: str,
-    encoder_hash: str,
-    tokenizer_hash: str,
-    dtype: str,
-    settings: Mapping[str, Setting] | None = None,
-) -> str:
-    """Key of a caption's embedding: the text, encoder and tokenizer weights, precision.
+@dataclass(frozen=True)
+class ItemFacts:
+    """An item without its tensors: key, bytes, when it was written (seconds since the epoch)."""
 
-    Args:
-        caption: as the sample has it.
-        encoder_hash: fingerprint of the encoder's weights.
-        tokenizer_hash: fingerprint of the tokenizer's files.
-        dtype: precision the encoder runs in.
-        settings: anything else that changes the result (attention implementation, longest length, ...).
-    """
-    return _make_key(
-        "text",
-        caption=caption,
-        weights=encoder_hash,
-        tokenizer=tokenizer_hash,
-        dtype=dtype,
-        settings=dict(settings or {}),
-    )
-
-
-def _make_key(kind: str, **parts: object) -> str:
-    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return f"{kind}/{xxhash.xxh3_128_hexdigest(canonical.encode())}"
-
-
-class _DamagedError(Exception):
-    """An item that is there is not whole; the message says in what way."""
+    key: str
+    num_bytes: int
+    written: float
 
 
 class CacheStore:
-    """Items of named tensors on disk, one safetensors file each: `items/<kind>/<2 hex>/<digest>.safetensors`.
+    """Items of named tensors in append-only shards (see `utils.data.shards`), found by key.
 
-    An item is written under another name and renamed, so that it is there whole or not at all, and several
-    processes may fill one store. A checksum inside is compared when a process first reads the item.
+    An item is there whole or not at all, and several processes may fill one store, each in shards of its own. A
+    checksum is compared when a process first reads an item. What other processes add is seen as soon as something
+    is asked for that this process does not know.
     """
 
     def __init__(self, root: Path) -> None:
@@ -109,138 +53,250 @@ class CacheStore:
         directory is missing, where this would make it.
 
         Raises:
-            UserError: it was made by a newer version, or cannot be written.
+            UserError: another version made it, or it cannot be written.
         """
         self.root = root
+        self._folder = root / SHARDS_FOLDER
+        self._lock = threading.RLock()
+        self._shards: dict[Path, Shard] = {}
+        self._items: dict[str, Place] = {}
+        self._removed_ns: dict[str, int] = {}
         self._verified: set[str] = set()
+        self._writers: dict[str, ShardWriter] = {}
         self._open_format()
+        self.refresh()
 
-    def path(self, key: str) -> Path:
-        """Where the item is, or would be.
+    def __len__(self) -> int:
+        return len(self._items)
 
-        Raises:
-            ValueError: `key` is not of the form `<kind>/<32 hex digits>`.
-        """
-        return self.root / "items" / "/".join(_place(key))
+    def refresh(self) -> None:
+        """See what other processes have written, removed or compacted since the store was opened."""
+        with self._lock:
+            while not self._read_shards():
+                # One is gone: its items are in another one now, or an older frame of theirs counts again.
+                self._shards, self._items, self._removed_ns = {}, {}, {}
 
     def has(self, key: str) -> bool:
         """Whether the item is there (see `verify` for whether it is whole)."""
-        return self.path(key).is_file()
+        return self._find(key) is not None
+
+    def place(self, key: str) -> Place | None:
+        """Where the item is; None where it is not there."""
+        return self._find(key)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of `keys` that are not there, in order, each once. Lists folders instead of asking for each file."""
-        wanted_by_folder: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-        order = dict.fromkeys(keys)
-        for key in order:
-            kind, prefix, name = _place(key)
-            wanted_by_folder[kind, prefix][name] = key
-        for (kind, prefix), wanted in wanted_by_folder.items():
-            for name in _file_names(self.root / "items" / kind / prefix):
-                order.pop(wanted.get(name, ""), None)
-        return list(order)
+        """Those of `keys` that are not there, in order, each once."""
+        self.refresh()
+        return [key for key in dict.fromkeys(keys) if key not in self._items]
 
     def put(
         self, key: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
     ) -> None:
-        """Write an item, in place of an earlier one of the same key.
+        """Write an item; an earlier one of the same key is not found any more.
 
         Args:
-            key: from `latent_key` or `text_key`.
+            key: from `cache_keys`.
             tensors: on any device, of any strides.
-            metadata: text kept in the file's header for people and tools.
+            metadata: text kept with the item for people and tools.
 
         Raises:
             UserError: the disk is full or the store cannot be written.
         """
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        own = {_CHECKSUM: _checksum(plain), _KEY_FIELD: key}
-        # Serialised here and written by Python: safetensors' own writer hides "disk full" in a message of its own.
-        atomic_write_bytes(self.path(key), safetensors.torch.save(plain, {**(metadata or {}), **own}))
-        self._verified.add(key)
+        self._append(key, encode_item(tensors, metadata or {}), is_tombstone=False)
 
     def get(self, key: str) -> dict[str, torch.Tensor]:
-        """The item's tensors, mapped from the file. Do not write to them.
+        """The item's tensors, mapped from the shard. Do not write to them.
 
         Raises:
             UserError: it is not there, or is damaged (then it is removed).
         """
-        path = self.path(key)
-        tensors = self._read(key)
-        if tensors is None:
+        found = self._read(key)
+        if found is None:
             raise UserError(
-                f"{path}: this item of the cache is missing or was damaged and has been removed; "
+                f"{self.root}: the item {key} of this cache is missing or was damaged and has been removed; "
                 "run with --cache_only to make it anew"
             )
-        return tensors
+        return found
 
     def metadata(self, key: str) -> dict[str, str]:
-        """The text that `put` was given with an item that is there."""
-        with safe_open(self.path(key), framework="pt") as file:
-            metadata = file.metadata() or {}
-        return {name: value for name, value in metadata.items() if name not in (_CHECKSUM, _KEY_FIELD)}
+        """The text that `put` was given with an item that is there.
+
+        Raises:
+            KeyError: it is not there.
+            ValueError: it is damaged.
+        """
+        place = self._find(key)
+        if place is None:
+            raise KeyError(key)
+        return decode_metadata(self._payload(key, place))
 
     def verify(self, key: str) -> bool:
         """Read the item and compare its checksum. False: it is not there, or was damaged and has been removed."""
         self._verified.discard(key)
         return self._read(key) is not None
 
-    def remove(self, key: str) -> None:
-        """Delete the item, if it is there."""
-        self.path(key).unlink(missing_ok=True)
-        self._verified.discard(key)
-
     def damage(self, key: str) -> str | None:
         """Read the item, compare its checksum and say what is wrong with it; None where it is whole or not there.
 
         Unlike `verify` it leaves a damaged item where it is.
         """
-        self._verified.discard(key)
+        place = self._find(key)
+        if place is None:
+            return None
         try:
-            self._load(key)
-        except _DamagedError as error:
+            if not place.shard.is_whole(place.entry):
+                return "does not match its checksum"
+            decode_tensors(place.shard.payload(place.entry))
+        except FileNotFoundError:
+            return None  # compacted meanwhile by another process
+        except ValueError as error:
             return str(error)
         return None
 
+    def remove(self, key: str) -> None:
+        """Mark the item as removed, if it is there. `utils.data.compaction` gives its bytes back."""
+        if self._find(key) is not None:
+            self._append(key, b"", is_tombstone=True)
+
     def kinds(self) -> list[str]:
-        """The kinds of items that the store has folders for."""
-        return sorted(name for name in _file_names(self.root / "items") if _KIND.fullmatch(name))
+        """The kinds of items that are there."""
+        self.refresh()
+        return sorted({split_key(key)[0] for key in self._items})
+
+    def items(self, kind: str) -> Iterator[ItemFacts]:
+        """All items of a kind, in the order of their digests, by the index alone."""
+        self.refresh()
+        for key in sorted(key for key in self._items if key.startswith(f"{kind}/")):
+            entry = self._items[key].entry
+            yield ItemFacts(key, entry.length, entry.written_ns / 1e9)
 
     def keys(self, kind: str) -> Iterator[str]:
-        """Keys of all items of a kind, in the order of their digests; other files are passed over."""
-        folder = self.root / "items" / kind
-        for prefix in sorted(_file_names(folder)):
-            for name in sorted(_file_names(folder / prefix)):
-                key = f"{kind}/{name.removesuffix(_SUFFIX)}"
-                if _KEY.fullmatch(key) and _place(key) == (kind, prefix, name):
-                    yield key
+        """Keys of all items of a kind, in the order of their digests."""
+        return (item.key for item in self.items(kind))
+
+    def flush(self) -> None:
+        """Make all that this process has written durable, and let other processes append to its shards."""
+        with self._lock, disk_errors_as_user_errors(self.root):
+            while self._writers:
+                self._writers.popitem()[1].close()
+
+    # ------------------------------------------------------------------ finding
+
+    def _find(self, key: str) -> Place | None:
+        place = self._items.get(key)
+        if place is None:
+            split_key(key)
+            self.refresh()
+            place = self._items.get(key)
+        return place
+
+    def _read_shards(self) -> bool:
+        """Learn what is new in every shard; False where one that was known, or has just been listed, is gone."""
+        present = list(shard_paths(self._folder))
+        if not self._shards.keys() <= set(present):
+            return False
+        for path in present:
+            try:
+                self._read_new(self._shards.setdefault(path, Shard(path)))
+            except FileNotFoundError:
+                return False
+        return True
+
+    def _read_new(self, shard: Shard) -> None:
+        kind = kind_of(shard.path)
+        try:
+            entries = shard.refresh()
+        except PermissionError as error:
+            raise UserError(f"{shard.path}: not readable ({error.strerror}); mend its rights") from error
+        for entry in entries:
+            self._learn(f"{kind}/{entry.digest.hex()}", Place(shard, entry))
+
+    def _learn(self, key: str, place: Place) -> None:
+        """Of several frames with one key the newest counts, in whatever order they are met."""
+        written = place.entry.written_ns
+        known = self._items.get(key)
+        newest = max(self._removed_ns.get(key, -1), -1 if known is None else known.entry.written_ns)
+        if written <= newest:
+            return
+        self._verified.discard(key)
+        if place.entry.is_tombstone:
+            self._removed_ns[key] = written
+            self._items.pop(key, None)
+        else:
+            self._items[key] = place
+
+    # ------------------------------------------------------------------ reading and writing
 
     def _read(self, key: str) -> dict[str, torch.Tensor] | None:
+        """The tensors; None where the item is not there, or was damaged and has been removed."""
+        place = self._find(key)
+        if place is None:
+            return None
         try:
-            return self._load(key)
-        except _DamagedError:
+            if key not in self._verified and not self._is_whole(key, place):
+                raise ValueError("does not match its checksum")
+            tensors = decode_tensors(self._payload(key, place))
+        except ValueError:
             self.remove(key)
             return None
-
-    def _load(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The tensors, None where the item is not there; raises _DamagedError."""
-        path = self.path(key)
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise UserError(f"{path}: not readable ({error.strerror or error}); mend its rights") from error
-        except SafetensorError as error:
-            raise _DamagedError("is not a whole safetensors file") from error
-        if key not in self._verified:
-            if metadata.get(_KEY_FIELD) != key:
-                raise _DamagedError("holds another item than its name says")
-            if metadata.get(_CHECKSUM) != _checksum(tensors):
-                raise _DamagedError("does not match its checksum")
-            self._verified.add(key)
+        self._verified.add(key)
         return tensors
+
+    def _is_whole(self, key: str, place: Place) -> bool:
+        try:
+            return place.shard.is_whole(place.entry)
+        except FileNotFoundError:
+            moved = self._moved(key)
+            return moved is not None and moved.shard.is_whole(moved.entry)
+
+    def _payload(self, key: str, place: Place) -> memoryview:
+        try:
+            return place.shard.payload(place.entry)
+        except FileNotFoundError:
+            moved = self._moved(key)
+            if moved is None:
+                raise ValueError("was removed by another process") from None
+            return moved.shard.payload(moved.entry)
+
+    def _moved(self, key: str) -> Place | None:
+        """Where the item is after another process has compacted the shard that it was in."""
+        self.refresh()
+        return self._items.get(key)
+
+    def _append(self, key: str, payload: bytes, *, is_tombstone: bool) -> None:
+        kind, digest = split_key(key)
+        with self._lock, disk_errors_as_user_errors(self._folder):
+            known = self._items.get(key)
+            # Later than what it replaces, also where that was written by a machine whose clock is ahead.
+            after = 0 if known is None else known.entry.written_ns + 1
+            writer = self._writer(kind, len(payload))
+            written_ns = max(time.time_ns(), after, self._removed_ns.get(key, -1) + 1)
+            entry = writer.append(digest, payload, is_tombstone=is_tombstone, written_ns=written_ns)
+            shard = self._shards.setdefault(writer.path, Shard(writer.path))
+            self._read_new(shard)
+            assert is_tombstone or self._items[key].entry == entry, "just written"
+            if not is_tombstone:
+                self._verified.add(key)
+
+    def _writer(self, kind: str, length: int) -> ShardWriter:
+        """This process's open shard of a kind, with room for an item of this length."""
+        writer = self._writers.get(kind)
+        if writer is not None and has_room(writer.num_bytes, length):
+            return writer
+        if writer is not None:
+            writer.close()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._writers[kind] = self._adopt(kind, length) or ShardWriter.create(self._folder, kind)
+        return self._writers[kind]
+
+    def _adopt(self, kind: str, length: int) -> ShardWriter | None:
+        """A shard with room that a process has left, so that many small fills do not make many small shards."""
+        for path in shard_paths(self._folder):
+            if kind_of(path) == kind and path.exists() and has_room(path.stat().st_size, length):
+                writer = ShardWriter.adopt(path)
+                if writer is not None:
+                    return writer
+        return None
 
     def _open_format(self) -> None:
         path = self.root / "FORMAT"
@@ -256,34 +312,13 @@ class CacheStore:
                 atomic_write_text(path, f"{STORE_FORMAT}\n")
                 return
         if text != str(STORE_FORMAT):
+            is_older = text.isdigit() and int(text) < STORE_FORMAT
+            remedy = (
+                f"delete {self.root}, then what is needed is encoded anew"
+                if is_older
+                else "use the version that made it"
+            )
             raise UserError(
                 f"{path}: this cache has format {text[:20]!r}, and this version reads format {STORE_FORMAT}; "
-                "use the version that made it, or name another cache_dir in the dataset"
+                f"{remedy}, or name another cache_dir in the dataset"
             )
-
-
-def _place(key: str) -> tuple[str, str, str]:
-    """Folder of the kind, folder of the first two digits, and file name of an item."""
-    match = _KEY.fullmatch(key)
-    if match is None:
-        raise ValueError(f"{key!r} is not a cache key")
-    kind, digest = match.groups()
-    return kind, digest[:2], digest + _SUFFIX
-
-
-def _file_names(folder: Path) -> list[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return [entry.name for entry in entries]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """xxh3-128 over names, types, shapes and bytes."""
-    digest = xxhash.xxh3_128()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -5,13 +5,12 @@ Other processes may fill the cache meanwhile: items that come or go while it is 
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from utils.data.cache import CacheStore
+from utils.data.cache import SHARDS_FOLDER, CacheStore
+from utils.data.shards import INDEX_SUFFIX, SHARD_SUFFIX
 from utils.errors import UserError
 from utils.files import TEMPORARY_SUFFIX, disk_errors_as_user_errors
 
@@ -26,7 +25,7 @@ class KindStats:
     Attributes:
         kind: latents, text.
         num_items: how many there are.
-        num_bytes: what their files hold.
+        num_bytes: what they hold.
         oldest, newest: seconds since the epoch at which the first and last one was written.
         made_by: per name of the metadata how many items have each value.
         num_unreadable: items whose header cannot be read.
@@ -42,7 +41,15 @@ class KindStats:
 
 
 @dataclass(frozen=True)
-class Unneeded:
+class UnneededItems:
+    """Items that may go, and their size."""
+
+    keys: tuple[str, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Leftovers:
     """Files that may go, and their size."""
 
     paths: tuple[Path, ...]
@@ -65,34 +72,30 @@ def open_existing(root: Path) -> CacheStore:
 
 
 def measure(store: CacheStore) -> list[KindStats]:
-    """Count the items of each kind, by their files and headers."""
-    return [stats for kind in store.kinds() if (stats := _measure_kind(store, kind)).num_items]
+    """Count the items of each kind, by the index and the items' headers."""
+    return [_measure_kind(store, kind) for kind in store.kinds()]
 
 
 def _measure_kind(store: CacheStore, kind: str) -> KindStats:
-    sizes: list[int] = []
-    times: list[float] = []
+    items = list(store.items(kind))
     made_by: defaultdict[str, Counter[str]] = defaultdict(Counter)
     num_unreadable = 0
-    for key in store.keys(kind):
+    for item in items:
         try:
-            status = store.path(key).stat()
-            metadata = store.metadata(key)
-        except FileNotFoundError:
-            continue
-        except (SafetensorError, OSError):
-            metadata = {}
+            metadata = store.metadata(item.key)
+        except KeyError:
+            continue  # removed meanwhile
+        except ValueError:
             num_unreadable += 1
-        sizes.append(status.st_size)
-        times.append(status.st_mtime)
+            continue
         for name, value in metadata.items():
             made_by[name][value] += 1
     return KindStats(
         kind,
-        len(sizes),
-        sum(sizes),
-        min(times, default=0.0),
-        max(times, default=0.0),
+        len(items),
+        sum(item.num_bytes for item in items),
+        min(item.written for item in items),
+        max(item.written for item in items),
         dict(made_by),
         num_unreadable,
     )
@@ -120,36 +123,40 @@ def find_damaged(
     return damaged
 
 
-def find_unneeded(store: CacheStore, keys: Iterable[str], needed: Set[str]) -> Unneeded:
-    """The files of those of `keys` that are not in `needed`."""
-    return _sized(store.path(key) for key in keys if key not in needed)
+def find_unneeded(store: CacheStore, keys: Iterable[str], needed: Set[str]) -> UnneededItems:
+    """Those of `keys` that are there and not in `needed`."""
+    places = {key: store.place(key) for key in keys if key not in needed}
+    sizes = {key: place.entry.length for key, place in places.items() if place is not None}
+    return UnneededItems(tuple(sizes), sum(sizes.values()))
 
 
-def find_leftovers(root: Path, min_age_seconds: float = LEFTOVER_AGE_SECONDS) -> Unneeded:
-    """Temporary files that killed processes left anywhere in the cache, as far as they are old enough to be left."""
+def find_leftovers(root: Path, min_age_seconds: float = LEFTOVER_AGE_SECONDS) -> Leftovers:
+    """What killed processes left in the cache, as far as it is old enough: temporary files, indices without shards."""
     newest = time.time() - min_age_seconds
-    return _sized(root.rglob(f".*{TEMPORARY_SUFFIX}"), newest)
+    sizes: dict[Path, int] = {}
+    for path in _left(root):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        if path.is_file() and status.st_mtime <= newest:
+            sizes[path] = status.st_size
+    return Leftovers(tuple(sizes), sum(sizes.values()))
 
 
-def delete(unneeded: Unneeded) -> None:
+def delete(leftovers: Leftovers) -> None:
     """Delete the files; one that has gone already is no error.
 
     Raises:
         UserError: the cache is not writable.
     """
-    for path in unneeded.paths:
+    for path in leftovers.paths:
         with disk_errors_as_user_errors(path):
             path.unlink(missing_ok=True)
 
 
-def _sized(paths: Iterable[Path], newest: float | None = None) -> Unneeded:
-    """The files among `paths`, written at `newest` at the latest."""
-    sizes: dict[Path, int] = {}
-    for path in paths:
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            continue
-        if path.is_file() and (newest is None or status.st_mtime <= newest):
-            sizes[path] = status.st_size
-    return Unneeded(tuple(sizes), sum(sizes.values()))
+def _left(root: Path) -> Iterator[Path]:
+    yield from root.rglob(f".*{TEMPORARY_SUFFIX}")
+    for index in (root / SHARDS_FOLDER).glob(f"*{INDEX_SUFFIX}"):
+        if not index.with_suffix(SHARD_SUFFIX).exists():
+            yield index

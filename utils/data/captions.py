@@ -10,9 +10,9 @@ SIDECAR_SUFFIX = ".txt"
 JSON_TABLE, JSONL_TABLE = "captions.json", "captions.jsonl"
 TABLE_NAMES = (JSON_TABLE, JSONL_TABLE)
 
-_NAME_KEYS = ("file", "file_name")
+NAME_KEYS = ("file", "file_name")
 _CAPTION_KEYS = ("caption", "captions")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class CaptionError(Exception):
@@ -60,8 +60,8 @@ class CaptionTables:
     names: tuple[str, ...] = ()
 
 
-class _MalformedError(Exception):
-    """Raised while a table is read; the message is the reason."""
+class MalformedError(Exception):
+    """A table of texts, or a line of one, has not the right form; the message is the reason."""
 
 
 def read_caption_tables(directory: Path) -> CaptionTables:
@@ -85,7 +85,7 @@ def read_caption_tables(directory: Path) -> CaptionTables:
         except OSError as error:
             damages.append(TableDamage(path, f"not readable ({error.strerror})"))
             continue
-        for item in read(content.removeprefix(_BYTE_ORDER_MARK), table):
+        for item in read(content.removeprefix(BYTE_ORDER_MARK), table):
             if isinstance(item, str):
                 damages.append(TableDamage(path, item))
             else:
@@ -151,14 +151,14 @@ def _read_sidecar(sidecar: Path) -> str | None:
 def _read_json(content: bytes, table: str) -> Iterator[tuple[str, CaptionEntry] | str]:
     """Entries of a `captions.json`, or what is wrong with all of it."""
     try:
-        document = _parse(content)
+        document = parse_json(content)
         if not isinstance(document, dict):
-            raise _MalformedError("not an object of file names and captions")
-    except _MalformedError as error:
+            raise MalformedError("not an object of file names and captions")
+    except MalformedError as error:
         yield str(error)
         return
     for name, value in document.items():
-        if _is_text(name):
+        if is_text(name):
             yield name, _make_entry(table, f"its entry in {table}", value)
         else:
             yield f"the name {name!r} is no text that UTF-8 can hold"
@@ -170,29 +170,34 @@ def _read_jsonl(content: bytes, table: str) -> Iterator[tuple[str, CaptionEntry]
         if not line.strip():
             continue
         try:
-            record = _parse(line)
-            name = _one_of(record, _NAME_KEYS)
-            if not _is_text(name):
-                raise _MalformedError(f"the file's name is {name!r}, which is no text")
-        except _MalformedError as error:
+            record = parse_json(line)
+            name = _one_of(record, NAME_KEYS)
+            if not is_text(name):
+                raise MalformedError(f"the file's name is {name!r}, which is no text")
+        except MalformedError as error:
             yield f"line {number}: {error}"
             continue
         where = f"line {number} of {table}"
         try:
             value = _one_of(record, _CAPTION_KEYS)
-        except _MalformedError as error:
+        except MalformedError as error:
             yield name, CaptionEntry(table, problem=CaptionError(f"{where}: {error}"))
         else:
             yield name, _make_entry(table, where, value)
 
 
-def _parse(content: bytes) -> Any:
+def parse_json(content: bytes) -> Any:
+    """Read JSON in which no object has a key twice.
+
+    Raises:
+        MalformedError: it is not that, or not UTF-8.
+    """
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_object_of_distinct_keys)
     except UnicodeDecodeError as error:
-        raise _MalformedError(f"not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        raise MalformedError(f"not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise _MalformedError(f"not JSON ({error})") from error
+        raise MalformedError(f"not JSON ({error})") from error
 
 
 def _object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -200,7 +205,7 @@ def _object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, value in pairs:
         if name in made:
-            raise _MalformedError(f"{name!r} stands there twice; give a file's captions as one list")
+            raise MalformedError(f"{name!r} stands there twice; give a file's captions as one list")
         made[name] = value
     return made
 
@@ -208,21 +213,21 @@ def _object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _one_of(record: Any, keys: tuple[str, ...]) -> Any:
     """The value of the one key of `keys` that the object has."""
     if not isinstance(record, dict):
-        raise _MalformedError('not an object like {"file": name, "caption": text}')
+        raise MalformedError('not an object like {"file": name, "caption": text}')
     present = [key for key in keys if key in record]
     if len(present) != 1:
-        raise _MalformedError(f"it has {'both' if present else 'neither'} of the keys {' and '.join(keys)}")
+        raise MalformedError(f"it has {'both' if present else 'neither'} of the keys {' and '.join(keys)}")
     return record[present[0]]
 
 
 def _make_entry(table: str, where: str, value: Any) -> CaptionEntry:
     captions = value if isinstance(value, list) else [value]
-    if captions and all(_is_text(caption) for caption in captions):
+    if captions and all(is_text(caption) for caption in captions):
         return CaptionEntry(table, tuple(captions))
     return CaptionEntry(table, problem=CaptionError(f"{where} is neither a text nor a list of texts"))
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Whether it is a string that UTF-8 can hold: JSON may hold halves of characters."""
     if not isinstance(value, str):
         return False

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from utils.data.buckets import MediaRules
 from utils.data.inspect import printable
 from utils.data.manifest import SampleRecord
+from utils.data.masks import LossMask
 from utils.data.media import load_clip
 from utils.errors import UserError
 
@@ -18,18 +20,20 @@ if TYPE_CHECKING:
 _COLUMNS = 3
 _FRAME_WIDTH, _FRAME_HEIGHT = 102, 102
 _FRAME_GAP, _CELL_GAP = 3, 10
-_CELL_WIDTH = 3 * _FRAME_WIDTH + 2 * _FRAME_GAP
+_CELL_WIDTH = 3 * (_FRAME_WIDTH + 2) + 2 * _FRAME_GAP
 _LINE_HEIGHT, _FONT_SIZE = 14, 11
 _LABEL_HEIGHT = 2 * _LINE_HEIGHT + 2
-_GROUND, _INK, _WARNING = "white", "black", "firebrick"
+_GROUND, _INK, _EDGE, _WARNING = "white", "black", "silver", "firebrick"
+# What a mask leaves out: grey with this much of a colour that no picture has all over.
+_MASKED, _MASKED_TINT = "magenta", 0.4
 
 
 @dataclass(frozen=True)
 class ContactSheet:
-    """The picture, and why those clips that could not be decoded could not."""
+    """The picture, and why clips could not be decoded, by the id of their sample."""
 
     image: Image.Image
-    failures: tuple[str, ...]
+    failures: dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -47,18 +51,19 @@ class _Cell:
 def draw_contact_sheet(samples: Sequence[SampleRecord], rules: MediaRules) -> ContactSheet:
     """Load each clip by `load_clip` and show an image, or a video's first, middle and last frame.
 
+    What a loss mask leaves out is shown grey and tinted, in the squares of the latent grid in which it counts.
     One clip is held at a time. A clip that cannot be decoded keeps its place, and its reason is among `failures`.
     """
     cells: list[_Cell] = []
-    failures: list[str] = []
+    failures: dict[int, str] = {}
     for sample in samples:
         try:
-            strip = _strip(load_clip(sample, rules))
+            strip = _strip(load_clip(sample, rules), sample.mask)
         except UserError as error:
             strip = None
-            failures.append(printable(error))
+            failures[sample.sample_id] = printable(error)
         cells.append(_Cell(strip, (printable(sample.path.name), _describe(sample, rules))))
-    return ContactSheet(_paste(cells), tuple(failures))
+    return ContactSheet(_paste(cells), failures)
 
 
 def shown_frames(num_frames: int) -> tuple[int, ...]:
@@ -67,24 +72,39 @@ def shown_frames(num_frames: int) -> tuple[int, ...]:
 
 
 def _describe(sample: SampleRecord, rules: MediaRules) -> str:
+    masked = "" if sample.mask is None else f", {sample.mask.grid.masked_share:.0%} masked"
     if sample.kind == "image":
-        return f"{sample.bucket}, image"
+        return f"{sample.bucket}, image{masked}"
     start = sample.clip_start_seconds
-    end = start + sample.bucket.num_frames / rules.fps
-    return f"{sample.bucket}, {start:.2f}-{end:.2f} of {sample.info.seconds:.2f} s"
+    # The last frame begins within the video; how long it would be shown is up to the model's frame rate.
+    end = min(start + sample.bucket.num_frames / rules.fps, sample.info.seconds)
+    return f"{sample.bucket}, {start:.2f}-{end:.2f} of {sample.info.seconds:.2f} s{masked}"
 
 
-def _strip(video_CFHW: "torch.Tensor") -> Image.Image:
+def _strip(video_CFHW: "torch.Tensor", mask: LossMask | None) -> Image.Image:
     frames = [_to_image(video_CFHW[:, index]) for index in shown_frames(video_CFHW.shape[1])]
+    if mask is not None:
+        frames = [_tint_masked(frame, mask) for frame in frames]
     # One picture may be as wide as three; nothing is ever enlarged.
-    room = (_CELL_WIDTH if len(frames) == 1 else _FRAME_WIDTH, _FRAME_HEIGHT)
+    room = (_CELL_WIDTH - 2 if len(frames) == 1 else _FRAME_WIDTH, _FRAME_HEIGHT)
     for frame in frames:
         frame.thumbnail(room, Image.Resampling.LANCZOS)
+    # An edge, or nobody sees where a picture as light as the ground is cropped.
+    frames = [ImageOps.expand(frame, 1, _EDGE) for frame in frames]
     width, height = frames[0].size
     strip = Image.new("RGB", (len(frames) * (width + _FRAME_GAP) - _FRAME_GAP, height), _GROUND)
     for index, frame in enumerate(frames):
         strip.paste(frame, (index * (width + _FRAME_GAP), 0))
     return strip
+
+
+def _tint_masked(frame: Image.Image, mask: LossMask) -> Image.Image:
+    weights_HW = np.kron(mask.grid.weights_HW(), np.ones((mask.grid.stride, mask.grid.stride), np.float32))
+    counts = Image.fromarray((weights_HW * 255).round().astype(np.uint8))
+    left_out = Image.blend(
+        frame.convert("L").convert("RGB"), Image.new("RGB", frame.size, _MASKED), _MASKED_TINT
+    )
+    return Image.composite(frame, left_out, counts)
 
 
 def _to_image(frame_CHW: "torch.Tensor") -> Image.Image:

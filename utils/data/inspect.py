@@ -5,9 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from utils.config.schema import TrainConfig
-from utils.data.buckets import Bucket
-from utils.data.manifest import Manifest, SampleRecord, SkippedFile
+from utils.data.buckets import Bucket, MediaRules
+from utils.data.manifest import BAD_FILE_CODES, Manifest, SampleRecord, SkippedFile
+from utils.data.media import load_clip
 from utils.data.sampler import BatchPlan
+from utils.errors import UserError
+from utils.progress import Progress
 
 _TOKEN_BIN = 32
 
@@ -17,6 +20,8 @@ class FileRow:
     """One line of the per-file table. What does not apply to a file, or is not known, is None.
 
     `seconds` is the length of the whole file, `clip_start_seconds` and `clip_seconds` say which part of it is used.
+    `caption_tokens` is that of the longest of `num_captions`. `masked_share` is the part of the area that a loss mask
+    leaves out.
     """
 
     file: str
@@ -32,9 +37,12 @@ class FileRow:
     seconds: float | None = None
     clip_start_seconds: float | None = None
     clip_seconds: float | None = None
+    num_captions: int | None = None
     caption_tokens: int | None = None
     is_truncated: bool | None = None
     num_repeats: float | None = None
+    mask: str | None = None
+    masked_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,26 @@ def printable(text: object) -> str:
     return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def undecodable(samples: Sequence[SampleRecord], rules: MediaRules) -> dict[int, str]:
+    """Decode every clip as far as it reaches, one at a time; why those that fail do, by the id of their sample."""
+    failures: dict[int, str] = {}
+    progress = Progress("decoding", len(samples))
+    for sample in samples:
+        try:
+            load_clip(sample, rules)
+        except UserError as error:
+            failures[sample.sample_id] = printable(error)
+        progress.advance(1)
+    progress.close()
+    return failures
+
+
 def file_rows(
-    manifest: Manifest, fps: float, caption_tokens: Mapping[str, int] | None, max_tokens: int
+    manifest: Manifest,
+    fps: float,
+    caption_tokens: Mapping[str, int] | None,
+    max_tokens: int,
+    failures: Mapping[int, str] | None = None,
 ) -> list[FileRow]:
     """The per-file table: what was skipped first (damaged files before those that a rule leaves out), then what is kept.
 
@@ -105,8 +131,10 @@ def file_rows(
         fps: of the model.
         caption_tokens: length of every caption, None where it is not known; of several the longest is shown.
         max_tokens: where a caption is cut off.
+        failures: of clips that are kept and cannot be decoded, by the id of their sample.
     """
-    by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code != "unreadable")
+    failures = failures or {}
+    by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code not in BAD_FILE_CODES)
     rows = [
         FileRow(printable(entry.path), "skipped", entry.code, printable(entry.reason)) for entry in by_urgency
     ]
@@ -117,6 +145,8 @@ def file_rows(
             FileRow(
                 file=printable(sample.path),
                 status="kept",
+                reason="undecodable" if sample.sample_id in failures else None,
+                detail=failures.get(sample.sample_id),
                 kind=sample.kind,
                 width=sample.info.width,
                 height=sample.info.height,
@@ -126,9 +156,12 @@ def file_rows(
                 seconds=round(sample.info.seconds, 3) if is_video else None,
                 clip_start_seconds=round(sample.clip_start_seconds, 3) if is_video else None,
                 clip_seconds=round(sample.bucket.num_frames / fps, 3) if is_video else None,
+                num_captions=len(sample.captions),
                 caption_tokens=tokens,
                 is_truncated=None if tokens is None else tokens > max_tokens,
                 num_repeats=sample.num_repeats,
+                mask=None if sample.mask is None else printable(sample.mask.path),
+                masked_share=None if sample.mask is None else round(sample.mask.grid.masked_share, 4),
             )
         )
     return rows

@@ -1,7 +1,7 @@
 """The manifest: what the dataset's folders hold, each file either kept as samples or skipped with a reason."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from utils.data.captions import (
     read_captions,
 )
 from utils.data.clips import clip_starts
+from utils.data.masks import LossMask, MaskFolder, list_masks
 from utils.data.media import MediaInfo, MediaKind, frames_available, media_kind
 from utils.data.memo import HashMemo
 from utils.errors import UserError
@@ -37,7 +38,13 @@ SkipCode = Literal[
     "too_small",
     "too_short",
     "no_bucket",
+    "bad_mask",
+    "mask_without_medium",
 ]
+# What `on_bad_file` decides about: left out by accident. The other codes are rules.
+BAD_FILE_CODES: frozenset[SkipCode] = frozenset(
+    {"unreadable", "caption_conflict", "absent", "bad_mask", "mask_without_medium"}
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class SampleRecord:
         content_hash: xxh3-128 of the media file.
         clip_start_seconds: where in the video the clip begins; a whole number of the model's frames.
         info: what is in the file.
+        mask: which part of it counts in the loss; None: all.
     """
 
     sample_id: int
@@ -65,6 +73,7 @@ class SampleRecord:
     content_hash: str
     clip_start_seconds: float
     info: MediaInfo
+    mask: LossMask | None = None
 
     @property
     def caption(self) -> str:
@@ -83,21 +92,26 @@ class SkippedFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All samples, in the order of the directories and of the file names in them, and all that was left out."""
+    """All samples, in the order of the directories and of the file names in them, and all that was left out.
+
+    `warnings` are about files that are kept and may still not be what was meant.
+    """
 
     samples: tuple[SampleRecord, ...]
     skipped: tuple[SkippedFile, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A directory with what all its files share: the name in their ids, buckets, clip mode, tables of captions."""
+    """A directory with what all its files share: name in their ids, buckets, clip mode, tables of captions, masks."""
 
     directory: DirectoryConfig
     id_name: str
     buckets: tuple[Bucket, ...]
     clip_mode: str
     tables: CaptionTables
+    masks: MaskFolder | None
 
 
 class _SkipError(Exception):
@@ -120,7 +134,8 @@ def build_manifest(
     """Examine every file of the dataset's directories (not of folders in them) and give each its bucket.
 
     Hidden files and captions (`.txt`, `captions.json`, `captions.jsonl`) are passed over; everything else gives
-    samples or is listed as skipped. So is what is wrong with a table of captions, and files that only a table knows.
+    samples or is listed as skipped. So is what is wrong with a table of captions, files that only a table knows, and
+    masks of no file.
 
     Args:
         dataset: its relative directory paths count from the working directory.
@@ -136,15 +151,23 @@ def build_manifest(
     found: list[tuple[Path, _Source]] = []
     samples: list[SampleRecord] = []
     skipped: list[SkippedFile] = []
+    mask_folders = _list_mask_folders(dataset)
     for directory, id_name in _with_id_names(dataset.directory):
         folder = Path(directory.path)
         buckets = build_buckets(dataset, directory, rules)
-        entries = _visible_entries(folder)
+        # Masks may lie in a folder in the directory; that one is no sample that got lost.
+        entries = [
+            entry
+            for entry in _visible_entries(folder)
+            if not (entry.is_dir() and entry.resolve() in mask_folders)
+        ]
         tables = read_caption_tables(folder)
         skipped.extend(_table_problems(folder, tables, entries, dataset))
         clip_mode = directory.video_clip_mode or dataset.video_clip_mode
-        source = _Source(directory, id_name, buckets, clip_mode, tables)
+        masks = None if directory.mask_path is None else mask_folders[Path(directory.mask_path).resolve()]
+        source = _Source(directory, id_name, buckets, clip_mode, tables, masks)
         found.extend((path, source) for path in entries)
+    skipped.extend(_mask_problems(mask_folders, found, dataset))
     try:
         for done, (path, source) in enumerate(found, start=1):
             try:
@@ -157,7 +180,7 @@ def build_manifest(
         hashes.save()
     if not samples and not allow_empty:
         raise UserError(_nothing_left(dataset, skipped))
-    return Manifest(tuple(samples), tuple(skipped))
+    return Manifest(tuple(samples), tuple(skipped), tuple(_shared_captions(samples)))
 
 
 def make_sample_id(id_name: str, relative_path: str, clip_index: int = 0) -> int:
@@ -184,7 +207,7 @@ def _with_id_names(directories: tuple[DirectoryConfig, ...]) -> Iterator[tuple[D
 
 def _visible_entries(directory: Path) -> list[Path]:
     try:
-        entries = sorted(directory.iterdir())
+        entries = sorted(directory.iterdir(), key=lambda entry: entry.name)
     except FileNotFoundError as error:
         raise UserError(
             f"dataset, [[directory]] {directory}: there is no such directory "
@@ -197,6 +220,29 @@ def _visible_entries(directory: Path) -> list[Path]:
 
 def _holds_captions(path: Path) -> bool:
     return path.suffix.lower() == SIDECAR_SUFFIX or path.name in TABLE_NAMES
+
+
+def _list_mask_folders(dataset: DatasetConfig) -> dict[Path, MaskFolder]:
+    """Every `mask_path`, resolved, once, however many directories share it."""
+    paths = [directory.mask_path for directory in dataset.directory if directory.mask_path is not None]
+    # Listed before it is resolved, which a loop of links would not survive.
+    listed = [list_masks(Path(path)) for path in dict.fromkeys(paths)]
+    return {masks.folder.resolve(): masks for masks in listed}
+
+
+def _mask_problems(
+    mask_folders: Mapping[Path, MaskFolder], found: list[tuple[Path, _Source]], dataset: DatasetConfig
+) -> Iterator[SkippedFile]:
+    """Masks for which no directory that they serve has a file, and what is no mask among them."""
+    for masks in mask_folders.values():
+        served = [path for path, source in found if source.masks is masks and media_kind(path) is not None]
+        for path in masks.others:
+            yield SkippedFile(path, "not a picture, by its ending, so not a mask", "not_media")
+        for path in masks.orphans({path.stem for path in served}):
+            reason = "a mask without a medium: no image or video has its name"
+            if dataset.on_bad_file == "error":
+                raise _bad_file(path, reason, dataset)
+            yield SkippedFile(path, reason, "mask_without_medium")
 
 
 def _table_problems(
@@ -231,6 +277,7 @@ def _examine(
     except (OSError, UserError) as error:
         reason = f"not readable ({error.strerror})" if isinstance(error, OSError) else str(error)
         raise _bad_file(path, reason, dataset) from error
+    mask = _mask_of(path, info, bucket, source, dataset, rules, hashes)
     return [
         SampleRecord(
             sample_id=make_sample_id(source.id_name, path.name, clip_index),
@@ -242,9 +289,33 @@ def _examine(
             content_hash=content_hash,
             clip_start_seconds=start / rules.fps,
             info=info,
+            mask=mask,
         )
         for clip_index, start in enumerate(_clip_starts(info, bucket, source, rules))
     ]
+
+
+def _mask_of(
+    path: Path,
+    info: MediaInfo,
+    bucket: Bucket,
+    source: _Source,
+    dataset: DatasetConfig,
+    rules: MediaRules,
+    hashes: HashMemo,
+) -> LossMask | None:
+    """A file's loss mask, None where it has none; raises as `_examine`."""
+    if source.masks is None:
+        return None
+    try:
+        mask = source.masks.mask_of(path)
+        if mask is None:
+            return None
+        grid = hashes.mask_grid(mask, info, bucket, rules.latent_stride)
+        return LossMask(mask, hashes.content_hash(mask, compare_time=True), grid)
+    except (OSError, UserError) as error:
+        reason = f"{mask}: not readable ({error.strerror})" if isinstance(error, OSError) else str(error)
+        raise _bad_file(path, f"its mask, {reason}", dataset, "bad_mask") from error
 
 
 def _check_is_media(path: Path) -> MediaKind:
@@ -314,6 +385,16 @@ def _clip_starts(info: MediaInfo, bucket: Bucket, source: _Source, rules: MediaR
     if info.kind == "image":
         return (0,)
     return clip_starts(source.clip_mode, frames_available(info, rules.fps), bucket.num_frames)
+
+
+def _shared_captions(samples: list[SampleRecord]) -> Iterator[str]:
+    """Files of one stem (`a.png`, `a.mp4`) to which one caption file belongs."""
+    by_stem: dict[Path, dict[str, None]] = {}
+    for sample in samples:
+        by_stem.setdefault(sample.path.with_suffix(SIDECAR_SUFFIX), {})[sample.path.name] = None
+    for sidecar, names in by_stem.items():
+        if len(names) > 1 and sidecar.exists():
+            yield f"{sidecar}: is the caption of {len(names)} files of one stem, {', '.join(names)}"
 
 
 def _nothing_left(dataset: DatasetConfig, skipped: list[SkippedFile]) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MediaKind = Literal["image", "video"]
 
-# Raise whenever `load_clip` gives other pixels for the same file, bucket and start: it is part of the cache key.
+# Raise whenever `load_frames` and `scale_frames` give other pixels for the same file, bucket and start: it is part of the cache key.
 PREPROCESSING_VERSION = 1
 
 # Containers round times to 1 ms or finer, so a length (the sum of two rounded times) may be this much too long.
@@ -48,7 +48,7 @@ class MediaInfo:
 
 
 class ClipSource(Protocol):
-    """What `load_clip` needs to know of a sample (`manifest.SampleRecord` has it)."""
+    """What `load_frames` needs to know of a sample (`manifest.SampleRecord` has it)."""
 
     @property
     def path(self) -> Path: ...  # noqa: D102
@@ -100,8 +100,8 @@ def frames_available(info: MediaInfo, fps: float) -> int:
     return max(1, math.ceil((info.seconds - _LENGTH_ROUNDING_SECONDS) * fps))
 
 
-def load_clip(record: ClipSource, rules: MediaRules) -> "torch.Tensor":
-    """The clip that the model sees: `video_CFHW`, float32 in [-1, 1], C = 3, of exactly the bucket's size.
+def load_frames(record: ClipSource, rules: MediaRules) -> np.ndarray:
+    """The clip's frames, scaled and cropped to the bucket: uint8 [F, H, W, C], C = 3. Needs no torch.
 
     Output frame i shows the source at `clip_start_seconds + i / rules.fps`, so motion keeps its speed whatever the
     frame rate of the file. Each frame is scaled to cover the bucket with its aspect ratio kept (Lanczos), then
@@ -110,8 +110,6 @@ def load_clip(record: ClipSource, rules: MediaRules) -> "torch.Tensor":
     Raises:
         UserError: the file cannot be decoded as far as the clip reaches. The message names it.
     """
-    import torch
-
     try:
         record.path.stat()
     except OSError as error:
@@ -128,6 +126,13 @@ def load_clip(record: ClipSource, rules: MediaRules) -> "torch.Tensor":
         for picture, count in pictures_at(record.path, times, record.info.start_seconds):
             frames_FHWC[index : index + count] = fit_to_bucket(picture.image, picture.pixel_aspect, bucket)
             index += count
+    return frames_FHWC
+
+
+def scale_frames(frames_FHWC: np.ndarray) -> "torch.Tensor":
+    """Frames of `load_frames` as the model sees them: `video_CFHW`, float32 in [-1, 1]."""
+    import torch
+
     video_CFHW = (
         torch.from_numpy(frames_FHWC)
         .permute(3, 0, 1, 2)
@@ -136,16 +141,31 @@ def load_clip(record: ClipSource, rules: MediaRules) -> "torch.Tensor":
     return video_CFHW.div_(127.5).sub_(1.0)
 
 
-def fit_to_bucket(image: Image.Image, pixel_aspect: float, bucket: Bucket) -> np.ndarray:
+def load_clip(record: ClipSource, rules: MediaRules) -> "torch.Tensor":
+    """The clip that the model sees: `video_CFHW`, float32 in [-1, 1], C = 3, of exactly the bucket's size.
+
+    Raises:
+        UserError: as `load_frames`.
+    """
+    return scale_frames(load_frames(record, rules))
+
+
+def fit_to_bucket(
+    image: Image.Image,
+    pixel_aspect: float,
+    bucket: Bucket,
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
+) -> np.ndarray:
     """Scale to cover the bucket and crop at the centre.
 
     Args:
-        image: RGB, upright.
+        image: RGB or grey, upright.
         pixel_aspect: width / height of one of its pixels.
         bucket: the size to reach.
+        resampling: how to scale.
 
     Returns:
-        uint8 [H, W, C] of the bucket's size.
+        uint8 [H, W, C] of the bucket's size; [H, W] of a grey image.
     """
     width, height = image.size
     scale = max(bucket.width / (width * pixel_aspect), bucket.height / height)
@@ -153,4 +173,4 @@ def fit_to_bucket(image: Image.Image, pixel_aspect: float, bucket: Bucket) -> np
     crop_height = min(height, bucket.height / scale)
     left, top = (width - crop_width) / 2, (height - crop_height) / 2
     box = (left, top, left + crop_width, top + crop_height)
-    return np.asarray(image.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box))
+    return np.asarray(image.resize((bucket.width, bucket.height), resampling, box=box))

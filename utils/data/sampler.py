@@ -3,6 +3,7 @@
 Nothing here is remembered between calls but caches, so a run resumes at any step by asking for that step.
 """
 
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ class MicroBatch:
 
 
 class BatchPlan:
-    """The endless stream of micro-batches: epoch 0, then epoch 1, and so on.
+    """The endless stream of micro-batches: epoch 0, then epoch 1, and so on. Several threads may ask.
 
     Over the first E epochs a sample appears floor or ceil of E x `num_repeats` times; nothing is dropped to fill
     micro-batches. The order does not depend on the order of `samples`.
@@ -88,27 +89,31 @@ class BatchPlan:
         self._bucket_ranks = np.array([rank_of_bucket[sample.bucket] for sample in ordered], dtype=np.int64)
         self._batches_before = [0]
         self._epochs: OrderedDict[int, tuple[MicroBatch, ...]] = OrderedDict()
+        # The next step is read in another thread. Two locks: who counts does not wait for who makes an epoch.
+        self._lock, self._count_lock = threading.Lock(), threading.Lock()
 
     def epoch_batches(self, epoch: int) -> tuple[MicroBatch, ...]:
         """All micro-batches of an epoch, in order."""
-        if epoch not in self._epochs:
-            self._epochs[epoch] = self._make_epoch(epoch)
-            while len(self._epochs) > _EPOCHS_KEPT:
-                self._epochs.popitem(last=False)
-        self._epochs.move_to_end(epoch)
-        return self._epochs[epoch]
+        with self._lock:
+            if epoch not in self._epochs:
+                self._epochs[epoch] = self._make_epoch(epoch)
+                while len(self._epochs) > _EPOCHS_KEPT:
+                    self._epochs.popitem(last=False)
+            self._epochs.move_to_end(epoch)
+            return self._epochs[epoch]
 
     def batches_before(self, epoch: int) -> int:
         """Number of micro-batches in epochs 0 .. epoch - 1."""
-        while len(self._batches_before) <= epoch:
-            counts = self._appearances(len(self._batches_before) - 1)
-            per_bucket = np.bincount(self._bucket_ranks, weights=counts, minlength=len(self._buckets)).astype(
-                np.int64
-            )
-            self._batches_before.append(
-                self._batches_before[-1] + int((-(-per_bucket // self.micro_batch_size)).sum())
-            )
-        return self._batches_before[epoch]
+        with self._count_lock:
+            while len(self._batches_before) <= epoch:
+                counts = self._appearances(len(self._batches_before) - 1)
+                per_bucket = np.bincount(
+                    self._bucket_ranks, weights=counts, minlength=len(self._buckets)
+                ).astype(np.int64)
+                self._batches_before.append(
+                    self._batches_before[-1] + int((-(-per_bucket // self.micro_batch_size)).sum())
+                )
+            return self._batches_before[epoch]
 
     def visits_before(self, epoch: int) -> tuple[int, ...]:
         """How often each of `samples`, in their order, appears in epochs 0 .. epoch - 1."""
@@ -127,6 +132,7 @@ class BatchPlan:
             raise IndexError(f"position {index} of a stream that begins at 0")
         while self._batches_before[-1] <= index:
             self.batches_before(len(self._batches_before))
+        # Another thread may have counted further meanwhile; what stands before that does not change.
         return bisect_right(self._batches_before, index) - 1
 
     def window(self, first: int, count: int, limit: int | None = None) -> tuple[MicroBatch, ...]:

@@ -21,6 +21,11 @@ VIDEO_SUFFIXES = frozenset(
 
 # What PyAV and ffmpeg's readers raise on damaged bytes.
 _DECODE_ERRORS = (av.error.FFmpegError, OSError, ValueError, EOFError, ArithmeticError)
+# Where ffmpeg's own words lead astray: they are those of the operating system, and mean the content of the file.
+_PLAIN_WORDS = (
+    (av.error.EOFError, "it ends where more should come"),
+    (av.error.BlockingIOError, "its packets give no whole frame"),
+)
 # A file whose header promises this much more than the frames that are there was cut off.
 _TRUNCATION_SLACK_SECONDS = 0.5
 _TRUNCATION_SLACK_RATIO = 0.05
@@ -55,6 +60,13 @@ class _Orientation(NamedTuple):
     transpose: bool = False
     flip_x: bool = False
     flip_y: bool = False
+
+
+_TURNED = {
+    90: _Orientation(transpose=True, flip_y=True),
+    180: _Orientation(flip_x=True, flip_y=True),
+    270: _Orientation(transpose=True, flip_x=True),
+}
 
 
 def probe_video(path: Path) -> VideoFacts:
@@ -103,8 +115,8 @@ def pictures_at(path: Path, times: Sequence[float], start_seconds: float) -> Ite
                 yield _to_picture(frame, stream), count
     except _DECODE_ERRORS as error:
         raise UserError(
-            f"{path}: cannot be decoded as far as the clip reaches ({_reason(error)}). on_bad_file could not catch "
-            "it because its beginning is whole; mend the file or take it out of the dataset"
+            f"{path}: cannot be decoded as far as the clip reaches ({_reason(error)}), though its beginning "
+            "is whole; mend the file or take it out of the dataset"
         ) from error
 
 
@@ -129,7 +141,7 @@ def nearest_frames(
     held: tuple[float, float, FrameT] | None = None
     for time, duration, frame in frames:
         if held is not None:
-            held_time, _, held_frame = held
+            held_time = held[0]  # the frame itself is not named, or it would be held through the next turn
             if time <= held_time:
                 raise ValueError(f"time stamps go back from {held_time:.3f} s to {time:.3f} s")
             count = 0
@@ -138,7 +150,7 @@ def nearest_frames(
             ):
                 count += 1
             if count:
-                yield held_frame, count
+                yield held[2], count
                 index += count
             if index == len(times):
                 return
@@ -153,8 +165,8 @@ def nearest_frames(
 
 
 def _open(path: Path) -> Any:
-    # Only local files, whatever a playlist in disguise may ask for.
-    return av.open(str(path), options={"protocol_whitelist": "file"})
+    # Only local files, whatever a playlist in disguise may ask for. Titles and the like may be in any encoding.
+    return av.open(str(path), options={"protocol_whitelist": "file"}, metadata_errors="replace")
 
 
 def _video_stream(container: Any) -> Any:
@@ -264,7 +276,12 @@ def _frames_from(container: Any, stream: Any, file_seconds: float, margin: float
 
 def _orientation(frame: Any) -> _Orientation:
     """Read the display matrix: x' = a x + c y, y' = b x + d y in 16.16 fixed point (ISO/IEC 14496-12, 6.2.2)."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        # PyAV cannot list side data of kinds that it does not know yet (stereo video has some); it still knows the
+        # angle, counterclockwise, only not whether the picture is mirrored.
+        return _TURNED.get(round(frame.rotation) % 360, _Orientation())
     if matrix is None:
         return _Orientation()
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
@@ -300,5 +317,8 @@ def _to_picture(frame: Any, stream: Any) -> Picture:
 
 def _reason(error: Exception) -> str:
     """ffmpeg's words without the number and the path it adds, which the message has already."""
+    for kind, plain in _PLAIN_WORDS:
+        if isinstance(error, kind):
+            return plain
     words = error.strerror if isinstance(error, av.error.FFmpegError) else str(error)
     return words or type(error).__name__

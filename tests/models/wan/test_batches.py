@@ -1,8 +1,11 @@
 """Micro-batches, made of a cache in memory: what the model sees, what it should answer, and that both are repeatable."""
 
+from base64 import b64encode
 from dataclasses import replace
 from pathlib import Path
+from zlib import compress
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,8 +16,10 @@ from models.wan.stages import TextWire
 from utils.config.schema import CaptionAugConfig
 from utils.data.buckets import Bucket
 from utils.data.manifest import SampleRecord
+from utils.data.masks import LossMask, MaskGrid
 from utils.data.media import MediaInfo
 from utils.data.sampler import MicroBatch, Visit
+from utils.layers import PreparedBatch
 from utils.rng import generator
 
 BUCKET = Bucket(64, 32, 5)
@@ -43,7 +48,14 @@ class MemoryCache:
 @pytest.fixture
 def make_batches(tiny_ti2v, make_config):
     def make(
-        mode="dit_lora", variant="ti2v-5b", order=(0, 1, 2), model=None, more=(), start=0.0, **top
+        mode="dit_lora",
+        variant="ti2v-5b",
+        order=(0, 1, 2),
+        model=None,
+        more=(),
+        start=0.0,
+        masks=None,
+        **top,
     ) -> WanBatches:
         samples = [
             SampleRecord(
@@ -56,6 +68,7 @@ def make_batches(tiny_ti2v, make_config):
                 content_hash="0" * 32,
                 clip_start_seconds=start,
                 info=MediaInfo("video", 64, 32, 48, 24.0, 2.0),
+                mask=(masks or {}).get(number),
             )
             for number in order
         ]
@@ -65,6 +78,12 @@ def make_batches(tiny_ti2v, make_config):
         return WanBatches(config, info, samples, cache, tiny_ti2v / TOKENIZER_DIR)
 
     return make
+
+
+def mask_of(*rows: list[float]) -> LossMask:
+    """A mask of 2 x 4 latent positions."""
+    sums_HW = (np.array(rows) * 255 * 256).round().astype("<u2")
+    return LossMask(Path("mask.png"), "1" * 32, MaskGrid(2, 4, 16, b64encode(compress(sums_HW)).decode()))
 
 
 def batch_of(*visits: tuple[int, int]) -> MicroBatch:
@@ -99,6 +118,43 @@ def test_a_stage_gets_what_it_needs_and_the_same_as_any_other(make_batches):
     assert last.inputs is None
     assert all(torch.equal(mine, other) for mine, other in zip(first.inputs, both.inputs, strict=True))
     assert all(torch.equal(mine, other) for mine, other in zip(last.labels, both.labels, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["dit_lora", "encoder_ft"])
+def test_masks_ride_behind_the_labels_of_those_micro_batches_that_have_any(make_batches, mode):
+    left = [1.0, 0.5, 0.0, 0.0]
+    masked = make_batches(mode, masks={1: mask_of(left, left)})
+    for visits in (((0, 0),), ((0, 0), (2, 1))):
+        with_masks = masked.prepare(batch_of(*visits), 1.0, **BOTH)
+        without = make_batches(mode).prepare(batch_of(*visits), 1.0, **BOTH)
+        assert len(with_masks.labels) == len(without.labels) == 4
+    mixed = masked.prepare(batch_of((0, 0), (1, 3)), 1.0, **BOTH)
+    plain = make_batches(mode).prepare(batch_of((0, 0), (1, 3)), 1.0, **BOTH)
+    *labels, mask_BHW = mixed.labels
+    assert mask_BHW.dtype == torch.float32
+    assert mask_BHW.tolist() == [[[1.0] * 4] * 2, [left] * 2]
+    # Nothing else knows of it: neither noise nor inputs.
+    assert all(torch.equal(one, other) for one, other in zip(labels, plain.labels, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(mixed.inputs, plain.inputs, strict=True))
+    assert masked.prepare(batch_of((1, 3)), 1.0, need_inputs=True, need_labels=False).labels is None
+
+
+def test_a_stage_that_needs_nothing_reads_nothing(make_batches, monkeypatch):
+    """A stage in the middle gets its tensors from its neighbour; the cache may be far away."""
+    batches = make_batches()
+    reads = []
+    for name in ("read_latents", "read_text"):
+        monkeypatch.setattr(MemoryCache, name, lambda self, what: reads.append(what))
+    assert batches.prepare(
+        batch_of((0, 0), (1, 0)), 1.0, need_inputs=False, need_labels=False
+    ) == PreparedBatch(None, None)
+    assert reads == []
+
+
+def test_the_last_stage_reads_no_captions(make_batches, monkeypatch):
+    batches = make_batches()
+    monkeypatch.setattr(MemoryCache, "read_text", None)
+    assert batches.prepare(batch_of((0, 0)), 1.0, need_inputs=False, need_labels=True).labels is not None
 
 
 def test_noise_is_a_function_of_seed_sample_and_visit(make_batches):

@@ -1,10 +1,14 @@
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import xxhash
 
-from models.wan.setup import _say_long_captions, data_fingerprint, without_images
+from models.wan.datasets import _say_long_captions, data_fingerprint, without_images
 from utils.data.buckets import Bucket
 from utils.data.manifest import Manifest, SampleRecord
+from utils.data.masks import LossMask, MaskGrid
 from utils.data.media import MediaInfo
 from utils.errors import UserError
 
@@ -49,6 +53,18 @@ def test_the_fingerprint_is_of_content_and_not_of_order():
         sample("b.mp4", 5, start=0.5),
     ):
         assert whole != data_fingerprint(Manifest((one, other), ()))
+
+
+def test_the_fingerprint_knows_the_content_of_masks():
+    def masked(digest: str) -> str:
+        mask = LossMask(Path("m.png"), digest, MaskGrid(1, 1, 8, ""))
+        return data_fingerprint(Manifest((replace(sample("a.png", 1), mask=mask),), ()))
+
+    plain = data_fingerprint(Manifest((sample("a.png", 1),), ()))
+    assert len({plain, masked("one"), masked("other")}) == 3
+    # What it was before there were masks: runs without any can still be resumed.
+    row = (hash("a.png") & 0xFFFF, "hash of a.png", ["a red circle"], "64x64x1", 1.0, 0.0)
+    assert plain == xxhash.xxh3_128_hexdigest(json.dumps([row]).encode())
 
 
 def test_every_caption_that_is_too_long_is_named_once():

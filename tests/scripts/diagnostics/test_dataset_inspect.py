@@ -157,6 +157,82 @@ def test_the_contact_sheet_shows_what_the_model_sees(tmp_path, tiny_t2v):
     assert (255, 0, 0) not in colors
 
 
+def test_the_contact_sheet_and_the_table_show_masks(tmp_path, tiny_t2v):
+    media, masks = tmp_path / "media", tmp_path / "masks"
+    for folder in (media, masks):
+        folder.mkdir()
+    for name in ("plain.png", "masked.png", "black.png"):
+        write_image(media / name, size=(64, 64), color=(0, 120, 0))
+    half = Image.new("L", (64, 64), 255)
+    half.paste(0, (0, 0, 64, 48))
+    half.save(masks / "masked.png")
+    Image.new("L", (64, 64), 0).save(masks / "black.png")
+    half.save(masks / "ghost.png")
+    write_config(tmp_path, tiny_t2v, model='expert = "low_noise"')
+    write_dataset(tmp_path, media, directory=f'mask_path = "{masks}"')
+    status, directory, summary = run(tmp_path)
+    assert status == 3 and summary.metrics["skipped_by_reason"] == {"bad_mask": 1, "mask_without_medium": 1}
+    assert (summary.metrics["num_masked_samples"], summary.metrics["mean_masked_share"]) == (1, 0.75)
+    rows = {Path(row["file"]).name: row for row in table(directory / "files.csv")}
+    assert {
+        name: (row["mask"], row["masked_share"]) for name, row in rows.items() if row["status"] == "kept"
+    } == {
+        "plain.png": ("", ""),
+        "masked.png": (str(masks / "masked.png"), "0.75"),
+    }
+    sheet = Image.open(directory / "contact_sheet.png").convert("RGB")
+    counts = {color: count for count, color in sheet.getcolors(1 << 20)}
+    (tinted,) = [
+        color for color, count in counts.items() if count > 2000 and color[0] > color[1] and color[2] > 100
+    ]
+    # Three quarters of one of the two pictures.
+    assert counts[tinted] == pytest.approx(0.75 * 64 * 64, rel=0.1)
+    assert counts[0, 120, 0] == pytest.approx(1.25 * 64 * 64, rel=0.1)
+
+
+def run_prompts(tmp_path, file, *arguments):
+    """Without the dataset TOML, which is not there."""
+    return run(tmp_path, "--prompts", file, *arguments)
+
+
+def test_prompts_alone(tmp_path, tiny_t2v):
+    write_config(tmp_path, tiny_t2v, model='expert = "low_noise"')
+    prompts = tmp_path / "captions.jsonl"
+    long = "a secret circle on a blue square " * 120
+    rows = [{"file": "gone.mp4", "captions": ["a red circle", long]}, {"prompt": "a red circle"}]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    status, directory, summary = run_prompts(tmp_path, prompts)
+    assert status == 3 and summary.explanation == "Prompts: 3, of which 1 cut off at 512 tokens."
+    assert (summary.metrics["num_prompts"], summary.metrics["num_different_captions"]) == (3, 2)
+    assert [(row["place"], row["is_truncated"]) for row in table(directory / "prompts.csv")] == [
+        ("line 1, text 1", "False"),
+        ("line 1, text 2", "True"),
+        ("line 2", "False"),
+    ]
+    bins = table(directory / "caption_tokens.csv")
+    assert (bins[0]["count"], bins[-1]["low"], bins[-1]["count"]) == ("2", "513", "1")
+    assert (directory / "caption_tokens.png").exists()
+    for path in directory.iterdir():
+        assert b"secret" not in path.read_bytes()
+    prompts.write_text('"a red circle"')
+    assert run(tmp_path, "--prompts", prompts, tag="short")[0] == 0
+
+
+def test_prompts_that_cannot_be_counted(tmp_path, tiny_t2v, tiny_dataset, capsys):
+    write_config(tmp_path, tiny_t2v, model='expert = "low_noise"')
+    prompts = tmp_path / "prompts.txt"
+    assert run_prompts(tmp_path, prompts)[0] == 2
+    assert "prompts cannot be read" in capsys.readouterr().err
+    prompts.write_text("a red circle")
+    with pytest.raises(SystemExit) as ended:
+        run_prompts(tmp_path, prompts, "--dataset", write_dataset(tmp_path, tiny_dataset))
+    assert ended.value.code == 2 and "not allowed with" in capsys.readouterr().err
+    write_config(tmp_path, tmp_path / "nowhere", model='variant = "ti2v-5b"')
+    status, directory, _ = run_prompts(tmp_path, prompts)
+    assert status == 2 and not directory.exists()
+    assert "no tokenizer is there" in capsys.readouterr().err
+
+
 @pytest.fixture
 def messy(tmp_path, tiny_dataset):
     """Two good files, and one of every kind of bad one."""
@@ -207,9 +283,11 @@ def test_a_messy_folder(tmp_path, tiny_t2v, messy):
 def test_files_at_which_training_would_stop(tmp_path, tiny_t2v, messy):
     write_config(tmp_path, tiny_t2v, model='expert = "low_noise"')
     write_dataset(tmp_path, messy, top='on_bad_file = "error"\nmissing_caption = "error"')
+    (messy / "captions.json").write_text('{"ghost.png": "a circle", "good.png": "a circle"}')
     status, _, summary = run(tmp_path)
     assert status == 1
-    assert "training would stop: 5" in summary.explanation  # all of them, not only the first
+    # All of them, not only the first: 4 unreadable ones, one without caption, one absent, one with two captions.
+    assert "training would stop: 7" in summary.explanation
     assert any("silent.png" in note for note in summary.notes)
 
 
@@ -286,6 +364,24 @@ def test_a_clip_that_breaks_off_is_found(tmp_path, tiny_t2v, tiny_dataset, monke
     assert status == 1
     assert "cannot be decoded, of those looked at: 1" in summary.explanation
     assert (directory / "contact_sheet.png").exists()
+
+
+def test_every_clip_is_decoded_where_that_is_asked_for(tmp_path, tiny_t2v, tiny_dataset, monkeypatch):
+    """Damage in the middle of a file that is not on the contact sheet."""
+    media = tmp_path / "media"
+    shutil.copytree(tiny_dataset, media)
+    whole = (media / "video_00.mp4").read_bytes()
+    middle = whole.index(b"mdat") + len(whole) // 3
+    (media / "video_00.mp4").write_bytes(whole[:middle] + bytes(800) + whole[middle + 800 :])
+    monkeypatch.setattr(probe, "MAX_PICTURES", 1)
+    write_config(tmp_path, tiny_t2v, model='expert = "low_noise"')
+    write_dataset(tmp_path, media)
+    assert run(tmp_path, tag="some")[0] == 0
+    status, directory, summary = run(tmp_path, "--decode_all", tag="all")
+    assert status == 1 and "cannot be decoded, of those looked at: 1" in summary.explanation
+    reasons = {Path(row["file"]).name: row["reason"] for row in table(directory / "files.csv")}
+    assert reasons.pop("video_00.mp4") == "undecodable"
+    assert set(reasons.values()) == {"", "no_caption"}
 
 
 def test_only_config_json_is_needed_of_a_checkpoint(tmp_path, tiny_t2v, tiny_dataset):

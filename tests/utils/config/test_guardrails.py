@@ -290,6 +290,17 @@ def found_in_dataset(table) -> list[Problem]:
             "model.caption_aug.mix",
             "adds up to 1.1",
         ),
+        (dit_lora(eval_every_n_steps=10), "eval_every_n_steps", "there are no eval_datasets"),
+        (dit_lora(eval_before_first_step=False), "eval_before_first_step", "there are no eval_datasets"),
+        (
+            dit_lora(eval_datasets=["a.toml"], eval_before_first_step=False, eval_every_n_epochs=0),
+            "eval_datasets",
+            "no key says when",
+        ),
+        (dit_lora(eval_datasets=["a.toml", "b/a.toml"]), "eval_datasets[1].name", "for the second time"),
+        (dit_lora(eval_datasets=[{"name": "../a", "config": "a.toml"}]), "eval_datasets[0].name", "letters"),
+        (dit_lora(eval_datasets=["a.toml"], eval_quantiles=[]), "eval_quantiles", "at least one"),
+        (dit_lora(eval_datasets=["a.toml"], eval_quantiles=[0.2, 0.2]), "eval_quantiles", "each once"),
     ],
 )
 def test_refused(table, key, words) -> None:
@@ -353,6 +364,9 @@ def test_refused(table, key, words) -> None:
         encoder_ft({"caption_aug": {"enable": False}}),
         dit_lora(model={"caption_aug": AUG | {"enable": False}}),
         dit_lora(save_every_n_epochs=0, checkpoint_every_n_epochs=0),
+        dit_lora(eval_datasets=["a.toml", {"name": "b", "config": "a.toml"}], eval_quantiles=[0.9, 0.5]),
+        dit_lora(eval_datasets=["a.toml"], eval_every_n_epochs=0),
+        dit_lora(eval_datasets=["a.toml"], eval_before_first_step=False, eval_every_n_steps=5),
     ],
 )
 def test_permitted(table) -> None:
@@ -366,6 +380,13 @@ def test_permitted(table) -> None:
         (dataset(min_ar=2.0, max_ar=1.0), "min_ar", "above max_ar"),
         (dataset(resolutions=[]), "resolutions", "is empty"),
         (dataset(ar_buckets=[]), "ar_buckets", "is empty"),
+        (dataset(directory=[{"path": "a", "ar_buckets": []}]), "directory[0].ar_buckets", "is empty"),
+        (dataset(directory=[{"path": "a", "min_ar": 3.0}]), "directory[0].min_ar", "above max_ar = 2"),
+        (
+            dataset(directory=[{"path": "a", "max_ar": 0.2}]),
+            "directory[0].max_ar",
+            "is 0.2, below min_ar = 0.5",
+        ),
         (
             dataset(directory=[{"path": "a"}, {"path": "b", "frame_buckets": []}]),
             "directory[1].frame_buckets",
@@ -376,6 +397,11 @@ def test_permitted(table) -> None:
         (dataset(size_buckets=[[832, 480, 48]]), "size_buckets", "48 frames"),
         (dataset(directory=[{"path": "a", "frame_buckets": [3]}]), "directory[0].frame_buckets", "3 frames"),
         (dataset(video_clip_mode="uniform"), "video_clip_mode", "no clip mode"),
+        (
+            dataset(directory=[{"path": "a"}, {"path": "b", "mask_path": "b/../a/"}]),
+            "directory[1].mask_path",
+            "its masks would be samples",
+        ),
         (
             dataset(directory=[{"path": "a", "video_clip_mode": "uniform:0"}]),
             "directory[0].video_clip_mode",
@@ -394,6 +420,7 @@ def test_refused_in_a_dataset(table, key, words) -> None:
         dataset(),
         dataset(min_ar=1.0, max_ar=1.0),
         dataset(ar_buckets=[0.5, 1.0]),
+        dataset(directory=[{"path": "a", "mask_path": "a/masks"}, {"path": "b", "mask_path": "a/masks"}]),
         dataset(frame_buckets=[1, 5, 81]),
         dataset(video_clip_mode="multiple_overlapping"),
         dataset(directory=[{"path": "a", "video_clip_mode": "uniform:3"}]),
@@ -485,6 +512,7 @@ def test_every_key_that_a_rule_reads_is_declared() -> None:
         partition_method="manual",
         pipeline_stages=2,
         partition_split=[1],
+        eval_datasets=[{"config": "a.toml"}],
     )
     sections = {s.path: s.record for s in sections_of(TrainConfig)}
     for path, record in sections.items():
@@ -493,6 +521,7 @@ def test_every_key_that_a_rule_reads_is_declared() -> None:
             inner = table
             for part in filter(None, path.split(".")):
                 inner = inner.setdefault(part, {})
+                inner = inner[0] if isinstance(inner, list) else inner
             inner[name] = object()
             assert any(problem.key.endswith(name) for problem in found_in(table))
 

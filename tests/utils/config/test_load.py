@@ -131,7 +131,8 @@ def test_a_directory_is_no_toml(home) -> None:
 def test_missing_files_are_reported_by_key(home) -> None:
     (home / "more").rmdir()
     (home / "file").write_text("")
-    (home / "dataset.toml").write_text('cache_dir = "file/cache"\n' + DATASET.replace('"media"', '"file"'))
+    text = DATASET.replace('"media"', '"file"\nmask_path = "masks"')
+    (home / "dataset.toml").write_text('cache_dir = "file/cache"\n' + text)
     overrides = [
         "output_dir=file/run",
         "model.llm_path=te.pth",
@@ -148,10 +149,12 @@ def test_missing_files_are_reported_by_key(home) -> None:
         "adapter.init_from_existing",
         "cache_dir",
         "directory[0].path",
+        "directory[0].mask_path",
         "directory[1].path",
     }
     assert f"{home / 'file'} is not a directory" in found["output_dir"]
     assert found["directory[0].path"] == '"file" is not a directory'
+    assert found["directory[0].mask_path"] == '"masks" does not exist'
     assert found["directory[1].path"] == '"more" does not exist'
 
 

@@ -65,6 +65,41 @@ def test_square_only_without_ar_buckets_and_explicit_ratios_win():
     assert explicit == (Bucket(512, 512, 1), Bucket(672, 384, 1))
 
 
+@pytest.mark.parametrize(
+    ("top", "own", "shapes"),
+    [
+        ({"num_ar_buckets": 1, "min_ar": 1.0, "max_ar": 1.0}, {}, {1}),
+        ({"num_ar_buckets": 3}, {"num_ar_buckets": 1}, {1}),
+        ({"num_ar_buckets": 2}, {"min_ar": 1.0}, {1, 2}),
+        ({"num_ar_buckets": 2}, {"max_ar": 1.0}, {0.5, 1}),
+        ({"ar_buckets": (1.0,)}, {}, {1}),
+        ({"ar_buckets": (1.0,), "num_ar_buckets": 2}, {"min_ar": 0.5}, {0.5, 2}),
+        ({"num_ar_buckets": 3}, {"ar_buckets": (2.0,)}, {2}),
+        ({"enable_ar_bucket": False, "num_ar_buckets": 3}, {"enable_ar_bucket": True}, {0.5, 1, 2}),
+        ({"num_ar_buckets": 3}, {"enable_ar_bucket": False}, {1}),
+    ],
+)
+def test_a_directory_has_its_own_shapes(top, own, shapes):
+    config = dataset(resolutions=(1024,), frame_buckets=(1,), **top)
+    buckets = build_buckets(config, DirectoryConfig(path="shapes", **own), MediaRules(16.0, 16))
+    assert sorted(bucket.aspect_ratio for bucket in buckets) == pytest.approx(sorted(shapes), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("top", "own", "key"),
+    [
+        ({"enable_ar_bucket": False}, {"max_ar": 1.5}, "max_ar"),
+        ({}, {"ar_buckets": (1.0,), "num_ar_buckets": 3}, "num_ar_buckets"),
+        ({"size_buckets": ((64, 64, 1),)}, {"ar_buckets": (1.0,)}, "ar_buckets"),
+        ({"size_buckets": ((64, 64, 1),)}, {"enable_ar_bucket": True}, "enable_ar_bucket"),
+        ({"max_ar": 1.5}, {"min_ar": 1.6}, "min_ar"),
+    ],
+)
+def test_keys_of_a_directory_that_would_do_nothing_are_refused(top, own, key):
+    with pytest.raises(UserError, match=rf"  {key}: "):
+        build_buckets(dataset(**top), DirectoryConfig(path="shapes", **own), MediaRules(16.0, 16))
+
+
 def test_directory_overrides_top_level():
     directory = DirectoryConfig(path="clips", resolutions=(256,), frame_buckets=(9,))
     buckets = build_buckets(dataset(enable_ar_bucket=False), directory, RULES_5B)
@@ -139,7 +174,7 @@ def test_assignment_never_stretches_time_and_keeps_kinds_apart(width, height, av
 def test_one_resolution_gives_the_nearest_aspect_ratio(width, height):
     buckets = [bucket for bucket in BUCKETS if bucket.num_frames == 1 and bucket.area < 600_000]
     assert len(buckets) == 7
-    bucket = assign_bucket(width, height, 1, buckets)
+    bucket = assign_bucket(width, height, 1, tuple(buckets))
     distances = [abs(math.log(b.width * height / (b.height * width))) for b in buckets]
     assert abs(math.log(bucket.width * height / (bucket.height * width))) == pytest.approx(min(distances))
 

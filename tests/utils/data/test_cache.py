@@ -1,21 +1,15 @@
+"""The store: whole items or none, several processes at once, damage found, nothing stale."""
+
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import load_file
 
-from utils.data import cache as cache_module
-from utils.data.buckets import Bucket, MediaRules
-from utils.data.cache import CacheStore, latent_key, text_key
-from utils.data.media import MediaInfo
+from utils.data import shards
+from utils.data.cache import STORE_FORMAT, CacheStore
 from utils.errors import UserError
 
-RULES = MediaRules(fps=16.0, pixel_multiple=16)
 TENSORS = {
     "latents": torch.randn(16, 2, 8, 8),
     "half": torch.randn(5, 3).to(torch.bfloat16),
@@ -39,56 +33,16 @@ def same(left, right) -> bool:
     )
 
 
-def test_latent_key_changes_exactly_when_it_must(make_record, monkeypatch):
-    record = make_record()
-    key = latent_key(record, RULES, "vae", "float32")
-    assert key.startswith("latents/")
-    assert key == latent_key(make_record(), MediaRules(16.0, 16), "vae", "float32", {})
-    unaffected = [
-        make_record(captions=("another",)),
-        make_record(path=Path("elsewhere/b.mov")),
-        make_record(sample_id=2),
-        make_record(num_repeats=3.0),
-    ]
-    assert {latent_key(other, RULES, "vae", "float32") for other in unaffected} == {key}
-    # What these two do to the pixels is in the bucket already.
-    assert latent_key(record, MediaRules(16.0, 32, 8), "vae", "float32") == key
-    others = [
-        latent_key(make_record(content_hash="1" * 32), RULES, "vae", "float32"),
-        latent_key(make_record(bucket=Bucket(64, 64, 9)), RULES, "vae", "float32"),
-        latent_key(make_record(bucket=Bucket(64, 48, 5)), RULES, "vae", "float32"),
-        latent_key(make_record(clip_start_seconds=0.5), RULES, "vae", "float32"),
-        latent_key(record, replace(RULES, fps=24.0), "vae", "float32"),
-        latent_key(record, RULES, "other vae", "float32"),
-        latent_key(record, RULES, "vae", "bfloat16"),
-        latent_key(record, RULES, "vae", "float32", {"tiling": True}),
-    ]
-    monkeypatch.setattr(cache_module, "PREPROCESSING_VERSION", 0)
-    others.append(latent_key(record, RULES, "vae", "float32"))
-    assert len({key, *others}) == 1 + len(others)
+def shard_files(store):
+    return sorted((store.root / "shards").glob("*.shard"))
 
 
-def test_latent_key_of_an_image_knows_no_frame_rate(make_record):
-    image = make_record(kind="image", bucket=Bucket(64, 64, 1), info=MediaInfo("image", 64, 64))
-    assert latent_key(image, RULES, "vae", "float32") == latent_key(
-        image, replace(RULES, fps=24.0), "vae", "float32"
-    )
-
-
-def test_text_key_changes_exactly_when_it_must():
-    arguments = ["a circle", "encoder", "tokenizer", "bfloat16", {"attention": "sdpa", "max_tokens": 512}]
-    key = text_key(*arguments)
-    assert key.startswith("text/")
-    assert key == text_key(*arguments[:4], {"max_tokens": 512, "attention": "sdpa"})
-    others = [
-        text_key(*[value if index != place else other for index, value in enumerate(arguments)])
-        for place, other in enumerate(
-            ["a circle ", "tuned", "x", "float32", {"attention": "eager", "max_tokens": 512}]
-        )
-    ]
-    # Moving a boundary between two parts does not give the same text to hash.
-    others.append(text_key("a circlee", "ncoder", *arguments[2:]))
-    assert len({key, *others}) == 7
+def damage_item(store, key, at=-1):
+    """Flip a bit of the item in its file."""
+    place = store.place(key)
+    content = bytearray(place.shard.path.read_bytes())
+    content[place.entry.offset + at % place.entry.length] ^= 1
+    place.shard.path.write_bytes(content)
 
 
 def test_there_and_back(store):
@@ -96,36 +50,34 @@ def test_there_and_back(store):
     assert not store.has(key)
     store.put(key, TENSORS, {"path": "a.mp4"})
     for opened in (store, CacheStore(store.root)):
-        assert opened.has(key)
+        assert opened.has(key) and len(opened) == 1
         assert same(opened.get(key), TENSORS)
         assert opened.verify(key)
-    assert store.metadata(key) == {"path": "a.mp4"}
-    assert same(load_file(store.path(key)), TENSORS)  # an ordinary safetensors file
-
-
-@given(
-    shape=st.lists(st.integers(0, 4), max_size=4),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
-)
-def test_there_and_back_for_all_shapes(tmp_path_factory, shape, dtype):
-    store = CacheStore(tmp_path_factory.getbasetemp() / "shapes")
-    tensors = {"x": (torch.rand(shape) * 100).to(dtype)}
-    store.put(key_of(0), tensors)
-    assert same(CacheStore(store.root).get(key_of(0)), tensors)
-
-
-def test_strided_tensors_and_gradients_are_stored_plain(store):
-    strided = torch.randn(4, 6, requires_grad=True).T[::2]
-    store.put(key_of(1), {"x": strided, "y": strided})
-    assert same(store.get(key_of(1)), {"x": strided.detach(), "y": strided.detach()})
+        assert opened.metadata(key) == {"path": "a.mp4"}
 
 
 def test_put_replaces(store):
     store.put(key_of(1), {"x": torch.zeros(3)})
     mapped = store.get(key_of(1))["x"]
     store.put(key_of(1), {"x": torch.ones(5)})
-    assert torch.equal(store.get(key_of(1))["x"], torch.ones(5))
+    for opened in (store, CacheStore(store.root)):
+        assert torch.equal(opened.get(key_of(1))["x"], torch.ones(5))
     assert torch.equal(mapped, torch.zeros(3))  # whoever reads the old one still does
+
+
+def test_the_newest_counts_whatever_the_clocks_say(store, monkeypatch):
+    """Two machines fill one store, and the second one's clock is behind."""
+    store.put(key_of(1), {"x": torch.zeros(3)})
+    store.put(key_of(2), {"x": torch.zeros(3)})
+    other = CacheStore(store.root)
+    monkeypatch.setattr("utils.data.cache.time.time_ns", lambda: 1)
+    other.put(key_of(1), {"x": torch.ones(3)})
+    other.remove(key_of(2))
+    for opened in (store, other, CacheStore(store.root)):
+        opened.refresh()
+        assert opened.get(key_of(1))["x"].sum() == 3 and not opened.has(key_of(2))
+    other.put(key_of(2), {"x": torch.ones(3)})
+    assert store.get(key_of(2))["x"].sum() == 3
 
 
 def test_missing_lists_what_is_not_there_in_order_and_once(store):
@@ -138,47 +90,52 @@ def test_missing_lists_what_is_not_there_in_order_and_once(store):
     store.remove(keys[0])
     assert store.missing(keys)[0] == keys[0]
     store.remove(keys[0])
+    assert CacheStore(store.root).missing(keys)[0] == keys[0]
 
 
-def test_missing_does_not_ask_for_each_file(store, monkeypatch):
-    keys = [key_of(number) for number in range(500)]  # all in one folder
-    store.put(keys[0], {"x": torch.zeros(1)})
-    listed = []
-    original = cache_module.os.scandir
-    monkeypatch.setattr(cache_module.os, "scandir", lambda path: listed.append(path) or original(path))
-    monkeypatch.setattr(Path, "stat", lambda *_args, **_keys: pytest.fail("stat"))
-    assert len(store.missing(keys)) == 499
-    assert len(listed) == 1
+def test_opening_reads_no_items(store, monkeypatch):
+    for number in range(50):
+        store.put(key_of(number), TENSORS)
+    store.flush()
+    monkeypatch.setattr(shards.mmap, "mmap", lambda *_, **__: pytest.fail("an item was read"))
+    monkeypatch.setattr(shards.Shard, "_scan_tail", lambda *_: pytest.fail("frames were scanned"))
+    opened = CacheStore(store.root)
+    assert len(opened) == 50 and opened.missing([key_of(number) for number in range(51)]) == [key_of(50)]
+    assert sum(item.num_bytes for item in opened.items("latents")) > 50 * 4 * TENSORS["latents"].numel()
 
 
-@pytest.mark.parametrize("damage", ["bit", "cut", "empty", "header", "other_item"])
-def test_damaged_items_are_found_removed_and_missing(store, damage):
+@pytest.mark.parametrize("at", [-1, 0, 9, 40])
+def test_damaged_items_are_found_removed_and_missing(store, at):
     key = key_of(1)
-    store.put(key, TENSORS)
-    path = store.path(key)
-    data = bytearray(path.read_bytes())
-    if damage == "bit":
-        data[-20] ^= 1
-    elif damage == "header":
-        data[:8] = b"\xff" * 8
-    elif damage == "other_item":
-        store.put(key_of(2), TENSORS)
-        data = bytearray(store.path(key_of(2)).read_bytes())
-    path.write_bytes(data[: {"cut": len(data) // 2, "empty": 0}.get(damage, len(data))])
-    words = {"bit": "checksum", "other_item": "another item"}.get(damage, "not a whole safetensors file")
-    assert words in CacheStore(store.root).damage(key)
-    assert words in store.damage(key)  # also where this process has checked the item before
-    assert path.exists()
+    for number in range(3):
+        store.put(key_of(number), TENSORS)
+    damage_item(store, key, at)
+    assert CacheStore(store.root).damage(key) == "does not match its checksum"
+    assert store.damage(key) == "does not match its checksum"  # also where this process has checked it before
+    assert CacheStore(store.root).has(key)
     by_get, by_verify = CacheStore(store.root), CacheStore(store.root)
-    content = path.read_bytes()
-    assert not by_verify.verify(key)
-    assert not path.exists()
-    assert by_verify.missing([key]) == [key]
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"damaged and has been removed.*--cache_only") as caught:
+    with pytest.raises(UserError, match=rf"{key}.*damaged and has been removed.*--cache_only") as caught:
         by_get.get(key)
-    assert str(path) in str(caught.value)
-    assert not path.exists()
+    assert str(store.root) in str(caught.value)
+    assert not by_verify.verify(key) and by_verify.missing([key]) == [key]
+    fresh = CacheStore(store.root)
+    assert fresh.missing([key_of(number) for number in range(3)]) == [key]
+    fresh.put(key, TENSORS)
+    assert same(by_get.get(key), TENSORS) and same(by_verify.get(key), TENSORS)
+
+
+def test_a_shard_cut_short_loses_what_was_cut_and_no_more(store):
+    for number in range(5):
+        store.put(key_of(number), TENSORS)
+    (path,) = shard_files(store)
+    path.write_bytes(path.read_bytes()[: store.place(key_of(3)).entry.offset + 100])
+    opened = CacheStore(store.root)
+    assert opened.missing([key_of(number) for number in range(5)]) == [key_of(3), key_of(4)]
+    with pytest.raises(UserError, match="missing or was damaged"):
+        store.get(key_of(4))  # opened before the cut
+    assert same(store.get(key_of(2)), TENSORS)
+    opened.put(key_of(4), TENSORS)
+    assert same(CacheStore(store.root).get(key_of(4)), TENSORS)
 
 
 def test_a_whole_or_missing_item_has_no_damage(store):
@@ -192,21 +149,19 @@ def test_all_keys_of_a_kind_are_listed(store):
     keys = sorted(key_of(number << 120 | number) for number in range(20))
     for key in [*keys, key_of(3, "text")]:
         store.put(key, {"x": torch.zeros(1)})
-    folder = store.path(keys[0]).parent
-    for other in ("notes.txt", f".{'0' * 32}.safetensors.x.tmp", "ff" + "0" * 30 + ".safetensors"):
-        (folder / other).touch()
-    (store.root / "items" / "latents" / "stray").touch()
-    assert store.kinds() == ["latents", "text"]
-    assert list(store.keys("latents")) == keys
-    assert list(store.keys("text")) == [key_of(3, "text")]
+    for other in ("notes.txt", ".x.index.y.tmp", "stray.index"):
+        (store.root / "shards" / other).touch()
+    for opened in (store, CacheStore(store.root)):
+        assert opened.kinds() == ["latents", "text"]
+        assert list(opened.keys("latents")) == keys and list(opened.keys("text")) == [key_of(3, "text")]
 
 
 def test_a_checksum_is_compared_once_per_process(store, monkeypatch):
     store.put(key_of(1), TENSORS)
     opened = CacheStore(store.root)
     calls = []
-    original = cache_module._checksum
-    monkeypatch.setattr(cache_module, "_checksum", lambda tensors: calls.append(1) or original(tensors))
+    original = shards.Shard.is_whole
+    monkeypatch.setattr(shards.Shard, "is_whole", lambda *args: calls.append(1) or original(*args))
     for _ in range(3):
         opened.get(key_of(1))
     assert len(calls) == 1
@@ -218,20 +173,42 @@ def test_an_item_that_is_not_there(store):
     with pytest.raises(UserError, match="missing"):
         store.get(key_of(1))
     assert not store.verify(key_of(1))
+    with pytest.raises(KeyError):
+        store.metadata(key_of(1))
+
+
+def test_only_keys_name_items(store):
+    with pytest.raises(ValueError, match="not a cache key"):
+        store.has("latents/abc")
+
+
+def test_shards_are_filled_and_gone_on_with(store, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 6000)
+    store.put(key_of(0), TENSORS)
+    store.put(key_of(1), {"x": torch.zeros(10)})
+    assert len(shard_files(store)) == 2  # the first one is over its size with one item
+    store.flush()
+    for number in range(2, 6):
+        opened = CacheStore(store.root)
+        opened.put(key_of(number), {"x": torch.zeros(10)})
+        opened.flush()
+    assert len(shard_files(store)) == 2
+    busy = CacheStore(store.root)
+    busy.put(key_of(7), {"x": torch.zeros(10)})
+    store.put(key_of(8), {"x": torch.zeros(10)})  # a shard of its own, because the other one is in use
+    assert len(shard_files(store)) == 3
+    assert len(CacheStore(store.root)) == 8
 
 
 @pytest.mark.parametrize(
-    "key", ["latents/abc", "../" + "0" * 32, "0" * 32, "latents/" + "G" * 32, "a/b/" + "0" * 32]
+    ("text", "remedy"),
+    [("1\n", "delete "), ("99 of the future", "the version that made it"), ("3", "made it"), ("", "made it")],
 )
-def test_only_keys_name_items(store, key):
-    with pytest.raises(ValueError, match="not a cache key"):
-        store.has(key)
-
-
-@pytest.mark.parametrize("text", ["2\n", "99 of the future", ""])
-def test_another_format_is_refused_and_left_alone(store, text):
+def test_another_format_is_refused_and_left_alone(store, text, remedy):
     (store.root / "FORMAT").write_text(text)
-    with pytest.raises(UserError, match=r"FORMAT: this cache has format .* reads format 1"):
+    with pytest.raises(
+        UserError, match=rf"FORMAT: this cache has format .* reads format {STORE_FORMAT}; .*{remedy}"
+    ):
         CacheStore(store.root)
     assert (store.root / "FORMAT").read_text() == text
 
@@ -243,13 +220,18 @@ def test_a_store_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_a_failed_put_leaves_nothing(store, monkeypatch):
-    monkeypatch.setattr(
-        "utils.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
-    )
-    with pytest.raises(UserError, match="disk is full"):
-        store.put(key_of(1), TENSORS)
-    assert not [path for path in store.root.rglob("*") if path.is_file() and path.name != "FORMAT"]
-    assert not store.has(key_of(1))
+    store.put(key_of(0), TENSORS)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.os, "pwrite", full)
+        with pytest.raises(UserError, match="disk is full"):
+            store.put(key_of(1), TENSORS)
+    assert not store.has(key_of(1)) and not CacheStore(store.root).has(key_of(1))
+    store.put(key_of(1), TENSORS)
+    assert same(CacheStore(store.root).get(key_of(1)), TENSORS)
 
 
 WRITER = """
@@ -260,6 +242,9 @@ store = CacheStore(Path(sys.argv[1]))
 for turn in range(3):
     for number in range(40):
         store.put(f"latents/{number:032x}", {"x": torch.full((1000,), float(number))})
+        if number % 10 == 9:
+            store.flush()
+            assert store.get(f"latents/{number - 5:032x}")["x"][0] == number - 5
 """
 
 
@@ -271,10 +256,6 @@ def test_processes_that_write_the_same_items_do_no_harm(tmp_path):
     assert store.missing(key_of(number) for number in range(40)) == []
     for number in range(40):
         assert torch.equal(store.get(key_of(number))["x"], torch.full((1000,), float(number)))
-    assert {path.suffix for path in store.root.rglob("*") if path.is_file()} == {".safetensors", ""}
-
-
-def test_keys_are_stable_over_versions(make_record):
-    # A change here makes every cache in use worthless: make it knowingly.
-    assert latent_key(make_record(), RULES, "vae", "float32") == "latents/ef2c474c7971cd2ce4a8ccce9ce4437d"
-    assert text_key("a circle", "e", "t", "float32") == "text/194d2fc557df4abe81cc127ca7c9820c"
+        assert store.damage(key_of(number)) is None
+    names = {path.suffix for path in store.root.rglob("*") if path.is_file()}
+    assert names == {".shard", ".index", ""} and len(shard_files(store)) <= 2

@@ -16,6 +16,7 @@ from utils.data.cache_upkeep import (
     measure,
     open_existing,
 )
+from utils.data.compaction import remove_items
 from utils.errors import UserError
 
 
@@ -32,10 +33,12 @@ def store(tmp_path):
     return made
 
 
-def flip_last_byte(path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+def damage_item(store, key, at=-1) -> None:
+    """Flip a bit of the item in its file."""
+    place = store.place(key)
+    data = bytearray(place.shard.path.read_bytes())
+    data[place.entry.offset + at % place.entry.length] ^= 1
+    place.shard.path.write_bytes(data)
 
 
 def test_only_a_cache_is_opened(store, tmp_path):
@@ -48,20 +51,17 @@ def test_only_a_cache_is_opened(store, tmp_path):
 
 
 def test_items_are_counted_per_kind(store):
-    os.utime(store.path(key_of(2)), (1000, 1000))
     latents, text = measure(store)
     assert (latents.kind, latents.num_items, text.kind, text.num_items) == ("latents", 4, "text", 1)
-    assert latents.num_bytes == sum(store.path(key_of(number)).stat().st_size for number in range(4))
-    assert latents.oldest == 1000 and latents.newest == max(
-        store.path(key_of(number)).stat().st_mtime for number in range(4)
-    )
+    assert latents.num_bytes == sum(store.place(key_of(number)).entry.length for number in range(4)) > 4 * 32
+    assert time.time() - 60 < latents.oldest < latents.newest < text.newest < time.time() + 1
     assert latents.made_by == {"vae": {"new": 3, "old": 1}} and text.made_by == {}
-    store.path(key_of(9, "text")).write_bytes(b"torn")
-    assert measure(store)[1].num_unreadable == 1
+    damage_item(store, key_of(9, "text"), at=7)
+    assert measure(CacheStore(store.root))[1].num_unreadable == 1
 
 
 def test_damage_is_found_and_left_alone(store):
-    flip_last_byte(store.path(key_of(2)))
+    damage_item(store, key_of(2))
     done = []
     keys = all_keys(store)
     assert len(keys) == 5
@@ -71,24 +71,25 @@ def test_damage_is_found_and_left_alone(store):
 
 def test_only_what_is_not_needed_goes(store):
     keys = all_keys(store)
-    gone = store.path(key_of(3))
-    gone.unlink()  # by another process, meanwhile
+    store.flush()
+    CacheStore(store.root).remove(key_of(3))  # by another process, meanwhile
+    store.refresh()
     unneeded = find_unneeded(store, keys, {key_of(0), key_of(9, "text"), key_of(77)})
-    assert set(unneeded.paths) == {store.path(key_of(1)), store.path(key_of(2))}
-    assert unneeded.num_bytes == sum(path.stat().st_size for path in unneeded.paths)
-    unneeded.paths[0].unlink()
-    delete(unneeded)
-    assert all_keys(store) == [key_of(0), key_of(9, "text")]
+    assert set(unneeded.keys) == {key_of(1), key_of(2)}
+    assert unneeded.num_bytes == sum(store.place(key).entry.length for key in unneeded.keys)
+    remove_items(store, unneeded.keys)
+    assert all_keys(CacheStore(store.root)) == [key_of(0), key_of(9, "text")]
 
 
 def test_old_leftovers_go_and_files_in_the_making_stay(store):
-    folder = store.path(key_of(0)).parent
-    old, fresh, other = folder / ".a.safetensors.x.tmp", store.root / ".memo.y.tmp", folder / "mine.tmp"
-    for path in (old, fresh, other):
+    folder = store.root / "shards"
+    old, orphan = folder / ".a.index.x.tmp", folder / "latents-0123.index"
+    fresh, other = store.root / ".memo.y.tmp", folder / "mine.tmp"
+    for path in (old, orphan, fresh, other):
         path.write_bytes(b"torn")
-    for path in (old, other):
+    for path in (old, orphan, other, *folder.glob("*.index")):
         os.utime(path, (time.time() - 7200,) * 2)
     found = find_leftovers(store.root)
-    assert found.paths == (old,) and found.num_bytes == 4
+    assert set(found.paths) == {old, orphan} and found.num_bytes == 8
     delete(found)
-    assert fresh.exists() and other.exists() and len(all_keys(store)) == 5
+    assert fresh.exists() and other.exists() and len(all_keys(CacheStore(store.root))) == 5

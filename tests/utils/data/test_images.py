@@ -110,12 +110,16 @@ def test_damaged_files_are_named_with_a_reason(tmp_path):
         assert reason in str(caught.value)
 
 
-def test_a_decompression_bomb_is_refused_undecoded(tmp_path):
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_decompression_bomb_is_refused_undecoded(tmp_path, monkeypatch):
+    decoded = []
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: decoded.append(image.size))
     for side in (10_000, 30_000):  # between Pillow's warning and its error, and above both
         header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
         (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b""))
         with pytest.raises(UserError, match=r"more than \d+ pixels"):
             load_image(tmp_path / "a.png")
+    assert decoded == []
 
 
 def test_suffixes_are_pictures_only():

@@ -1,6 +1,10 @@
 import json
 import os
 import shutil
+import struct
+import tempfile
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,7 @@ from PIL import Image
 
 from utils.config.schema import DirectoryConfig
 from utils.data.buckets import Bucket
-from utils.data.cache import latent_key
+from utils.data.cache_keys import LATENTS, latent_parts, make_key
 from utils.data.manifest import build_manifest, default_cache_dir, make_sample_id
 from utils.data.media import load_clip
 from utils.data.memo import HashMemo
@@ -101,7 +105,15 @@ def test_nothing_is_left_out_in_silence(tmp_path, write_sample, build):
         (tmp_path / name).write_text("" if name == "empty.mp4" else "words")
         (tmp_path / name).with_suffix(".txt").write_text("a caption")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder_loop").symlink_to(tmp_path)
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    bomb = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", bomb), (b"IDAT", b""))
+    )
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    (tmp_path / "bomb.txt").write_text("a caption")
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
     manifest = build(tmp_path)
     assert [sample.path.name for sample in manifest.samples] == ["good.png"]
@@ -109,12 +121,14 @@ def test_nothing_is_left_out_in_silence(tmp_path, write_sample, build):
     expected = {
         "bare.png": ("no_caption", "it has no caption file bare.txt"),
         "blank.png": ("no_caption", "blank.txt is blank"),
+        "bomb.png": ("unreadable", "has more than 89478485 pixels"),
         "cut.png": ("unreadable", "not readable as an image"),
         "dangling.png": ("link", "broken or circular link"),
         "data.csv": ("not_media", "not an image or video"),
         "dot.png": ("too_small", "1x1 px is smaller than 16 px"),
         "empty.mp4": ("unreadable", "the file is empty"),
         "folder": ("folder", "[[directory]] of its own"),
+        "folder_loop": ("folder", "[[directory]] of its own"),
         "latin.png": ("unreadable", "latin.txt: not UTF-8 (byte 3)"),
         "loop.png": ("link", "broken or circular link"),
         "short.mp4": (
@@ -189,6 +203,15 @@ def test_media_of_one_stem_share_their_caption(tmp_path, write_sample, build):
         ("a.png", "a square"),
     ]
     assert manifest.samples[0].sample_id != manifest.samples[1].sample_id
+    (warning,) = manifest.warnings
+    assert warning == f"{tmp_path / 'a.txt'}: is the caption of 2 files of one stem, a.mp4, a.png"
+
+
+def test_files_of_one_stem_with_captions_of_their_own_are_no_matter(tmp_path, write_sample, build):
+    for name in ("a.mp4", "a.png", "b.mp4"):
+        write_sample(tmp_path / name, None)
+    (tmp_path / "captions.json").write_text('{"a.png": "a square", "a.mp4": "a circle", "b.mp4": "a disc"}')
+    assert build(tmp_path, video_clip_mode="uniform:2").warnings == ()
 
 
 def test_missing_captions_by_policy(tmp_path, write_sample, build):
@@ -252,8 +275,57 @@ def test_a_missing_directory_is_named_with_where_it_was_looked_for(tmp_path, bui
     assert "[[directory]] data/shapes" in str(caught.value)
     assert str(tmp_path / "data" / "shapes") in str(caught.value)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be listed"):
-        build(tmp_path / "file")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("file", "loop"):
+        with pytest.raises(UserError, match=f"{name}: cannot be listed"):
+            build(tmp_path / name)
+
+
+@pytest.fixture
+def without_privileges():
+    """A folder outside of what pytest keeps to itself, and a place in which this process may read what its mode says."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+
+    @contextmanager
+    def unprivileged():
+        if os.geteuid() != 0:
+            yield
+            return
+        try:
+            os.seteuid(65534)
+        except PermissionError:
+            pytest.skip("root cannot become another user here, and reads everything")
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    yield folder, unprivileged
+    shutil.rmtree(folder)
+
+
+def test_what_may_not_be_read_is_named(without_privileges, write_sample, build):
+    folder, unprivileged = without_privileges
+    for name in ("good.png", "image.png", "video.mp4", "caption.png"):
+        write_sample(folder / name)
+    build(folder)  # so that nothing is left to import
+    for name in ("image.png", "video.mp4", "caption.txt"):
+        (folder / name).chmod(0)
+    with unprivileged():
+        manifest = build(folder)
+        with pytest.raises(UserError, match=r"Permission denied.*on_bad_file"):
+            build(folder, on_bad_file="error")
+    assert [sample.path.name for sample in manifest.samples] == ["good.png"]
+    assert reasons(manifest) == {
+        "caption.png": ("unreadable", "caption.txt: not readable (Permission denied)"),
+        "image.png": ("unreadable", "not readable (Permission denied)"),
+        "video.mp4": ("unreadable", "not readable as a video (Permission denied)"),
+    }
+    folder.chmod(0o311)
+    with unprivileged(), pytest.raises(UserError, match=r"cannot be listed \(Permission denied\)"):
+        build(folder)
+    folder.chmod(0o755)
 
 
 def test_relative_directories_count_from_the_working_directory(tmp_path, write_sample, build, monkeypatch):
@@ -288,7 +360,8 @@ def test_several_clips_of_a_video_are_samples_of_their_own(
     ]
     # The first is what a video of one clip is called.
     assert clips[0].sample_id == build(tmp_path).samples[0].sample_id
-    assert len({latent_key(clip, rules, "vae", "float32") for clip in clips}) == len(starts)
+    keys = {make_key(LATENTS, latent_parts(clip, rules, "vae", "float32")) for clip in clips}
+    assert len(keys) == len(starts)
     assert load_clip(clips[-1], rules).shape[1] == 9
 
 

@@ -1,6 +1,9 @@
+import json
 import os
+import shutil
 
 import pytest
+import xxhash
 
 from utils.data import memo as memo_module
 from utils.data.media import MediaInfo
@@ -84,7 +87,7 @@ def test_a_damaged_memo_is_made_anew(tmp_path, reads, damage):
         "flip": text.replace(digest, other).encode(),
         "cut": text[:-10].encode(),
         "binary": b"\xff\xfe\x00",
-        "format": text.replace("hash-memo 1", "hash-memo 0").encode(),
+        "format": text.replace("hash-memo 2", "hash-memo 0").encode(),
         "empty": b"",
     }
     memo_path.write_bytes(changed[damage])
@@ -125,6 +128,78 @@ def test_failures_are_not_remembered(tmp_path):
             memo.media_info(path)
     with pytest.raises(OSError, match="No such file"):
         memo.content_hash(tmp_path / "gone.png")
+
+
+def known_set(root):
+    """Two old files and a memo beside them that knows both."""
+    root.mkdir(parents=True)
+    paths = [make_old(root / name, f"content of {name}") for name in ("a.png", "b.png")]
+    memo = HashMemo(root / ".cache" / "hashes.jsonl")
+    for path in paths:
+        memo.media_info(path)
+        memo.content_hash(path)
+    memo.save()
+    return paths, [content_hash(path) for path in paths]
+
+
+def test_trust_takes_a_known_size_for_an_unchanged_file_and_writes_nothing_down(tmp_path, reads):
+    (one, other), (digest, _) = known_set(tmp_path / "set")
+    memo_path = tmp_path / "set" / ".cache" / "hashes.jsonl"
+    before = memo_path.read_bytes()
+    os.utime(one, ns=(OLD_NS + 1, OLD_NS + 1))
+    reads.clear()
+    memo = HashMemo(memo_path, trust_sizes=True)
+    for _ in range(2):
+        assert memo.media_info(one) == MediaInfo("image", 64, 64)
+        assert memo.content_hash(one) == digest
+    assert memo.content_hash(other) == content_hash(other)
+    assert (reads, memo.num_trusted, memo.num_read) == ([], 1, 0)
+    memo.save()
+    assert memo_path.read_bytes() == before
+    # A later run without trust looks again.
+    assert HashMemo(memo_path).content_hash(one) == digest
+    assert reads == ["hash a.png"]
+
+
+def test_trust_knows_files_that_were_copied_together_with_their_memo(tmp_path, reads):
+    _, digests = known_set(tmp_path / "here" / "set")
+    shutil.copytree(tmp_path / "here", tmp_path / "there", copy_function=shutil.copyfile)
+    shutil.rmtree(tmp_path / "here")
+    reads.clear()
+    paths = [tmp_path / "there" / "set" / name for name in ("a.png", "b.png")]
+    memo_path = tmp_path / "there" / "set" / ".cache" / "hashes.jsonl"
+    memo = HashMemo(memo_path, trust_sizes=True)
+    assert [memo.content_hash(path) for path in paths] == digests
+    assert (reads, memo.num_trusted, memo.num_read) == ([], 2, 0)
+    assert [HashMemo(memo_path).content_hash(path) for path in paths] == digests
+    assert reads == ["hash a.png", "hash b.png"]
+
+
+def test_trust_ends_where_the_size_or_the_name_is_another_or_the_caller_says_so(tmp_path, reads):
+    (one, other), (_, digest) = known_set(tmp_path / "set")
+    make_old(one, "longer than it was before")
+    make_old(other, "CONTENT OF B.PNG")
+    os.utime(other, ns=(OLD_NS + 1, OLD_NS + 1))
+    renamed = make_old(tmp_path / "set" / "c.png", "content of b.png")
+    reads.clear()
+    memo = HashMemo(tmp_path / "set" / ".cache" / "hashes.jsonl", trust_sizes=True)
+    assert memo.content_hash(one) == content_hash(one)
+    assert memo.content_hash(renamed) == content_hash(renamed) == digest
+    assert memo.content_hash(other) == digest  # what is risked: its content is another by now
+    assert memo.content_hash(other, compare_time=True) == content_hash(other) != digest
+    assert reads == ["hash a.png", "hash c.png", "hash b.png"]
+    assert memo.num_read == 2  # the last was none of those that could have been trusted
+
+
+def test_a_memo_of_the_format_before_is_still_read(tmp_path, reads):
+    (one, _), (digest, _) = known_set(tmp_path / "set")
+    memo_path = tmp_path / "set" / ".cache" / "hashes.jsonl"
+    lines = [json.loads(line) for line in memo_path.read_text().splitlines()[1:]]
+    body = "".join(json.dumps({k: v for k, v in line.items() if k != "relative"}) + "\n" for line in lines)
+    memo_path.write_text(f"hash-memo 1 {xxhash.xxh3_128_hexdigest(body.encode())}\n{body}")
+    reads.clear()
+    assert HashMemo(memo_path).content_hash(one) == digest
+    assert reads == []
 
 
 def test_a_read_only_memo_knows_what_there_is_and_writes_nothing(tmp_path, reads):

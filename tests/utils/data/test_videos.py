@@ -1,3 +1,6 @@
+import subprocess
+import sys
+import weakref
 from fractions import Fraction
 from itertools import count
 from types import SimpleNamespace
@@ -7,7 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from tests.helpers.workspace import environment
 from utils.data import videos
 from utils.data.videos import nearest_frames, pictures_at, probe_video
 from utils.errors import UserError
@@ -128,6 +133,47 @@ def test_mirrored_rotation_is_applied():
         }
 
 
+class WithUnknownSideData:
+    """A frame of which PyAV cannot list the side data, because there is a kind among them that it does not know."""
+
+    def __init__(self, frame) -> None:
+        self.frame = frame
+
+    @property
+    def side_data(self):
+        raise ValueError("31 is not a valid Type")
+
+    @property
+    def rotation(self):
+        return self.frame.rotation
+
+
+@pytest.mark.parametrize("rotation", [None, 90, 180, 270])
+def test_rotation_is_known_beside_side_data_that_is_not(tmp_path, write_video, solid, rotation):
+    path = write_video(tmp_path / "a.mp4", solid(), rotation=rotation, num_frames=3)
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        assert videos._orientation(WithUnknownSideData(frame)) == videos._orientation(frame)
+
+
+def test_unknown_side_data_is_no_reason_to_refuse_a_file(tmp_path):
+    """A TIFF under a video's name has some; what is wrong with it is that it is one frame long, and that is said."""
+    Image.fromarray(noise(0.0)).save(tmp_path / "a.tif")
+    (tmp_path / "a.tif").rename(tmp_path / "a.mp4")
+    assert probe_video(tmp_path / "a.mp4").num_frames == 1
+
+
+def test_titles_that_are_no_utf8_are_no_reason_to_refuse_a_file(tmp_path, write_video, solid):
+    path = write_video(tmp_path / "a.mkv", solid(), num_frames=3)
+    whole = path.read_bytes()
+    marked = whole.replace(b"Lavf", b"caf\xe9")
+    assert marked != whole
+    path.write_bytes(marked)
+    with pytest.raises(UnicodeDecodeError):
+        av.open(str(path))
+    assert probe_video(path).num_frames == 3
+
+
 def test_pixels_that_are_not_square_count(tmp_path, write_video, solid):
     for rotation, size, aspect in ((None, (128, 48), 2.0), (90, (24, 64), 0.5)):
         path = write_video(
@@ -173,6 +219,120 @@ def test_a_late_clip_is_sought_and_equals_decoding_from_the_start(tmp_path, writ
     assert all(np.array_equal(left, right) for (left, _), (right, _) in zip(sought, plain, strict=True))
     levels = [image.mean() for image, _ in sought]
     assert levels == pytest.approx([round(time * 24 - 1e-6) * 37 % 251 for time in times], abs=2)
+
+
+@pytest.fixture
+def count_decoded(monkeypatch):
+    """How many frames ffmpeg has decoded, of whatever was opened since; key frames that only a seek finds included."""
+    decoded = []
+    original = videos._open
+
+    class Counting:
+        def __init__(self, container) -> None:
+            self._container = container
+
+        def __enter__(self):
+            self._container.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self._container.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self._container, name)
+
+        def decode(self, stream):
+            for frame in self._container.decode(stream):
+                decoded.append(frame.pts)
+                yield frame
+
+    monkeypatch.setattr(videos, "_open", lambda path: Counting(original(path)))
+    return decoded
+
+
+def test_what_is_decoded_does_not_depend_on_how_long_a_video_is(tmp_path, write_video, solid, count_decoded):
+    """A clip of half a second costs as many frames in 10 s of video as in 40 s, at its beginning, middle and end."""
+
+    def cost(path, start: float) -> int:
+        facts = probe_video(path)
+        count_decoded.clear()
+        list(pictures_at(path, [start + index / 16 for index in range(9)], facts.start_seconds))
+        return len(count_decoded)
+
+    short, long = (
+        write_video(
+            tmp_path / f"{seconds}.mp4",
+            solid(width=32, height=32),
+            num_frames=24 * seconds,
+            options={"g": "24"},
+        )
+        for seconds in (10, 40)
+    )
+    beginning, middle, end = (cost(short, start) for start in (0.0, 5.0, 9.4))
+    assert [cost(long, start) for start in (0.0, 5.0, 39.4)] == [beginning, middle, end]
+    # Half a second is 12 frames. Before it lie 2 s to be sure of the place, and up to a second to the next key frame.
+    assert beginning <= 14 and middle <= 14 + 72 and end <= 14 + 72
+    assert cost(long, 20.0) <= 14 + 72
+    count_decoded.clear()
+    assert probe_video(long).num_frames == 960
+    assert len(count_decoded) == 1
+
+
+def test_no_more_than_two_frames_are_held_beside_what_the_caller_has():
+    class Frame:
+        pass
+
+    alive: weakref.WeakSet = weakref.WeakSet()
+    most = 0
+
+    def stream():
+        nonlocal most
+        for index in range(200):
+            frame = Frame()
+            alive.add(frame)
+            most = max(most, len(alive))
+            yield index / 24, 1 / 24, frame
+            del frame
+
+    for _ in nearest_frames(stream(), [index / 16 for index in range(120)], 0.0):
+        pass
+    assert most <= 3
+
+
+@pytest.mark.long
+def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path, write_video, solid):
+    """Of 2000 frames that are all used, 460 MB as RGB, a few are held at a time."""
+    path = write_video(
+        tmp_path / "a.mp4", solid(width=320, height=240), num_frames=2000, options={"preset": "ultrafast"}
+    )
+    code = f"""
+import resource
+from pathlib import Path
+from utils.data.videos import pictures_at, probe_video
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+facts = probe_video(Path({str(path)!r}))
+before = peak()
+assert sum(1 for _ in pictures_at(Path({str(path)!r}), [i / 24 for i in range(2000)], facts.start_seconds)) == 2000
+print(peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 60
+
+
+@pytest.mark.parametrize("name", ["a.webm", "a.avi"])
+def test_odd_sizes_are_kept(tmp_path, write_video, name):
+    codec = "libvpx-vp9" if name == "a.webm" else "mpeg4"
+    path = write_video(
+        tmp_path / name, lambda _: np.full((47, 63, 3), 90, np.uint8), codec=codec, num_frames=6
+    )
+    facts = probe_video(path)
+    assert (facts.width, facts.height) == (63, 47)
+    image = next(pictures_at(path, [0.1], facts.start_seconds))[0].image
+    assert image.size == (63, 47)
+    assert np.abs(np.asarray(image).astype(int) - 90).max() < 6  # to the last row and column
 
 
 def cut(source, target, share: float):

@@ -1,0 +1,374 @@
+"""Shards: files of many items that only ever grow at their end, each with an index beside it.
+
+A shard is a sequence of frames: 64 bytes of header, then the item (a whole safetensors file), padded to 64 bytes. The
+header has the item's digest, length and checksum, so a shard can be read without its index, and a frame that a killed
+process left half-written is known by its checksum or by the end of the file. The index holds the same facts as records
+of 64 bytes, so that opening a store reads no items. Only one process writes a shard (it holds a lock on it); it writes
+the frame first and the index record after it.
+"""
+
+import contextlib
+import fcntl
+import mmap
+import os
+import struct
+import time
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from utils.files import atomic_write_bytes
+
+SHARD_SUFFIX, INDEX_SUFFIX = ".shard", ".index"
+# A writer begins another shard where the next item would make one larger than this; a larger item has one of its own.
+MAX_SHARD_BYTES = 1 << 30
+ALIGNMENT = 64
+
+_MAGIC = b"WANITEM1"
+_TOMBSTONE = 1
+# magic, flags, nothing, length, time written, digest; then the checksum over these and the item.
+_FIELDS = struct.Struct("<8sIIQQ16s")
+_CHECKSUM_BYTES = 16
+_HEADER_BYTES = _FIELDS.size + _CHECKSUM_BYTES
+_RECORD = np.dtype(
+    [
+        ("digest", "V16"),
+        ("checksum", "V16"),
+        ("offset", "<u8"),
+        ("length", "<u8"),
+        ("written_ns", "<u8"),
+        ("flags", "<u4"),
+        ("check", "<u4"),
+    ]
+)
+_CHECK_WEIGHTS = (np.arange(15, dtype=np.uint32) * np.uint32(2654435761)) | np.uint32(1)
+_SYNC_BYTES = 64 << 20
+
+
+class Entry(NamedTuple):
+    """One frame: the item's digest and checksum, where it begins and how long it is, when it was written.
+
+    A tombstone says that an item of the same digest that was written before it has been removed.
+    """
+
+    digest: bytes
+    checksum: bytes
+    offset: int
+    length: int
+    written_ns: int
+    is_tombstone: bool
+
+    @property
+    def end(self) -> int:
+        """Where the next frame begins."""
+        return _aligned(self.offset + self.length)
+
+
+class Shard:
+    """A shard as a reader sees it; other processes may append to it meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        """Nothing is opened before `refresh` or `payload`."""
+        self.path = path
+        self.end = 0
+        self._index_bytes = 0
+        self._map: mmap.mmap | None = None
+
+    @property
+    def index_path(self) -> Path:
+        """The index beside the shard."""
+        return self.path.with_suffix(INDEX_SUFFIX)
+
+    def refresh(self) -> list[Entry]:
+        """Whole frames that have come since the last call, in the order of the file.
+
+        Raises:
+            FileNotFoundError: the shard is gone (another process has compacted the store).
+        """
+        size = self.path.stat().st_size
+        if size <= self.end:
+            return []
+        entries = self._read_index(size)
+        if self.end < size:
+            entries += self._scan_tail(size)
+        return entries
+
+    def is_whole(self, entry: Entry) -> bool:
+        """Read the frame and compare its checksum."""
+        start = entry.offset - _HEADER_BYTES
+        with self.payload(entry) as payload:
+            header = bytes(self._mapped(entry.end)[start : entry.offset])
+            found = _parse_header(header, entry.offset)
+            return found == entry and _checksum(header[: _FIELDS.size], payload) == entry.checksum
+
+    def payload(self, entry: Entry) -> memoryview:
+        """The item's bytes, mapped from the file (writing to them changes this process's copy only).
+
+        Raises:
+            FileNotFoundError: the shard is gone.
+            ValueError: the file has become shorter than it was.
+        """
+        mapped = self._mapped(entry.end)
+        return memoryview(mapped)[entry.offset : entry.offset + entry.length]
+
+    def _mapped(self, end: int) -> mmap.mmap:
+        if self._map is None or len(self._map) < end:
+            with self.path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            if len(mapped) < end:
+                raise ValueError(f"{self.path} ends at {len(mapped)} and not at {end} as its index says")
+            self._map = mapped  # tensors in use keep the former one alive
+        return self._map
+
+    def _read_index(self, size: int) -> list[Entry]:
+        try:
+            with self.index_path.open("rb") as file:
+                file.seek(self._index_bytes)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        records = np.frombuffer(data[: len(data) // _RECORD.itemsize * _RECORD.itemsize], dtype=_RECORD)
+        num_valid = _count_valid(records, size)
+        self._index_bytes += num_valid * _RECORD.itemsize
+        entries = [entry for entry in _entries(records[:num_valid]) if entry.offset > self.end]
+        if entries:
+            self.end = entries[-1].end
+        return entries
+
+    def _scan_tail(self, size: int) -> list[Entry]:
+        """Frames behind the last one in the index: of a writer that is at work, or that was killed between the two."""
+        entries: list[Entry] = []
+        with self.path.open("rb") as file:
+            while True:
+                file.seek(self.end)
+                header = file.read(_HEADER_BYTES)
+                entry = _parse_header(header, self.end + _HEADER_BYTES)
+                if entry is None or entry.end > size:
+                    return entries
+                if _checksum(header[: _FIELDS.size], file.read(entry.length)) != entry.checksum:
+                    return entries
+                entries.append(entry)
+                self.end = entry.end
+
+
+class ShardWriter:
+    """The one process that appends to a shard, and holds a lock on it as long as it lives."""
+
+    def __init__(self, path: Path, file: FileIO, num_bytes: int) -> None:
+        """Of `create` and `adopt`; `file` holds the lock."""
+        self.path = path
+        self.num_bytes = num_bytes
+        # Files and not descriptors: they close, and so give the lock free, also where nobody calls `close`.
+        self._file = file
+        index = path.with_suffix(INDEX_SUFFIX)
+        index.touch()
+        self._index = index.open("r+b", buffering=0)
+        self._index_bytes = index.stat().st_size
+        self._unsynced = 0
+
+    @classmethod
+    def create(cls, folder: Path, kind: str) -> "ShardWriter":
+        """Begin a new shard, under a name that no other process uses.
+
+        Raises:
+            OSError: the folder is not writable or the disk is full.
+        """
+        path = folder / f"{kind}-{os.urandom(8).hex()}{SHARD_SUFFIX}"
+        file = path.open("x+b", buffering=0)
+        _lock(file)
+        return cls(path, file, 0)
+
+    @classmethod
+    def adopt(cls, path: Path) -> "ShardWriter | None":
+        """Go on with a shard that no process writes; a torn tail is cut off and the index made whole.
+
+        None where another process writes it, where locks do not work, or where it is gone or not writable.
+        """
+        try:
+            file = path.open("r+b", buffering=0)
+        except OSError:
+            return None
+        try:
+            # The path may have been deleted between opening and locking.
+            if not _lock(file) or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+                file.close()
+                return None
+            shard = Shard(path)
+            entries = shard.refresh()
+            file.truncate(shard.end)
+            _mend_index(shard.index_path, entries)
+            return cls(path, file, shard.end)
+        except FileNotFoundError:
+            file.close()
+            return None
+        except BaseException:
+            file.close()
+            raise
+
+    def append(
+        self, digest: bytes, payload: bytes | memoryview, *, is_tombstone: bool = False, written_ns: int = 0
+    ) -> Entry:
+        """Write an item's frame, then its index record. An error leaves both files as they were.
+
+        Args:
+            digest: 16 bytes.
+            payload: the item; empty for a tombstone.
+            is_tombstone: the item is removed.
+            written_ns: nanoseconds since the epoch; 0 is now.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        fields = _FIELDS.pack(
+            _MAGIC,
+            _TOMBSTONE if is_tombstone else 0,
+            0,
+            len(payload),
+            written_ns or time.time_ns(),
+            digest,
+        )
+        checksum = _checksum(fields, payload)
+        start, index_start = self.num_bytes, self._index_bytes
+        entry = _parse_header(fields + checksum, start + _HEADER_BYTES)
+        assert entry is not None, "just packed"
+        try:
+            _write_all(
+                self._file, start, fields + checksum, payload, bytes(entry.end - entry.offset - entry.length)
+            )
+            _write_all(self._index, index_start, _record(entry))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._index.truncate(index_start)
+                self._file.truncate(start)
+            raise
+        self.num_bytes, self._index_bytes = entry.end, index_start + _RECORD.itemsize
+        self._unsynced += entry.end - start
+        if self._unsynced >= _SYNC_BYTES:
+            self.sync()
+        return entry
+
+    def sync(self) -> None:
+        """Make what was written survive a loss of power; the frames first, then the index that names them."""
+        os.fsync(self._file.fileno())
+        os.fsync(self._index.fileno())
+        self._unsynced = 0
+
+    def close(self) -> None:
+        """Sync, and let another process go on with the shard."""
+        self.sync()
+        self._index.close()
+        self._file.close()
+
+
+def has_room(shard_bytes: int, length: int) -> bool:
+    """Whether an item of this length still belongs into a shard of this size."""
+    return shard_bytes == 0 or shard_bytes + _HEADER_BYTES + length <= MAX_SHARD_BYTES
+
+
+def shard_paths(folder: Path) -> Iterator[Path]:
+    """Shards in a folder, by name."""
+    try:
+        with os.scandir(folder) as found:
+            names = sorted(entry.name for entry in found if entry.name.endswith(SHARD_SUFFIX))
+    except FileNotFoundError:
+        return
+    for name in names:
+        yield folder / name
+
+
+def kind_of(path: Path) -> str:
+    """The kind of a shard's items: its name is `<kind>-<16 hex digits>.shard`."""
+    return path.stem.rpartition("-")[0]
+
+
+def _lock(file: FileIO) -> bool:
+    """Whether this process now holds the lock; False also on file systems without locks."""
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def _checksum(fields: bytes, payload: bytes | memoryview) -> bytes:
+    """xxh3-128 over the header's fields and the item."""
+    digest = xxhash.xxh3_128(fields)
+    digest.update(payload)
+    return digest.digest()
+
+
+def _parse_header(header: bytes, payload_offset: int) -> Entry | None:
+    if len(header) < _HEADER_BYTES:
+        return None
+    magic, flags, _, length, written_ns, digest = _FIELDS.unpack_from(header)
+    if magic != _MAGIC:
+        return None
+    return Entry(digest, header[_FIELDS.size :], payload_offset, length, written_ns, bool(flags & _TOMBSTONE))
+
+
+def _write_all(file: FileIO, offset: int, *parts: bytes | memoryview) -> None:
+    for part in parts:
+        view = memoryview(part)
+        while len(view):
+            written = os.pwrite(file.fileno(), view, offset)
+            offset, view = offset + written, view[written:]
+
+
+def _record(*entries: Entry) -> bytes:
+    """Index records of these frames."""
+    records = np.zeros(len(entries), dtype=_RECORD)
+    for name in ("offset", "length", "written_ns"):
+        records[name] = [getattr(entry, name) for entry in entries]
+    records["digest"] = [np.void(entry.digest) for entry in entries]
+    records["checksum"] = [np.void(entry.checksum) for entry in entries]
+    records["flags"] = [_TOMBSTONE if entry.is_tombstone else 0 for entry in entries]
+    records["check"] = _check_words(records)
+    return records.tobytes()
+
+
+def _check_words(records: np.ndarray) -> np.ndarray:
+    """A word per record over the others, to know a record that was not written whole from one that was."""
+    words = records.view("<u4").reshape(len(records), 16)[:, :15].astype(np.uint32)
+    return ((words + np.uint32(1)) * _CHECK_WEIGHTS).sum(axis=1, dtype=np.uint32)
+
+
+def _count_valid(records: np.ndarray, shard_bytes: int) -> int:
+    """How many records from the first on are whole and lie inside the shard."""
+    is_valid = (records["check"] == _check_words(records)) & (
+        records["offset"] + records["length"] <= np.uint64(shard_bytes)
+    )
+    return int(is_valid.argmin()) if not is_valid.all() else len(records)
+
+
+def _entries(records: np.ndarray) -> list[Entry]:
+    digests, checksums = records["digest"].tobytes(), records["checksum"].tobytes()
+    rows = zip(
+        records["offset"].tolist(),
+        records["length"].tolist(),
+        records["written_ns"].tolist(),
+        (records["flags"] & _TOMBSTONE).astype(bool).tolist(),
+        strict=True,
+    )
+    return [
+        Entry(digests[16 * number : 16 * number + 16], checksums[16 * number : 16 * number + 16], *row)
+        for number, row in enumerate(rows)
+    ]
+
+
+def _mend_index(path: Path, entries: list[Entry]) -> None:
+    """Make the index what it is when every frame has its record."""
+    wanted = _record(*entries)
+    try:
+        found = path.read_bytes()
+    except FileNotFoundError:
+        found = b""
+    if found != wanted:
+        atomic_write_bytes(path, wanted)
