@@ -10,7 +10,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install smoke test test-long chaos lint format
+.PHONY: install smoke test test-long bench bench-gpu lint format
 
 install: $(INSTALLED)
 
@@ -33,6 +33,13 @@ test: $(INSTALLED)
 
 test-long: $(INSTALLED)
 	$(PYTEST) -m long
+
+# Ratios within one run; the report goes to reports/bench_pipeline/.
+bench: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench/pipeline.py
+
+bench-gpu: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench/pipeline.py --device cuda
 
 # 25 runs killed with SIGKILL, most of them inside a save, and resumed.
 chaos: $(INSTALLED)

@@ -438,6 +438,7 @@ def test_a_dry_run_writes_nothing_but_the_cache(workspace, capsys) -> None:
     assert workspace.train("dit_lora", "epochs=2", flags=["--dry_run"]) == 0
     said = capsys.readouterr().err
     assert "dry run: " in said and "8 adapter targets" in said and "6 steps of 2 micro-batch(es)" in said
+    assert "in flight  activations" in said and "0-5 (input .. head)" in said
     assert not workspace.out.exists()
     assert CacheStore(workspace.cache).kinds() == ["latents", "text"]
 

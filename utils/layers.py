@@ -11,10 +11,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from utils.config.schema import ActivationCheckpointing
 from utils.data.sampler import MicroBatch
 from utils.delta_budget import ModuleDelta
+from utils.memory import NO_MEMORY, LayerMemory
+from utils.recompute import is_wanted, run_again_later
 
 Wire = tuple[Tensor, ...]
 
@@ -23,23 +25,20 @@ class PipelineLayer(nn.Module):
     """One layer of the pipeline: a wire (tuple of tensors) in, a wire (or, for the last layer, a tensor) out.
 
     Parameters live in `self.inner`, so that their global name is the layer's name plus the name inside `inner`.
-    Subclasses implement `run`. With `recompute`, activations inside `run` are recomputed in the backward pass.
+    Subclasses implement `run`. `recompute` says which activations inside `run` are recomputed in the backward pass;
+    with "offload" the first tensor of the wire, which is what a block replaces, waits in host memory.
     """
 
-    def __init__(self, inner: nn.Module, recompute: bool = False) -> None:
+    def __init__(self, inner: nn.Module, recompute: ActivationCheckpointing = False) -> None:
         super().__init__()
         self.inner = inner
         self.recompute = recompute
 
     def forward(self, wire: Wire) -> Any:
         """Run the layer. Where no gradient is wanted nothing is recomputed, because nothing is stored."""
-        if self.recompute and torch.is_grad_enabled() and self._wants_gradient(wire):
-            # Layers that draw random numbers seed their draw themselves, so there is no state to put back.
-            return checkpoint(self.run, *wire, use_reentrant=False, preserve_rng_state=False)
+        if self.recompute and is_wanted(wire, self.inner):
+            return run_again_later(self.recompute, self.run, wire)
         return self.run(*wire)
-
-    def _wants_gradient(self, wire: Wire) -> bool:
-        return any(t.requires_grad for t in wire) or any(p.requires_grad for p in self.inner.parameters())
 
     def run(self, *wire: Tensor) -> Any:
         """The layer's computation."""
@@ -54,11 +53,12 @@ class LayerSpec:
         name: global name; parameters are called `<name>.<name inside inner>` in checkpoints.
         build: builds the layer with its weights on the given device; called only by the stage that owns it.
         forward_flops: multiply-adds times two of one forward pass at the dataset's mean sample.
+        backward_flops: the same of its backward pass where a gradient comes, without what is recomputed. None: as many
+            as forward, and as many again where `trains_weights`.
         trainable: whether any of its parameters trains.
         trains_weights: whether its full weights train (not only an adapter), which adds a weight-gradient pass.
-        recompute: whether it recomputes its forward pass in the backward pass.
-        resident_bytes: weights, gradients and optimizer state that it keeps in memory.
-        state_bytes: how much of that is optimizer state, which `zero_stage = 1` shares out.
+        recompute: share of its forward pass that runs again in the backward pass.
+        memory: what it keeps in memory.
     """
 
     name: str
@@ -66,9 +66,9 @@ class LayerSpec:
     forward_flops: float
     trainable: bool = False
     trains_weights: bool = False
-    recompute: bool = False
-    resident_bytes: float = 0.0
-    state_bytes: float = 0.0
+    recompute: float = 0.0
+    memory: LayerMemory = NO_MEMORY
+    backward_flops: float | None = None
 
 
 def global_names(spec_name: str, layer: nn.Module) -> dict[str, nn.Parameter]:

@@ -78,6 +78,11 @@ class BandEngine(PipelineEngine):
     def _broadcast_model(self) -> None:
         """Nothing to do: every rank has read the same weights and made the same adapters from the same seed."""
 
+    def zero_grad(self) -> None:
+        """Drop the gradients of what trains; nothing else has any (stock: a walk over all parameters in every step)."""
+        for parameter in self._named_trainables.values():
+            parameter.grad = None
+
     def clip_fp32_gradients(self) -> None:
         """Measure the global gradient norm and clip to `max_gradient_norm`.
 
@@ -91,7 +96,8 @@ class BandEngine(PipelineEngine):
             if parameter.grad is not None:
                 gradients.append(parameter.grad)
                 norms[self._norm_slots[name]] = parameter.grad.float().norm()
-        dist.all_reduce(norms, group=self.grid.get_pipe_parallel_group())
+        if self.num_stages > 1:
+            dist.all_reduce(norms, group=self.grid.get_pipe_parallel_group())
         norm = norms.square().sum().sqrt()
         self.last_gradient_norm = norm.item()
         if not torch.isfinite(norm):
@@ -220,6 +226,12 @@ class _SplitModule(PipelineModule):
             bounds
         )  # nn.Module allows plain attributes only after its own __init__
         super().__init__(layers=layers, **arguments)
+
+    def train(self, mode: bool = True) -> "_SplitModule":
+        """Stock calls this in every step, and torch then visits every module, also where nothing changes."""
+        if mode != self.training:
+            super().train(mode)
+        return self
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._bounds

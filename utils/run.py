@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from utils import partition
 from utils.checkpoint import checkpoint_name, load_checkpoint
 from utils.config.schema import LoadedConfig, TrainConfig
 from utils.data.sampler import BatchPlan
@@ -21,6 +20,7 @@ from utils.pipeline import Pipeline, build_pipeline
 from utils.progress import announce
 from utils.resume import Inputs
 from utils.run_dir import CONFIG_FILE, RunDir, create_run_dir, remove_leftovers
+from utils.stage_plan import describe_plan, make_plan, plan_warnings
 from utils.trainer import LossRecorder, Trainer, initial_state, total_steps
 
 Say = Callable[[str], None]
@@ -89,7 +89,10 @@ def build(
     specs = on_every_rank(model.layer_specs)
     memory = device_memory(processes.device)
     copies = processes.world_size // config.pipeline_stages
-    stages = on_every_rank(lambda: partition.plan_stages(specs, config, memory, copies))
+    stages = on_every_rank(lambda: make_plan(specs, config, memory, copies))
+    # Before anything is built: where it does not fit, this is the last that is said.
+    for line in describe_plan(stages) + plan_warnings(stages, memory):
+        say(line)
     recorder = LossRecorder()
     pipeline = on_every_rank(
         lambda: build_pipeline(
@@ -112,31 +115,14 @@ def build(
     )
     own = (pipeline.stage_id, sum(p.numel() for p in pipeline.trainables.values()))
     trained = dict(gather_objects(own))
-    total_cost = sum(stages.layer_costs)
     say(
         f"{pipeline.num_stages} stage(s) x {pipeline.dp_size} data-parallel; {config.gradient_accumulation_steps} "
-        f"micro-batch(es) of {config.micro_batch_size_per_gpu} per step and copy; {sum(trained.values()):,} trained parameters"
+        f"micro-batch(es) of {config.micro_batch_size_per_gpu} per step and copy; {sum(trained.values()):,} trained "
+        f"parameters ({', '.join(f'{trained[stage]:,}' for stage in sorted(trained))})"
     )
     if config.zero_stage and pipeline.dp_size == 1:
         say("zero_stage = 1 changes nothing here: there is one copy, which keeps the optimizer's state")
-    for stage, cost in enumerate(stages.stage_costs):
-        first, last = stages.bounds[stage], stages.bounds[stage + 1] - 1
-        say(
-            f"  stage {stage}: layers {first}-{last} ({specs[first].name or 'input'} .. {specs[last].name or 'input'}), "
-            f"{cost / total_cost:.0%} of the work, {trained[stage]:,} trained parameters, "
-            f"{_size(stages.stage_bytes[stage])} of weights, gradients and optimizer state"
-        )
-    if memory is not None and max(stages.stage_bytes) > memory:
-        say(
-            f"warning: stage {stages.stage_bytes.index(max(stages.stage_bytes))} needs "
-            f"{_size(max(stages.stage_bytes))} before any activation, and its GPU has {_size(memory)}; use more "
-            "pipeline_stages, train fewer blocks, or choose optimizer.type = 'adamw8bit'"
-        )
     return Ready(config, plan, model, pipeline, recorder, processes)
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def device_memory(device: torch.device) -> float | None:

@@ -25,6 +25,9 @@ Shape = tuple[int, ...]
 _MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _INDEX_GLOB = "*.safetensors.index.json"
+SCALED_FP8_MARK = "scaled_fp8"
+_WEIGHT_SCALE = ".scale_weight"
+_SCALE_SUFFIXES = (_WEIGHT_SCALE, ".scale_input")
 _DTYPE_BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -73,6 +76,14 @@ class TensorSource(ABC):
         """The `__metadata__` of a `.safetensors` file; nothing for other kinds."""
         return {}
 
+    def stored_in_8_bits(self, name: str) -> "tuple[torch.Tensor, torch.Tensor] | None":
+        """Values (float8) and scale [1, 1] of a tensor that is stored so; None for all others."""
+        return None
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of the files' pages in memory; the next `get` opens them again."""
+
     def _check_name(self, name: str) -> None:
         if name not in self.shapes:
             raise UserError(f"{self.files[0]}: has no tensor {name!r}; it may belong to another model")
@@ -97,6 +108,80 @@ class RenamedSource(TensorSource):
     def metadata(self) -> dict[str, str]:
         """The metadata of the file behind."""
         return self._base.metadata()
+
+    def stored_in_8_bits(self, name: str) -> "tuple[torch.Tensor, torch.Tensor] | None":
+        """See `TensorSource`."""
+        self._check_name(name)
+        return self._base.stored_in_8_bits(self._names[name])
+
+    def release(self) -> None:
+        """See `TensorSource`."""
+        self._base.release()
+
+
+class ScaledSource(TensorSource):
+    """A file whose linear weights are float8 with a scale beside each (ComfyUI's `fp8_scaled`), shown as plain weights.
+
+    The mark `scaled_fp8` and the scales (`X.scale_weight`, and `X.scale_input`, which is for computing in 8 bits) are
+    hidden; `get` multiplies.
+    """
+
+    def __init__(self, base: TensorSource) -> None:
+        """Wrap a source that has the mark.
+
+        Raises:
+            UserError: a scale has no weight or is not one number, or a float8 weight has no scale.
+        """
+        self._base = base
+        self.files = base.files
+        hidden = {name for name in base.shapes if name == SCALED_FP8_MARK or name.endswith(_SCALE_SUFFIXES)}
+        self._scale_of = {
+            name.removesuffix(_WEIGHT_SCALE) + ".weight": name
+            for name in hidden
+            if name.endswith(_WEIGHT_SCALE)
+        }
+        self.shapes = {name: shape for name, shape in base.shapes.items() if name not in hidden}
+        self.dtypes = {name: "F32" if name in self._scale_of else base.dtypes[name] for name in self.shapes}
+        for weight, scale in self._scale_of.items():
+            if weight not in self.shapes:
+                raise UserError(f"{self.files[0]}: has {scale} but no {weight}; download it again")
+            if math.prod(base.shapes[scale]) != 1:
+                raise UserError(
+                    f"{self.files[0]}: {scale} has the shape {list(base.shapes[scale])}, and only one scale per weight is "
+                    "known here; give a bf16 or fp16 file"
+                )
+        bare = [
+            name
+            for name, dtype in self.dtypes.items()
+            if dtype.startswith("F8") and name not in self._scale_of
+        ]
+        if bare:
+            raise UserError(
+                f"{self.files[0]}: is marked {SCALED_FP8_MARK}, but {bare[0]} is in 8 bits without a scale{_more(bare)}; "
+                "give a bf16 or fp16 file"
+            )
+
+    def get(self, name: str) -> "torch.Tensor":
+        """Read one tensor; a scaled one in float32, multiplied by its scale."""
+        self._check_name(name)
+        if name not in self._scale_of:
+            return self._base.get(name)
+        return self._base.get(name).float() * self._base.get(self._scale_of[name]).float()
+
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the file behind."""
+        return self._base.metadata()
+
+    def stored_in_8_bits(self, name: str) -> "tuple[torch.Tensor, torch.Tensor] | None":
+        """See `TensorSource`. Only of e4m3, which is the format that is computed with."""
+        self._check_name(name)
+        if name not in self._scale_of or self._base.dtypes[name] != "F8_E4M3":
+            return None
+        return self._base.get(name).clone(), self._base.get(self._scale_of[name]).float().reshape(1, 1)
+
+    def release(self) -> None:
+        """See `TensorSource`."""
+        self._base.release()
 
 
 class _SafetensorsSource(TensorSource):
@@ -133,17 +218,25 @@ class _SafetensorsSource(TensorSource):
     def metadata(self) -> dict[str, str]:
         return dict(self._metadata)
 
+    def release(self) -> None:
+        self._handles.clear()
+
 
 class _PthSource(TensorSource):
     def __init__(self, path: Path, tensors: dict[str, "torch.Tensor"]) -> None:
         self.files = (path,)
-        self._tensors = tensors
+        self._tensors: dict[str, torch.Tensor] | None = tensors
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self.dtypes = {name: _dtype_name(tensor) for name, tensor in tensors.items()}
 
     def get(self, name: str) -> "torch.Tensor":
         self._check_name(name)
+        if self._tensors is None:
+            self._tensors = _load_pth(self.files[0])
         return self._tensors[name]
+
+    def release(self) -> None:
+        self._tensors = None
 
 
 def read_safetensors_header(path: Path) -> SafetensorsHeader:

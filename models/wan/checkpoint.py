@@ -22,7 +22,9 @@ from models.wan.names import umt5_to_official
 from utils.config.schema import ModelConfig, Problem
 from utils.errors import UserError
 from utils.tensor_source import (
+    SCALED_FP8_MARK,
     RenamedSource,
+    ScaledSource,
     Shape,
     TensorSource,
     open_pth,
@@ -43,6 +45,7 @@ __all__ = [
     "open_safetensors",
     "open_sharded",
     "open_text_encoder",
+    "open_transformer",
     "open_vae",
     "open_weights",
     "read_variant",
@@ -58,7 +61,6 @@ TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _BY_MODEL_TYPE = {info.model_type: info for info in VARIANTS.values()}
 # In files for ComfyUI the tokenizer travels with the encoder, as bytes.
 _NOT_WEIGHTS = ("spiece_model",)
-_QUANTISED_MARK = "scaled_fp8"
 
 _T = TypeVar("_T")
 
@@ -94,7 +96,7 @@ def open_text_encoder(path: Path) -> TensorSource:
     """
     path = Path(path)
     source = open_weights(path)
-    if _QUANTISED_MARK in source.shapes:
+    if SCALED_FP8_MARK in source.shapes:
         raise UserError(
             f"{path}: is quantised to fp8, which cannot be trained or encoded with here; give the bf16 or fp16 file"
         )
@@ -109,6 +111,16 @@ def open_text_encoder(path: Path) -> TensorSource:
     if path.suffix == ".safetensors":
         _check_whole(path, set(names))
     return RenamedSource(source, names)
+
+
+def open_transformer(path: Path) -> TensorSource:
+    """Open a DiT: a directory of shards or one `.safetensors` file, also one of ComfyUI's `fp8_scaled` files.
+
+    Raises:
+        UserError: as `open_sharded`, or scales and weights of a scaled file do not fit each other.
+    """
+    source = open_sharded(path)
+    return ScaledSource(source) if SCALED_FP8_MARK in source.shapes else source
 
 
 def open_vae(path: Path) -> TensorSource:
@@ -281,7 +293,7 @@ def _is_undecided(model: ModelConfig, paths: CheckpointPaths) -> bool:
 
 def _read_arch(paths: CheckpointPaths) -> WanArch | None:
     """The DiT's sizes, checked against its headers; None where `config.json` is missing, which is said elsewhere."""
-    shapes = open_sharded(paths.transformer_dir).shapes
+    shapes = open_transformer(paths.transformer_dir).shapes
     return load_arch(paths.config_json, shapes) if paths.config_json.exists() else None
 
 

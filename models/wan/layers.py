@@ -1,16 +1,16 @@
 """Building Wan's pipeline layers: which there are, what they cost, and loading each from the checkpoint's files."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.wan import costs
+from models.wan import costs, layer_memory
 from models.wan.arch import WanArch
 from models.wan.checkpoint import TensorSource, text_encoder_sizes
+from models.wan.layer_memory import Workload
 from models.wan.names import umt5_to_official
 from models.wan.stages import (
     DitBlockLayer,
@@ -22,26 +22,19 @@ from models.wan.stages import (
 )
 from models.wan.text_encoder import build_umt5_block, build_umt5_norm, umt5_config
 from models.wan.transformer import WanBlock, WanEmbedding, WanHead
+from utils.block_swap import BlockSwap, evenly_spread
 from utils.config.schema import TrainConfig
+from utils.frozen_linear import FrozenLinear, move_out, quantise, replace_frozen_linears
 from utils.layers import LayerSpec, PipelineLayer
 from utils.lora import add_lora, parameter_names
 from utils.lora_targets import split_block_path
-from utils.optim import bytes_per_trained_weight, state_bytes_per_weight, trainable_dtype
+from utils.memory import LayerMemory
+from utils.optim import trainable_dtype
 
 Build = Callable[[torch.device], PipelineLayer]
 TEXT_PREFIX = "text_encoder."
-# The DiT's parts before its blocks, kept in float32 but for the text embedding.
-_AROUND_BLOCKS = ("patch_embedding.", "text_embedding.", "time_embedding.", "time_projection.")
 _TOKENS = f"{TEXT_PREFIX}shared"
 _TEXT_NORM = f"{TEXT_PREFIX}encoder.final_layer_norm"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The mean sample, by which layers are weighed: video and text tokens."""
-
-    video_tokens: float
-    text_tokens: float
 
 
 def text_layers(config: TrainConfig, source: TensorSource, workload: Workload) -> list[LayerSpec]:
@@ -50,36 +43,33 @@ def text_layers(config: TrainConfig, source: TensorSource, workload: Workload) -
     Trained weights are stored in the optimizer's precision (float32 but for Kahan), frozen ones in `model.dtype`.
     """
     builder = _TextBuilder(config, source)
-    model, sizes = config.model, text_encoder_sizes(source.shapes)
-    table_trained = model.train_token_embedding
+    sizes, table_trained = text_encoder_sizes(source.shapes), config.model.train_token_embedding
     flops = costs.umt5_block_flops(sizes, workload.text_tokens)
+    memory = layer_memory.TextMemory(config, source.shapes, sizes, workload)
 
-    def spec(name: str, build: Build, trained: bool, official: str, **values: Any) -> LayerSpec:
-        each = bytes_per_trained_weight(config.optimizer) if trained else builder.frozen_bytes
-        num_weights = costs.num_weights(source.shapes, official)
-        return LayerSpec(
-            name,
-            build,
-            trainable=trained,
-            trains_weights=trained,
-            resident_bytes=each * num_weights,
-            state_bytes=state_bytes_per_weight(config.optimizer) * num_weights if trained else 0.0,
-            **values,
-        )
+    def spec(name: str, build: Build, trained: bool, kept: LayerMemory, **values: Any) -> LayerSpec:
+        return LayerSpec(name, build, trainable=trained, trains_weights=trained, memory=kept, **values)
 
-    specs = [spec(_TOKENS, builder.tokens, table_trained, "token_embedding.", forward_flops=0.0)]
+    specs = [spec(_TOKENS, builder.tokens, table_trained, memory.table(), forward_flops=0.0)]
     for index in range(sizes.num_layers):
+        trained = index >= builder.first_trained
         specs.append(
             spec(
                 f"{TEXT_PREFIX}encoder.block.{index}",
                 partial(builder.block, index),
-                index >= builder.first_trained,
-                f"blocks.{index}.",
+                trained,
+                memory.block(
+                    index,
+                    trained=trained,
+                    has_backward=trained or table_trained,
+                    is_first_trained=index == builder.first_trained and not (table_trained and index == 0),
+                ),
                 forward_flops=flops,
-                recompute=config.activation_checkpointing,
+                backward_flops=costs.umt5_block_backward_flops(sizes, workload.text_tokens, trained=trained),
+                recompute=layer_memory.recomputed_share(config.activation_checkpointing),
             )
         )
-    specs.append(spec(_TEXT_NORM, builder.norm, True, "norm.", forward_flops=0.0))
+    specs.append(spec(_TEXT_NORM, builder.norm, True, memory.norm(), forward_flops=0.0))
     return specs
 
 
@@ -102,31 +92,29 @@ def dit_layers(
         workload: the mean sample.
     """
     builder = _DitBuilder(config, source, arch, targets, initial)
-    tokens, shapes = workload.video_tokens, source.shapes
+    tokens = workload.video_tokens
     block_flops = costs.dit_block_flops(arch, tokens)
-    around = 4.0 * costs.num_weights(shapes, *_AROUND_BLOCKS), 4.0 * costs.num_weights(shapes, "head.")
-    specs = [LayerSpec("", builder.input, costs.dit_input_flops(arch, tokens), resident_bytes=around[0])]
+    memory = layer_memory.DitMemory(config, source.shapes, arch, builder.targets, workload)
+    specs = [LayerSpec("", builder.input, costs.dit_input_flops(arch, tokens), memory=memory.input())]
     for index in range(arch.num_layers):
-        adapted = [target for target in targets if split_block_path(target)[0] == index]
-        kept = builder.frozen_bytes * costs.num_weights(shapes, f"blocks.{index}.")
-        trained = 0.0
-        if config.adapter is not None:
-            trained = costs.num_adapter_weights(shapes, adapted, config.adapter.rank)
-            kept += trained * bytes_per_trained_weight(config.optimizer)
         specs.append(
             LayerSpec(
                 f"blocks.{index}",
                 partial(builder.block, index),
                 block_flops,
-                trainable=bool(adapted),
-                recompute=config.activation_checkpointing,
-                resident_bytes=kept,
-                state_bytes=trained * state_bytes_per_weight(config.optimizer),
+                trainable=any(number == index for number, _ in builder.targets),
+                recompute=layer_memory.recomputed_share(config.activation_checkpointing),
+                memory=memory.block(index, is_swapped=index in builder.swapped),
+                backward_flops=costs.dit_block_backward_flops(
+                    arch,
+                    tokens,
+                    [path for number, path in builder.targets if number == index],
+                    hidden_wants_gradient=memory.hidden_wants_gradient(index),
+                    text_wants_gradient=config.model.train_text_encoder,
+                ),
             )
         )
-    specs.append(
-        LayerSpec("head", builder.head, costs.dit_head_flops(arch, tokens), resident_bytes=around[1])
-    )
+    specs.append(LayerSpec("head", builder.head, costs.dit_head_flops(arch, tokens), memory=memory.head()))
     return specs
 
 
@@ -140,7 +128,6 @@ class _TextBuilder:
         self._recompute = config.activation_checkpointing
         self._compute_dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._trained_dtype = trainable_dtype(config.optimizer)
-        self.frozen_bytes = self._compute_dtype.itemsize
         wanted = config.model.text_train_blocks
         self.first_trained = 0 if wanted == 0 else self._sizes.num_layers - wanted
 
@@ -177,6 +164,7 @@ class _TextBuilder:
             name: _owned(self._source.get(umt5_to_official(f"{prefix}.{name}")), device, dtype)
             for name, _ in module.named_parameters()
         }
+        self._source.release()
         module.load_state_dict(state, strict=True, assign=True)
         module.requires_grad_(trained)
 
@@ -195,11 +183,13 @@ class _DitBuilder:
         self._config = config
         self._source = source
         self._arch = arch
-        self._targets = [split_block_path(target) for target in targets]
+        self.targets = [split_block_path(target) for target in targets]
+        self.swapped = frozenset(evenly_spread(config.blocks_to_swap, arch.num_layers))
+        self._swap: BlockSwap | None = None
+        self._in_8_bits = config.model.transformer_dtype == "float8"
         self._initial = initial
         self._compute_dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._residual_dtype: torch.dtype = getattr(torch, config.model.residual_dtype)
-        self.frozen_bytes = self._compute_dtype.itemsize
 
     def input(self, device: torch.device) -> PipelineLayer:
         """Patch, time and text embedding."""
@@ -214,7 +204,7 @@ class _DitBuilder:
             block = WanBlock(self._arch, self._compute_dtype)
         self._load(block, f"blocks.{index}.", device)
         adapter = self._config.adapter
-        paths = [path for number, path in self._targets if number == index]
+        paths = [path for number, path in self.targets if number == index]
         dropout = 0.0
         if adapter is not None and paths:
             dtype = trainable_dtype(self._config.optimizer)
@@ -222,6 +212,7 @@ class _DitBuilder:
             block.to(device)
             self._start_from_initial(block, index, paths)
             dropout = adapter.dropout
+        self._store_frozen(block, index, device)
         return DitBlockLayer(block, f"blocks.{index}", self._config.activation_checkpointing, dropout)
 
     def head(self, device: torch.device) -> PipelineLayer:
@@ -230,6 +221,34 @@ class _DitBuilder:
             head = WanHead(self._arch)
         self._load(head, "head.", device)
         return DitHeadLayer(head)
+
+    def _store_frozen(self, block: nn.Module, index: int, device: torch.device) -> None:
+        """Put frozen weights into 8 bits, or into host memory, or both, as configured. Adapters stay as they are."""
+        is_swapped = index in self.swapped
+        if not self._in_8_bits and not is_swapped:
+            return
+
+        def store(path: str, linear: nn.Linear) -> FrozenLinear:
+            weight, scale = linear.weight.detach(), None
+            if self._in_8_bits:
+                weight, scale = self._read_in_8_bits(f"blocks.{index}.{path}.weight", device)
+            return FrozenLinear(weight, scale, linear.bias, self._compute_dtype)
+
+        replace_frozen_linears(block, store)
+        if is_swapped:
+            if self._swap is None:
+                self._swap = BlockSwap(device)
+            move_out(block, self._swap)
+
+    def _read_in_8_bits(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Values and scales of a weight: those of the file where it has them, so that nothing is rounded twice."""
+        stored = self._source.stored_in_8_bits(name)
+        if stored is None:
+            values, scale = quantise(self._source.get(name).to(device))
+        else:
+            values, scale = (tensor.to(device) for tensor in stored)
+        self._source.release()
+        return values, scale.expand(values.shape[0], 1).contiguous()
 
     def _start_from_initial(self, block: nn.Module, index: int, paths: Sequence[str]) -> None:
         for path in paths:
@@ -240,10 +259,14 @@ class _DitBuilder:
                         block.get_parameter(name).copy_(initial)
 
     def _load(self, module: nn.Module, prefix: str, device: torch.device) -> None:
-        state = {
-            name: _owned(self._source.get(prefix + name), device, parameter.dtype)
-            for name, parameter in module.named_parameters()
-        }
+        state = {}
+        for name, parameter in module.named_parameters():
+            if self._in_8_bits and isinstance(module, WanBlock) and parameter.dim() == 2:
+                # Of the right shape, and nothing behind it: `_store_frozen` reads this weight by itself.
+                state[name] = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+            else:
+                state[name] = _owned(self._source.get(prefix + name), device, parameter.dtype)
+        self._source.release()
         module.load_state_dict(state, strict=True, assign=True)
         module.requires_grad_(False)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.wan.arch import load_arch
 from models.wan.batches import WanBatches
 from models.wan.caching import WanCache
-from models.wan.checkpoint import CheckpointPaths, TensorSource, open_sharded, open_text_encoder
+from models.wan.checkpoint import CheckpointPaths, TensorSource, open_text_encoder, open_transformer
 from models.wan.evaluation import WanEvalBatches
 from models.wan.export import save_text_encoder
 from models.wan.layers import dit_layers, text_layers
@@ -41,7 +41,7 @@ class WanModel:
         """
         self._config = config
         self._paths = paths
-        self.base: TensorSource = open_sharded(paths.transformer_dir)
+        self.base: TensorSource = open_transformer(paths.transformer_dir)
         self.arch = load_arch(paths.config_json, self.base.shapes)
         self.targets: list[str] = []
         self._initial: dict[str, Tensor] = {}
@@ -119,7 +119,11 @@ class WanModel:
             if adapter is None or down_name not in parameters:
                 continue
             if target not in self._base_norms:  # the base never changes
-                self._base_norms[target] = weight_norm(parameters[base_weight_name(target)])
+                # Where it is stored in 8 bits or elsewhere, the file's: the budget is on the true weight.
+                weight = parameters.get(base_weight_name(target))
+                self._base_norms[target] = weight_norm(
+                    self.base.get(f"{target}.weight") if weight is None else weight
+                )
             down, up, norm = parameters[down_name], parameters[up_name], self._base_norms[target]
             deltas.append(module_delta(target, down, up, scale_of(adapter), norm))
         return deltas

@@ -7,8 +7,8 @@ from models.wan.arch import WanArch, load_arch
 from models.wan.checkpoint import (
     check_checkpoint,
     locate,
-    open_sharded,
     open_text_encoder,
+    open_transformer,
     text_encoder_sizes,
 )
 from utils.config.schema import Problem, TrainConfig
@@ -26,9 +26,9 @@ def preflight(config: TrainConfig) -> list[Problem]:
     paths, missing = locate(config.model)
     if missing or any(problem.key in ("model.ckpt_path", "model.transformer_path") for problem in problems):
         return problems
-    source = open_sharded(paths.transformer_dir)
+    source = open_transformer(paths.transformer_dir)
     arch = load_arch(paths.config_json, source.shapes)
-    problems += _check_noise_range(config, arch)
+    problems += _check_noise_range(config, arch) + _check_swapped_blocks(config, arch)
     if config.adapter is not None:
         problems += _check_adapter(config, source)
     if config.model.train_text_encoder and not any(problem.key == "model.llm_path" for problem in problems):
@@ -39,6 +39,15 @@ def preflight(config: TrainConfig) -> list[Problem]:
 def _check_noise_range(config: TrainConfig, arch: WanArch) -> list[Problem]:
     model = config.model
     return _problem("model.min_t", lambda: arch.variant.sigma_range(model.expert, model.min_t, model.max_t))
+
+
+def _check_swapped_blocks(config: TrainConfig, arch: WanArch) -> list[Problem]:
+    """One block has to stay: with all of them away, there is nothing behind which a copy could hide."""
+    limit = arch.num_layers - 1
+    if config.blocks_to_swap <= limit:
+        return []
+    reason = f"is {config.blocks_to_swap}, but of the DiT's {arch.num_layers} blocks at most {limit} can be swapped"
+    return [Problem("blocks_to_swap", reason, f"write at most {limit}, or 0 for none")]
 
 
 def _check_adapter(config: TrainConfig, source: TensorSource) -> list[Problem]:

@@ -10,7 +10,7 @@ import xxhash
 
 from models.wan.arch import load_arch
 from models.wan.caching import WanCache, WeightHashes
-from models.wan.checkpoint import CheckpointPaths, find_checkpoint, open_sharded
+from models.wan.checkpoint import CheckpointPaths, find_checkpoint, open_transformer
 from models.wan.datasets import (
     MEMO_FILE,
     CacheUse,
@@ -160,7 +160,7 @@ def needed_items(config: LoadedConfig, root: Path) -> tuple[set[str], list[Skipp
     if not datasets:
         return None
     paths = find_checkpoint(model)
-    variant = load_arch(paths.config_json, open_sharded(paths.transformer_dir).shapes).variant
+    variant = load_arch(paths.config_json, open_transformer(paths.transformer_dir).shapes).variant
     keys: set[str] = set()
     skipped: list[SkippedFile] = []
     for dataset in datasets:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.wan.text_encoder import padding_mask
 from models.wan.transformer import WanBlock, WanEmbedding, WanHead
+from utils.config.schema import ActivationCheckpointing
 from utils.layers import PipelineLayer
 from utils.rng import derive_seed, seeded_globally
 
@@ -77,7 +78,12 @@ class TextBlockLayer(PipelineLayer):
     """One UMT5 block. Trained weights are float32 and compute in `compute_dtype` by autocast."""
 
     def __init__(
-        self, inner: nn.Module, name: str, compute_dtype: torch.dtype, recompute: bool, dropout: float
+        self,
+        inner: nn.Module,
+        name: str,
+        compute_dtype: torch.dtype,
+        recompute: ActivationCheckpointing,
+        dropout: float,
     ) -> None:
         super().__init__(inner, recompute)
         self._compute_dtype = compute_dtype
@@ -126,7 +132,9 @@ class DitBlockLayer(PipelineLayer):
 
     inner: WanBlock
 
-    def __init__(self, inner: WanBlock, name: str, recompute: bool, dropout: float) -> None:
+    def __init__(
+        self, inner: WanBlock, name: str, recompute: ActivationCheckpointing, dropout: float
+    ) -> None:
         super().__init__(inner, recompute)
         self._dropout = _DropoutSeed(name, dropout)
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from models.wan.checkpoint import EXPERT_DIRS
+from models.wan.checkpoint import EXPERT_DIRS, open_transformer
 from models.wan.names import dit_to_diffusers
 from utils.adapter_runs import find_adapter_file, last_save, newest_adapter_run, run_of_adapter
 from utils.config.load import load_config
@@ -23,7 +23,7 @@ from utils.files import combined_fingerprint
 from utils.lora_names import AdapterFile, kohya_aliases, read_adapter
 from utils.probe_cli import positive_float, probe_parser, run_probe
 from utils.report import Report, Verdict
-from utils.tensor_source import TensorSource, open_safetensors, open_sharded
+from utils.tensor_source import TensorSource, open_safetensors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -110,7 +110,7 @@ def probe(args: argparse.Namespace) -> Verdict:
     """Measure, write the report, and return the verdict."""
     subject = choose_subject(args)
     report = Report(TOOL, QUESTION, args.reports_dir, args.run_tag)
-    source = open_sharded(subject.transformer)
+    source = open_transformer(subject.transformer)
     for remark in (*subject.remarks, *base_remarks(subject.adapter, source)):
         print(remark)
         report.note(remark)

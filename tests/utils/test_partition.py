@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from utils.config.schema import ModelConfig, OptimizerConfig, TrainConfig
 from utils.errors import UserError
 from utils.layers import LayerSpec
+from utils.memory import LayerMemory, stage_memory
 from utils.partition import balanced_bounds, plan_stages, training_costs
 
 
@@ -28,7 +29,7 @@ def never_built(device):
     raise AssertionError("planning builds nothing")
 
 
-def spec(flops: float, **flags: bool) -> LayerSpec:
+def spec(flops: float, **flags: float) -> LayerSpec:
     return LayerSpec(f"layer of {flops}", never_built, flops, **flags)
 
 
@@ -79,14 +80,20 @@ def test_as_many_layers_as_the_largest_model_has_are_split_at_once():
 def test_work_is_counted_as_it_is_done():
     specs = [
         spec(10.0),  # frozen, before anything trains: forward only
-        spec(10.0, recompute=True),  # the same: without a gradient nothing is recomputed
-        spec(10.0, trainable=True, trains_weights=True, recompute=True),
+        spec(10.0, recompute=1.0),  # the same: without a gradient nothing is recomputed
+        spec(10.0, trainable=True, trains_weights=True, recompute=1.0),
         spec(10.0, trainable=True, trains_weights=True),
         spec(10.0),  # frozen, but the gradient passes through
-        spec(10.0, recompute=True),
+        spec(10.0, recompute=1.0),
         spec(10.0, trainable=True),  # an adapter: no gradient of the full weights
     ]
-    assert training_costs(specs) == (10.0, 10.0, 40.0, 30.0, 20.0, 30.0, 20.0)
+    assert tuple(cost.total for cost in training_costs(specs)) == (10.0, 10.0, 40.0, 30.0, 20.0, 30.0, 20.0)
+    assert {cost.forward for cost in training_costs(specs)} == {10.0}
+
+
+def test_a_layer_may_say_what_its_backward_costs():
+    layers = [spec(10.0, backward_flops=3.0), spec(10.0, trainable=True, backward_flops=17.0, recompute=1.0)]
+    assert [cost.backward for cost in training_costs(layers)] == [0.0, 27.0]
 
 
 def test_stages_are_balanced_by_cost_unless_asked_otherwise():
@@ -94,7 +101,7 @@ def test_stages_are_balanced_by_cost_unless_asked_otherwise():
     by_cost = plan_stages(specs, config_of(pipeline_stages=2))
     assert by_cost.bounds == (0, 7, 8)
     assert by_cost.stage_costs == (24.0, 18.0)
-    assert by_cost.layer_costs == (1.0,) * 6 + (18.0,) * 2
+    assert [cost.total for cost in by_cost.layer_costs] == [1.0] * 6 + [18.0] * 2
     uniform = plan_stages(specs, config_of(pipeline_stages=2, partition_method="uniform"))
     assert uniform.bounds == (0, 4, 8)
     assert uniform.layer_costs == by_cost.layer_costs
@@ -138,26 +145,27 @@ def test_no_split_exceeds_the_memory_by_less_or_is_better_balanced_at_the_same_e
         excess = sum(max(0.0, size - limit) for size in loads(sizes, bounds))
         return excess, max(loads(weights, bounds))
 
-    bounds = balanced_bounds(weights, num_parts, sizes, float(limit))
+    bounds = balanced_bounds(weights, num_parts, lambda a, b, part: sum(sizes[a:b]), float(limit))
     assert rank(bounds) == min(rank(split) for split in every_split(len(layers), num_parts))
 
 
 def test_memory_moves_a_boundary_that_cost_alone_would_not():
     """Cheap layers with large optimizer states: by cost they all lie on one stage, which holds twice a device."""
-    specs = [replace(spec(1.0, trainable=True, trains_weights=True), resident_bytes=30.0) for _ in range(4)]
-    specs += [replace(spec(20.0), resident_bytes=5.0) for _ in range(4)]
+    heavy, light = LayerMemory(weights=10.0, gradients=10.0, state=10.0), LayerMemory(weights=5.0)
+    specs = [replace(spec(1.0, trainable=True, trains_weights=True), memory=heavy) for _ in range(4)]
+    specs += [replace(spec(20.0), memory=light) for _ in range(4)]
     config = config_of(pipeline_stages=2)
     free, bound = plan_stages(specs, config), plan_stages(specs, config, device_bytes=100.0)
-    assert max(free.stage_bytes) > 80.0
-    assert bound.bounds == (0, 2, 8) and bound.stage_bytes == (60.0, 80.0)
+    assert stage_memory((spec.memory for spec in specs[: free.bounds[1]]), 1).device > 80.0
+    assert bound.bounds == (0, 2, 8)
 
 
-def test_state_that_copies_share_out_counts_by_the_share():
-    config = config_of(pipeline_stages=1, zero_stage=1)
-    specs = [
-        replace(spec(1.0, trainable=True, trains_weights=True), resident_bytes=16.0, state_bytes=8.0),
-        replace(spec(1.0), resident_bytes=2.0),
-    ]
-    assert plan_stages(specs, config, copies=4).layer_bytes == (10.0, 2.0)
-    assert plan_stages(specs, config).layer_bytes == (16.0, 2.0)
-    assert plan_stages(specs, replace(config, zero_stage=0), copies=4).layer_bytes == (16.0, 2.0)
+def test_memory_counts_the_activations_of_all_micro_batches_in_flight():
+    """The first of two stages holds two micro-batches, the last one: the same layers fit on the last only."""
+    specs = [replace(spec(1.0, trainable=True), memory=LayerMemory(stored=10.0)) for _ in range(6)]
+    config = config_of(pipeline_stages=2, gradient_accumulation_steps=4)
+    assert plan_stages(specs, config).bounds == (0, 3, 6)
+    # 80 % of 50 bytes: two layers with two micro-batches, four with one.
+    assert plan_stages(specs, config, device_bytes=50.0).bounds == (0, 2, 6)
+    one = config_of(pipeline_stages=2, gradient_accumulation_steps=1)
+    assert plan_stages(specs, one, device_bytes=50.0).bounds == (0, 3, 6)

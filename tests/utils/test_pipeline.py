@@ -19,6 +19,7 @@ QUICK = [
     "lora_all_bf16",
     "lora_first_fp32",
     "lora_last_fp32",
+    "lora_float8_bf16",
 ]
 REST = [
     "encoder_all_fp32",
@@ -56,11 +57,16 @@ def launch(
     return out
 
 
-def assert_equal(plain: Path, piped: Path, case: str, *, stages: int, copies: int = 1) -> list[int]:
-    """Everything has the same bits; returns the number of trained parameters of each stage."""
+def assert_equal(
+    plain: Path, piped: Path, case: str, *, stages: int, copies: int = 1, like: str = ""
+) -> list[int]:
+    """`case` has the same bits as plain training of `like`, by default of the same case.
+
+    Returns the number of trained parameters of each stage.
+    """
     trained = []
-    expected = json.loads((plain / f"{case}.json").read_text())["rows"]
-    parameters = load_file(plain / f"{case}.safetensors")
+    expected = json.loads((plain / f"{like or case}.json").read_text())["rows"]
+    parameters = load_file(plain / f"{like or case}.safetensors")
     found: dict[str, torch.Tensor] = {}
     for stage in range(stages):
         for copy in range(copies):
@@ -71,6 +77,9 @@ def assert_equal(plain: Path, piped: Path, case: str, *, stages: int, copies: in
                 stage,
             )
             assert document["held"]["frozen_gradients"] == 0
+            # A stage below everything that trains holds what it is working on and nothing else.
+            if stage == 0 and stages > 1 and "lora_last" in case:
+                assert document["held"]["most_buffers"] == 1
             if copy == 0:
                 trained.append(document["held"]["trained"])
             if stage == stages - 1:
@@ -110,6 +119,50 @@ def test_two_copies_equal_accumulation(tiny_ti2v: Path, tmp_path: Path) -> None:
     copies = launch(tiny_ti2v, tmp_path / "copies", cases, processes=2, stages=1, micro_batches=2)
     for case in cases:
         assert_equal(plain, copies, case, stages=1, copies=2)
+
+
+# Dropout shows whether what runs again draws the same masks.
+VARIED = {
+    1: [
+        "lora_all_bf16_swap_none",
+        "lora_last_fp32_swap_true",
+        "lora_all_bf16_selective",
+        "lora_last_fp32_offload",
+    ],
+    2: [
+        "encoder_tokens_dropout_fp32_selective",
+        "encoder_tokens_dropout_fp32_swap_offload",
+        "encoder_top1_bf16_offload",
+        "encoder_top1_bf16_none",
+        "lora_all_bf16_none",
+        "lora_all_bf16_swap_selective",
+    ],
+}
+WAYS = ("none", "selective", "offload", "swap_none", "swap_true", "swap_selective", "swap_offload")
+
+
+def assert_equal_to_plain(plain: Path, piped: Path, cases: list[str], stages: int) -> None:
+    for case in cases:
+        like = next(name for name in QUICK if case.startswith(name))
+        assert_equal(plain, piped, case, stages=stages, like=like)
+
+
+@pytest.mark.parametrize("stages", VARIED)
+def test_ways_of_saving_memory_change_no_number(
+    tiny_ti2v: Path, plain: Path, tmp_path: Path, stages: int
+) -> None:
+    """Recomputation of every kind and swapped blocks: bit-equal to plain training without any."""
+    piped = launch(tiny_ti2v, tmp_path / "out", VARIED[stages], processes=stages, stages=stages)
+    assert_equal_to_plain(plain, piped, VARIED[stages], stages)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_every_way_of_saving_memory(tiny_ti2v: Path, plain: Path, tmp_path: Path, stages: int) -> None:
+    varied = ("encoder_top1_bf16", "encoder_tokens_dropout_fp32", "lora_all_bf16", "lora_last_fp32")
+    cases = [f"{case}_{way}" for case in varied for way in WAYS]
+    piped = launch(tiny_ti2v, tmp_path / "out", cases, processes=stages, stages=stages)
+    assert_equal_to_plain(plain, piped, cases, stages)
 
 
 def test_the_comparison_can_fail(plain: Path) -> None:

@@ -19,7 +19,14 @@ from models.wan.checkpoint import find_checkpoint, open_sharded, open_text_encod
 from models.wan.layers import Workload, dit_layers, text_layers
 from models.wan.stages import TextWire
 from utils.cli import end_process
-from utils.config.schema import AdapterConfig, BudgetConfig, ModelConfig, OptimizerConfig, TrainConfig
+from utils.config.schema import (
+    ActivationCheckpointing,
+    AdapterConfig,
+    BudgetConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from utils.layers import LayerSpec, PreparedBatch, global_names, table_names
 from utils.lora_targets import linear_modules, resolve_targets
 from utils.optim import build_optimizer
@@ -41,7 +48,10 @@ class Case:
     model: dict[str, Any]
     adapter: dict[str, Any] | None = None
     clipping: float = 0.01
-    recompute: bool = True
+    recompute: ActivationCheckpointing = True
+    swap: int = 0
+    # The case whose plain training this one has to equal.
+    like: str = ""
     micro_batches: int = MICRO_BATCHES
 
 
@@ -49,9 +59,9 @@ def encoder(name: str, **model: Any) -> Case:
     return Case(name, {"cache_text_embeddings": False, "train_text_encoder": True, **model})
 
 
-def lora(name: str, dtype: str = "float32", **adapter: Any) -> Case:
+def lora(name: str, dtype: str = "float32", transformer_dtype: str | None = None, **adapter: Any) -> Case:
     model = {"cache_text_embeddings": True, "train_text_encoder": False, "dtype": dtype}
-    return Case(name, model, {"rank": 4, **adapter})
+    return Case(name, {**model, "transformer_dtype": transformer_dtype}, {"rank": 4, **adapter})
 
 
 ENDS = str(Path(__file__).parents[1] / "assets" / "targets_at_both_ends.txt")
@@ -72,6 +82,8 @@ CASES = [
     lora("lora_middle_fp32", train_blocks_range=(1, 2)),
     lora("lora_middle_bf16", "bfloat16", train_blocks_range=(1, 2)),
     lora("lora_last_fp32", train_blocks_range=(3, 3), dropout=0.1),
+    # Two of the blocks visit the device in 8 bits.
+    replace(lora("lora_float8_bf16", "bfloat16", transformer_dtype="float8"), swap=2),
     lora("lora_last_bf16", "bfloat16", train_blocks_range=(3, 3), dropout=0.1),
     lora("lora_ends_fp32", include_file=ENDS),
     lora("lora_ends_bf16", "bfloat16", include_file=ENDS),
@@ -81,6 +93,27 @@ CASES = [
 ]
 
 
+def variants(case: Case) -> list[Case]:
+    """The same training with everything that must not change a number: recomputation, swapped blocks, both."""
+    ways: list[tuple[str, ActivationCheckpointing, int]] = [
+        ("none", False, 0),
+        ("selective", "selective", 0),
+        ("offload", "offload", 0),
+        ("swap_none", False, 3),
+        ("swap_true", True, 3),
+        ("swap_selective", "selective", 2),
+        ("swap_offload", "offload", 1),
+    ]
+    return [
+        replace(case, name=f"{case.name}_{way}", like=case.name, recompute=mode, swap=swap)
+        for way, mode, swap in ways
+    ]
+
+
+VARIED = ("encoder_tokens_dropout_fp32", "encoder_top1_bf16", "lora_last_fp32", "lora_all_bf16")
+CASES += [variant for case in list(CASES) if case.name in VARIED for variant in variants(case)]
+
+
 def make_config(case: Case, tiny: Path, num_stages: int) -> TrainConfig:
     model = ModelConfig(type="wan", ckpt_path=str(tiny), freeze_transformer=True, **case.model)
     return TrainConfig(
@@ -88,6 +121,7 @@ def make_config(case: Case, tiny: Path, num_stages: int) -> TrainConfig:
         dataset="unused",
         pipeline_stages=num_stages,
         activation_checkpointing=case.recompute,
+        blocks_to_swap=case.swap,
         gradient_clipping=case.clipping,
         model=model,
         adapter=None if case.adapter is None else AdapterConfig(**case.adapter),
@@ -214,6 +248,15 @@ def run_pipeline(case: Case, tiny: Path, out: Path, num_stages: int, processes: 
         gradient_clipping=case.clipping,
         processes=processes,
     )
+    buffers = pipeline.engine.pipe_buffers
+    most_held = 0
+
+    def count_held(*_: Any) -> None:
+        nonlocal most_held
+        held = sum(buffer is not None for key in ("inputs", "outputs") for buffer in buffers[key])
+        most_held = max(most_held, held)
+
+    pipeline.engine.module.register_forward_pre_hook(count_held)
     rows = []
     for step in range(NUM_STEPS):
         recorder.clear()
@@ -231,11 +274,7 @@ def run_pipeline(case: Case, tiny: Path, out: Path, num_stages: int, processes: 
         "frozen_gradients": sum(
             p.grad is not None for p in pipeline.parameters.values() if not p.requires_grad
         ),
-        "buffers": sum(
-            buffer is not None
-            for key in ("inputs", "outputs")
-            for buffer in pipeline.engine.pipe_buffers[key]
-        ),
+        "most_buffers": most_held,
     }
     suffix = f"{case.name}-stage{pipeline.stage_id}-dp{pipeline.dp_rank}"
     write(
@@ -272,7 +311,7 @@ def main() -> int:
 
         processes = init_processes(timeout_minutes=2)
     for case in chosen:
-        case = Case(**{**case.__dict__, "micro_batches": arguments.micro_batches})
+        case = replace(case, micro_batches=arguments.micro_batches)
         if processes is None:
             run_plain(case, arguments.tiny, arguments.out)
         else:

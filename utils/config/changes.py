@@ -32,6 +32,7 @@ FREE_KEYS = frozenset(
         "caching_batch_size",
         "decode_workers",
         "activation_checkpointing",
+        "blocks_to_swap",
         "eval_datasets",
         "eval_before_first_step",
         "eval_every_n_epochs",

@@ -34,7 +34,7 @@ def convert(kind: Any, raw: Any, bounds: Mapping[str, float], *, may_be_blank: b
     """Check `raw` against a type and bounds and return it in that type (lists become tuples, integers floats).
 
     Args:
-        kind: bool, int, float, str, a Literal of strings, or a tuple of one of these (also nested).
+        kind: bool, int, float, str, a Literal of strings and truth values, or a tuple of one of these (also nested).
         raw: what the TOML holds.
         bounds: limits by name (ge, gt, le, lt), applied to each element of a list.
         may_be_blank: whether an empty or all-space string is a value.
@@ -76,11 +76,15 @@ def show(raw: Any) -> str:
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
-def _convert_choice(kind: Any, raw: Any) -> str:
+def _convert_choice(kind: Any, raw: Any) -> str | bool:
     choices = get_args(kind)
-    if isinstance(raw, str) and raw in choices:
-        return raw
-    close = get_close_matches(str(raw).lower(), choices, n=1)
+    # By type too: in Python 1 equals True.
+    for choice in choices:
+        if type(choice) is type(raw) and choice == raw:
+            return raw
+    if bool in map(type, choices) and (hint := _hint(bool, raw)):
+        raise RefusedError(f"must be {describe_kind(kind)}, not {show(raw)}", hint)
+    close = get_close_matches(str(raw).lower(), [word for word in choices if isinstance(word, str)], n=1)
     raise RefusedError(
         f"must be {describe_kind(kind)}, not {show(raw)}", f'did you mean "{close[0]}"?' if close else ""
     )

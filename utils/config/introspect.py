@@ -85,10 +85,15 @@ def describe_kind(kind: Any) -> str:
     if kind in _SCALAR_NAMES:
         return _SCALAR_NAMES[kind]
     if get_origin(kind) is Literal:
-        return "one of " + ", ".join(f'"{choice}"' for choice in get_args(kind))
+        return "one of " + ", ".join(map(_choice, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"a list {_plural(get_args(kind)[0])}"
     return "a table"
+
+
+def _choice(choice: str | bool) -> str:
+    """A choice as one writes it in TOML."""
+    return f'"{choice}"' if isinstance(choice, str) else str(choice).lower()
 
 
 def describe_bounds(bounds: Mapping[str, float]) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 DType = Literal["float32", "bfloat16"]
 Expert = Literal["high_noise", "low_noise"]
 Variant = Literal["ti2v-5b", "t2v-a14b", "i2v-a14b"]
+ActivationCheckpointing = Literal[True, False, "selective", "offload"]
 
 
 def option(
@@ -94,6 +95,11 @@ class ModelConfig:
     dtype: DType = option("Compute precision, and storage of frozen weights.", "bfloat16")
     residual_dtype: DType = option(
         "Precision of the DiT's residual stream. bfloat16 saves memory and costs exactness.", "float32"
+    )
+    transformer_dtype: Literal["float8"] | None = option(
+        "float8: keep the frozen weights of linear layers in the DiT's blocks in 8 bits (e4m3, one scale per output "
+        "channel). Not set: in dtype.",
+        None,
     )
     vae_dtype: DType = option(
         "Precision of the VAE while caching. The official code uses float32.", "float32"
@@ -228,7 +234,18 @@ class TrainConfig:
         "manual: index of the first layer of stages 2, 3, ...", (), ge=1
     )
     gradient_clipping: float = option("Largest norm of the gradient over all stages. 0 is off.", 1.0, ge=0.0)
-    activation_checkpointing: bool = option("Recompute activations of each block in the backward pass.", True)
+    activation_checkpointing: ActivationCheckpointing = option(
+        "Recompute activations of each block in the backward pass: all (true), none (false), all but the outputs of "
+        "attention and matrix products (selective), or all, with the blocks' inputs in host memory (offload). The "
+        "numbers are the same, so it may differ between a run and its continuation.",
+        True,
+    )
+    blocks_to_swap: int = option(
+        "Blocks of the DiT whose frozen weights live in host memory and are copied to the GPU ahead of use; at most all "
+        "but one. The numbers are the same.",
+        0,
+        ge=0,
+    )
     uncond_fraction: float = option("Share of visits that see the empty caption.", 0.0, ge=0.0, le=1.0)
     lr_scheduler: Literal["constant", "linear", "cosine"] = option(
         "Course of the learning rate after warm-up.", "constant"

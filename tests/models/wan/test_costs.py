@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count
 
 from models.wan import costs
 from models.wan.component_shapes import Umt5Sizes
@@ -16,6 +16,14 @@ SIZES = {
     "T2V-A14B": ("t2v", A14B),
     "I2V-A14B": ("i2v", A14B),
     "narrow": ("t2v", {"dim": 64, "ffn_dim": 96, "num_heads": 2}),
+}
+# The counter knows the backward of attention on GPUs; that on a CPU has the same products.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, query, key, value, *rest, out_shape=None, **named: sdpa_backward_flop_count(
+            grad, query, key, value
+        )
+    )
 }
 GRID = (3, 4, 5)
 NUM_TOKENS = 60
@@ -41,6 +49,31 @@ def test_a_dit_block(arch):
         text = torch.empty(1, arch.text_len, arch.dim)
         modulation = torch.empty(1, 1, 6, arch.dim)
     assert count(block, hidden, modulation, text) == costs.dit_block_flops(arch, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("hidden_wants", [False, True])
+@pytest.mark.parametrize(
+    "path",
+    ["", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.o", "ffn.0", "ffn.2"],
+)
+def test_the_backward_of_a_dit_block(path, hidden_wants, make_arch):
+    """Against the counter, with a bias in the place of an adapter: its gradient costs no product."""
+    arch = make_arch("t2v", dim=64, ffn_dim=96, num_heads=2)
+    block = WanBlock(arch, torch.float32).requires_grad_(False)
+    if path:
+        block.get_parameter(f"{path}.bias").requires_grad_(True)
+    hidden = torch.randn(1, *GRID, arch.dim, requires_grad=hidden_wants)
+    text, modulation = torch.randn(1, arch.text_len, arch.dim), torch.randn(1, 1, 6, arch.dim)
+    counted = 0
+    if path or hidden_wants:
+        output = block(hidden, modulation, text)
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            output.sum().backward()
+        counted = counter.get_total_flops()
+    expected = costs.dit_block_backward_flops(
+        arch, NUM_TOKENS, [path], hidden_wants_gradient=hidden_wants, text_wants_gradient=False
+    )
+    assert counted == expected
 
 
 def test_the_embedding(arch):

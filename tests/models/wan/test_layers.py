@@ -179,9 +179,10 @@ def test_every_layer_has_a_cost_in_proportion_to_its_work(ti2v, make_config, bui
     assert costs["text_encoder.shared"] == 0
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_only_blocks_are_recomputed(recompute, ti2v, make_config, build_layers):
-    specs, layers = build_layers(make_config("encoder_ft", activation_checkpointing=recompute), ti2v)
+@pytest.mark.parametrize("mode", [False, True, "selective", "offload"])
+def test_only_blocks_are_recomputed(mode, ti2v, make_config, build_layers):
+    specs, layers = build_layers(make_config("encoder_ft", activation_checkpointing=mode), ti2v)
     blocks = {spec.name for spec in specs if ".block." in spec.name or spec.name.startswith("blocks.")}
-    assert {spec.name for spec in specs if spec.recompute} == (blocks if recompute else set())
-    assert [layer.recompute for layer in layers] == [spec.recompute for spec in specs]
+    again = {spec.name for spec in specs if spec.recompute == 1.0}
+    assert again == (blocks if mode in (True, "offload") else set())
+    assert [layer.recompute for layer in layers] == [spec.name in blocks and mode for spec in specs]

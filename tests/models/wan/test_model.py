@@ -56,6 +56,26 @@ def test_ratios_are_those_of_the_full_products(make_model, make_config, build_la
         assert deltas[target] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{"model": {"transformer_dtype": "float8"}}, {"blocks_to_swap": 3}])
+def test_ratios_are_of_the_files_weight_where_it_is_stored_otherwise(
+    changes, make_model, make_config, build_layers, open_tiny, tiny_ti2v
+):
+    model = make_model(**changes)
+    config = make_config("dit_lora", **changes)
+    specs, layers = build_layers(config, open_tiny(tiny_ti2v), model.targets)
+    parameters = {
+        name: parameter
+        for spec, layer in zip(specs, layers, strict=True)
+        for name, parameter in global_names(spec.name, layer).items()
+    }
+    for target in model.targets:
+        parameters[parameter_names(target)[1]].data.fill_(0.01)
+    base = open_tiny(tiny_ti2v).source
+    for delta in model.deltas(parameters):
+        assert delta.weight_norm == pytest.approx(base.get(f"{delta.module}.weight").norm().item(), rel=1e-5)
+        assert delta.ratio > 0
+
+
 def test_a_stage_measures_its_own_modules(make_model, make_config, build_layers, open_tiny, tiny_ti2v):
     model = make_model()
     parameters = build(model, make_config, build_layers, open_tiny, tiny_ti2v)

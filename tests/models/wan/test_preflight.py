@@ -47,6 +47,13 @@ def test_more_trained_blocks_than_there_are_is_a_problem(make_config, tiny_ti2v)
     assert problem.key == "model.text_train_blocks" and "has 3 blocks" in problem.reason
 
 
+@pytest.mark.parametrize("mode", ["dit_lora", "encoder_ft"])
+def test_one_block_of_the_dit_has_to_stay(make_config, tiny_ti2v, mode):
+    (problem,) = problems(make_config, tiny_ti2v, mode, blocks_to_swap=4)
+    assert problem.key == "blocks_to_swap" and "4 blocks at most 3" in problem.reason and "3" in problem.fix
+    assert problems(make_config, tiny_ti2v, mode, blocks_to_swap=3) == []
+
+
 def test_a_noise_range_of_the_other_expert_is_a_problem(make_config, tiny_t2v):
     (problem,) = problems(make_config, tiny_t2v, model={"expert": "high_noise", "max_t": 0.5})
     assert problem.key == "model.min_t" and "0.875" in problem.reason

@@ -249,6 +249,10 @@ def found_in_dataset(table) -> list[Problem]:
             "partition_split",
             "at least 1",
         ),
+        (dit_lora(activation_checkpointing="all"), "activation_checkpointing", "one of true, false"),
+        (dit_lora(activation_checkpointing="True"), "activation_checkpointing", "one of true, false"),
+        (dit_lora(activation_checkpointing=1), "activation_checkpointing", "one of true, false"),
+        (dit_lora(model={"transformer_dtype": "bfloat16"}), "model.transformer_dtype", 'one of "float8"'),
         (dit_lora(optimizer={"lr": 1e-4, "betas": [0.9]}), "optimizer.betas", "two values, not 1"),
         (dit_lora(optimizer={"lr": 1e-4, "betas": [0.9, 1.0]}), "optimizer.betas", "less than 1"),
         (dit_lora(warmup_steps=10, max_steps=10), "warmup_steps", "would end before"),
@@ -340,6 +344,13 @@ def test_refused(table, key, words) -> None:
         dit_lora(partition_method="manual", pipeline_stages=3, partition_split=[1, 4]),
         dit_lora(partition_method="manual"),
         dit_lora(optimizer={"lr": 0, "betas": [0, 0.999]}),
+        dit_lora(activation_checkpointing=False),
+        dit_lora(
+            activation_checkpointing="selective", blocks_to_swap=2, model={"transformer_dtype": "float8"}
+        ),
+        encoder_ft(
+            activation_checkpointing="offload", blocks_to_swap=2, model={"transformer_dtype": "float8"}
+        ),
         dit_lora(warmup_steps=9, max_steps=10),
         dit_lora(model={"dtype": "bfloat16"}, optimizer={"lr": 1e-4, "type": "adamw_kahan"}),
         dit_lora(model={"dtype": "float32"}, optimizer={"lr": 1e-4, "type": "adamw8bit"}),

@@ -1,0 +1,100 @@
+"""What recomputation runs again and what it lets go."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from utils import recompute
+from utils.recompute import is_wanted, run_again_later
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.runs = 0
+
+    def forward(self, states, shared):
+        self.runs += 1
+        return torch.tanh(self.linear(states)) * shared
+
+
+def train(mode, layers, states, shared):
+    value = states
+    for layer in layers:
+        value = run_again_later(mode, layer, (value, shared)) if mode else layer(value, shared)
+    value.sum().backward()
+    return [layer.linear.weight.grad.clone() for layer in layers]
+
+
+@pytest.mark.parametrize("mode", [True, "selective", "offload"])
+def test_gradients_are_those_without(mode):
+    def gradients(way):
+        torch.manual_seed(0)
+        layers = [Counted() for _ in range(3)]
+        found = train(way, layers, torch.randn(2, 4), torch.randn(2, 4))
+        return found, [layer.runs for layer in layers]
+
+    plain, once = gradients(False)
+    found, twice = gradients(mode)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    assert once == [1, 1, 1] and twice == [2, 2, 2]
+
+
+def test_selective_runs_no_product_again(monkeypatch):
+    calls = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            calls.append(function)
+            return function(*arguments, **(named or {}))
+
+    def products(mode) -> int:
+        layer, states = Counted(), torch.randn(2, 4)
+        value = run_again_later(mode, layer, (states, torch.ones(2, 4)))
+        calls.clear()
+        with Watch():
+            value.sum().backward()
+        return sum(call is torch.ops.aten.addmm.default for call in calls)
+
+    assert products(True) == 1 and products("selective") == 0
+
+
+def test_parked_tensors_are_let_go_of(monkeypatch):
+    """Each knows the one before it, so that it can call it back ahead of use, but does not keep it alive."""
+    layers = [Counted() for _ in range(4)]
+    for _ in range(3):
+        train("offload", layers, torch.randn(2, 4), torch.ones(2, 4))
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, recompute._Parked)]
+
+
+def test_parked_tensors_come_back_ahead_of_use(monkeypatch):
+    fetched, order = [], []
+    fetch, take = recompute._Parked.fetch, recompute._Parked.take
+
+    def watched_fetch(self):
+        if not self._is_taken and self._back is None:
+            fetched.append(id(self))
+        fetch(self)
+
+    def watched_take(self):
+        order.append((id(self), id(self) in fetched))
+        return take(self)
+
+    monkeypatch.setattr(recompute._Parked, "fetch", watched_fetch)
+    monkeypatch.setattr(recompute._Parked, "take", watched_take)
+    train("offload", [Counted() for _ in range(4)], torch.randn(2, 4), torch.ones(2, 4))
+    assert len(order) == 4
+    assert [was_ahead for _, was_ahead in order] == [False, True, True, True]
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted():
+    frozen = Counted().requires_grad_(False)
+    assert not is_wanted((torch.ones(2),), frozen)
+    assert is_wanted((torch.ones(2, requires_grad=True),), frozen)
+    assert is_wanted((torch.ones(2),), Counted())
+    with torch.no_grad():
+        assert not is_wanted((torch.ones(2, requires_grad=True),), Counted())
