@@ -10,7 +10,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install smoke test test-long bench bench-gpu lint format
+.PHONY: install smoke test test-long chaos bench bench-gpu lint format
 
 install: $(INSTALLED)
 
@@ -34,9 +34,10 @@ test: $(INSTALLED)
 test-long: $(INSTALLED)
 	$(PYTEST) -m long
 
-# Ratios within one run; the report goes to reports/bench_pipeline/.
+# Ratios within one run; the reports go to reports/bench_pipeline/ and reports/bench_data/.
 bench: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench/pipeline.py
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench/data.py
 
 bench-gpu: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench/pipeline.py --device cuda

@@ -29,20 +29,31 @@ class Timing:
 
 
 def take_turns(
-    variants: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1
+    variants: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    wait: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Run each variant `repeats` times, A B A B ..., after `warmup` rounds that are not counted.
+    """Run each variant `repeats` times, A B, B A, A B, ..., after `warmup` rounds that are not counted.
 
-    Only for work that is finished when the call returns: on a GPU a variant has to synchronise itself.
+    Args:
+        variants: what to time, by name.
+        repeats: counted rounds.
+        warmup: rounds before them.
+        wait: waits until work that a call only started is done; called before and after each.
+        clock: what time is read from, in seconds.
     """
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(warmup + repeats):
-        for name, run in variants.items():
-            started = time.perf_counter()
-            run()
-            seconds = time.perf_counter() - started
+        for name in list(variants)[:: 1 if turn % 2 == 0 else -1]:
+            wait()
+            started = clock()
+            variants[name]()
+            wait()
             if turn >= warmup:
-                taken[name].append(seconds)
+                taken[name].append(clock() - started)
     return {name: Timing(tuple(seconds)) for name, seconds in taken.items()}
 
 

@@ -23,8 +23,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from models.wan.arch import VARIANTS, WanArch, expected_shapes
 from utils.errors import UserError
 from utils.probe_cli import probe_parser, run_probe

@@ -6,25 +6,22 @@ whole steps of a pipeline of one or more stages. Both print one line of JSON on 
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from models.wan.arch import WanArch, load_arch
 from models.wan.checkpoint import open_transformer
 from models.wan.layer_memory import Workload
 from models.wan.layers import dit_layers
 from models.wan.stages import TextWire
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint_writer import CheckpointWriter
 from utils.cli import end_process
 from utils.config.schema import AdapterConfig, BudgetConfig, ModelConfig, OptimizerConfig, TrainConfig
 from utils.distributed import Processes, init_processes
@@ -33,6 +30,7 @@ from utils.lora_targets import linear_modules, resolve_targets
 from utils.optim import build_optimizer
 from utils.pipeline import Pipeline, build_pipeline
 from utils.stage_plan import StagePlan, make_plan
+from utils.timing import take_turns
 from utils.trainer import LossRecorder, initial_state
 
 Clock = Callable[[], float]
@@ -128,7 +126,7 @@ class Engine:
             specs,
             self.plan.bounds,
             self._recorder,
-            lambda trainables, tables: build_optimizer(trainables, config.optimizer, tables),
+            lambda trainables, tables, _: build_optimizer(trainables, config.optimizer, tables),
             micro_batch_size=1,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             gradient_clipping=1.0,
@@ -243,18 +241,12 @@ def timed(step: Callable[[], None], wait: Callable[[], None], clock: Clock) -> f
     return clock() - started
 
 
-def take_turns(
-    steps: dict[str, Callable[[], None]], rounds: int, wait: Callable[[], None], clock: Clock
-) -> dict[str, list[float]]:
-    """Times of each, every round in the other order."""
-    for step in steps.values():
-        for _ in range(WARM_UP):
-            step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds):
-        for name in list(steps)[:: 1 if turn % 2 else -1]:
-            times[name].append(timed(steps[name], wait, clock))
-    return times
+def seconds_of(
+    variants: dict[str, Callable[[], None]], rounds: int, wait: Callable[[], None], clock: Clock
+) -> dict[str, tuple[float, ...]]:
+    """Seconds of each variant, taking turns."""
+    taken = take_turns(variants, rounds, warmup=WARM_UP, wait=wait, clock=clock)
+    return {name: timing.seconds for name, timing in taken.items()}
 
 
 def measure_single(setup: Setup, rounds: int, small: tuple[int, int, int]) -> dict[str, Any]:
@@ -263,7 +255,7 @@ def measure_single(setup: Setup, rounds: int, small: tuple[int, int, int]) -> di
     num_blocks = setup.arch.num_layers
     first = num_blocks - num_blocks // 3
     band, everything = Engine(setup, setup.config(first)), Engine(setup, setup.config(0))
-    times = take_turns({"band": band.step, "all": everything.step}, rounds, wait, clock)
+    times = seconds_of({"band": band.step, "all": everything.step}, rounds, wait, clock)
     flops = {
         "band": sum(band.plan.partition.stage_costs),
         "all": sum(everything.plan.partition.stage_costs),
@@ -293,7 +285,7 @@ def measure_single(setup: Setup, rounds: int, small: tuple[int, int, int]) -> di
     brief = Setup(setup.root, small, setup.processes)
     config = brief.config(first)
     engine, plain = Engine(brief, config), PlainLoop(brief, config)
-    found["overhead"] = take_turns({"engine": engine.step, "plain": plain.step}, 4 * rounds, wait, clock)
+    found["overhead"] = seconds_of({"engine": engine.step, "plain": plain.step}, 4 * rounds, wait, clock)
     found["saving"] = measure_saving(everything_of(setup), rounds, wait)
     return found
 
@@ -307,7 +299,6 @@ def everything_of(setup: Setup) -> Pipeline:
 
 def measure_saving(pipeline: Pipeline, rounds: int, wait: Callable[[], None]) -> dict[str, Any]:
     """How long a checkpoint holds training up, and how long copying the same tensors to host memory takes."""
-    state = initial_state(1)
     tensors = [p.detach() for p in pipeline.trainables.values()]
     for p in pipeline.trainables.values():
         tensors += [v for v in pipeline.optimizer.state.get(p, {}).values() if isinstance(v, Tensor)]
@@ -317,21 +308,23 @@ def measure_saving(pipeline: Pipeline, rounds: int, wait: Callable[[], None]) ->
         for home, tensor in zip(homes, tensors, strict=True):
             home.copy_(tensor, non_blocking=True)
 
+    times: dict[str, list[float]] = {"save": [], "copy": []}
     with tempfile.TemporaryDirectory() as directory:
-        steps = iter(range(1, 10_000))
-
-        def save() -> None:
-            numbered = type(state)(**{**state.__dict__, "step": next(steps)})
-            save_checkpoint(Path(directory), pipeline, numbered, 2)
-
-        times = take_turns({"save": save, "copy": copy}, rounds, wait, time.perf_counter)
+        writer = CheckpointWriter(Path(directory), pipeline, 2)
+        for step in range(1, WARM_UP + rounds + 1):
+            stall = writer.save(replace(initial_state(1), step=step)).stall
+            writer.finish()  # not part of the stall: the disk works beside training
+            copying = timed(copy, wait, time.perf_counter)
+            if step > WARM_UP:
+                times["save"].append(stall)
+                times["copy"].append(copying)
     return {"times": times, "bytes": sum(tensor.nbytes for tensor in tensors)}
 
 
 def measure_steps(setup: Setup, stages: int, micro_batches: int, rounds: int) -> dict[str, Any]:
     """Times of whole steps of a pipeline of so many stages, adapters on every block."""
     engine = Engine(setup, setup.config(0, stages=stages, micro_batches=micro_batches))
-    times = take_turns({"step": engine.step}, rounds, waiter(setup.processes.device), time.perf_counter)
+    times = seconds_of({"step": engine.step}, rounds, waiter(setup.processes.device), time.perf_counter)
     return {"times": times["step"], "bound": engine.plan.timing.speedup, "bounds": list(engine.plan.bounds)}
 
 

@@ -1,16 +1,21 @@
 """Variants take turns, and the ratio is taken turn by turn."""
 
-from utils import timing
 from utils.timing import Timing, ratios, take_turns
 
 
-def test_variants_take_turns_and_warm_up_is_not_counted(monkeypatch) -> None:
+def test_variants_take_turns_and_warm_up_is_not_counted() -> None:
     calls: list[str] = []
-    clock = iter(range(1000))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
-    found = take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=2)
-    assert calls == ["a", "b"] * 5
-    assert found == {"a": Timing((1.0,) * 3), "b": Timing((1.0,) * 3)}
+    now = 0.0
+
+    def run(name: str, seconds: float) -> None:
+        nonlocal now
+        calls.append(name)
+        now += seconds
+
+    variants = {"a": lambda: run("a", 1.0), "b": lambda: run("b", 5.0)}
+    found = take_turns(variants, 3, warmup=2, wait=lambda: calls.append("."), clock=lambda: now)
+    assert "".join(calls) == ".a..b..b..a." * 2 + ".a..b."
+    assert found == {"a": Timing((1.0,) * 3), "b": Timing((5.0,) * 3)}
 
 
 def test_the_ratio_is_taken_turn_by_turn() -> None:
