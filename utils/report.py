@@ -117,7 +117,7 @@ class Report:
         if not math.isfinite(value):
             raise ValueError(f"cap {name} is {value}")
         self._caps[name] = float(value)
-        self._meanings[name] = meaning
+        self._meanings[f"cap: {name}"] = meaning
 
     def note(self, text: str) -> None:
         """Record a remark, such as an assumption that was made."""

@@ -54,7 +54,7 @@ def render_report(
 
     Args:
         summary: the numbers; the report repeats those of its metrics that are single values.
-        meanings: what a metric of that name tells, for the table of key numbers.
+        meanings: what a metric tells, by its name (of a cap by `cap: <name>`), for the table of key numbers.
         sections, tables, plots: in the order in which they appear.
         how_to_read, next_steps: Markdown.
     """
@@ -112,7 +112,7 @@ def _section(title: str, body: str) -> str:
 
 
 def _key_numbers(summary: Summary, meanings: Mapping[str, str]) -> str:
-    rows = [(f"cap: {name}", cap, meanings.get(name, "")) for name, cap in summary.caps.items()]
+    rows = [(f"cap: {name}", cap, meanings.get(f"cap: {name}", "")) for name, cap in summary.caps.items()]
     rows += [(name, value, meanings.get(name, "")) for name, value in _single_values(summary.metrics)]
     return markdown_table(("name", "value", "what it is"), rows) if rows else "None."
 
