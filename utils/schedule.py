@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+_MOST_PLAYED = 64
+
 Pass = tuple[Literal["forward", "backward"], int]
 
 
@@ -49,8 +51,20 @@ def stage_passes(stage: int, num_stages: int, num_micro_batches: int) -> list[Pa
 def simulate(forward: Sequence[float], backward: Sequence[float], num_micro_batches: int) -> StepTiming:
     """One step with these costs per micro-batch and stage.
 
-    A stage whose backward costs nothing sends and receives no gradient, so it waits for none.
+    A stage whose backward costs nothing sends and receives no gradient, so it waits for none. Once the pipeline is full,
+    every further micro-batch takes the same time, so of very many only the first ones are played through.
     """
+    num_stages = len(forward)
+    played = max(_MOST_PLAYED, 8 * num_stages)
+    busy = tuple(num_micro_batches * (f + b) for f, b in zip(forward, backward, strict=True))
+    if num_micro_batches <= played:
+        return StepTiming(_span(forward, backward, num_micro_batches), busy)
+    span, earlier = (_span(forward, backward, count) for count in (played, played - 4 * num_stages))
+    return StepTiming(span + (num_micro_batches - played) * (span - earlier) / (4 * num_stages), busy)
+
+
+def _span(forward: Sequence[float], backward: Sequence[float], num_micro_batches: int) -> float:
+    """From the first forward to the last backward."""
     num_stages = len(forward)
     orders = [stage_passes(stage, num_stages, num_micro_batches) for stage in range(num_stages)]
     done: dict[tuple[int, str, int], float] = {}
@@ -75,5 +89,4 @@ def simulate(forward: Sequence[float], backward: Sequence[float], num_micro_batc
                 clock[stage] = start + (forward if kind == "forward" else backward)[stage]
                 done[stage, kind, index] = clock[stage]
                 position[stage] += 1
-    busy = tuple(num_micro_batches * (f + b) for f, b in zip(forward, backward, strict=True))
-    return StepTiming(max(clock), busy)
+    return max(clock)

@@ -2,7 +2,10 @@
 
 import pytest
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
+from hypothesis import given
+from hypothesis import strategies as st
 
+from utils import schedule
 from utils.schedule import in_flight, simulate, stage_passes
 
 
@@ -59,3 +62,18 @@ def test_an_uneven_split_is_as_slow_as_its_heaviest_stage():
     timing = simulate([1.0, 3.0], [2.0, 6.0], 100)
     assert timing.speedup == pytest.approx(12 / 9, rel=0.02)
     assert timing.busy == (300.0, 900.0)
+
+
+costs = st.lists(st.floats(0.1, 10.0), min_size=6, max_size=6)
+
+
+@given(forward=costs, backward=costs, num_stages=st.integers(1, 6), frozen=st.integers(0, 3))
+def test_many_micro_batches_take_what_playing_them_all_through_gives(forward, backward, num_stages, frozen):
+    backward = [0.0] * min(frozen, num_stages - 1) + backward
+    one, other = forward[:num_stages], backward[:num_stages]
+    assert simulate(one, other, 300).span == pytest.approx(schedule._span(one, other, 300), rel=1e-3)
+
+
+def test_no_number_of_micro_batches_is_too_many():
+    timing = simulate([1.0, 1.0], [2.0, 2.0], 10**9)
+    assert timing.bubble == pytest.approx(0.0, abs=1e-6) and timing.speedup == pytest.approx(2.0)
