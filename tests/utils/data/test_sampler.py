@@ -81,6 +81,38 @@ def test_the_stream_is_the_epochs_one_after_another(drawn, per_step, epochs):
     assert all(plan.epoch_of(index) == plan.micro_batch(index).epoch for index in range(total))
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    drawn=plans(),
+    epochs=st.integers(1, 4),
+    ranks=st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=2, max_size=2),
+    stopped_at=st.floats(0, 1),
+)
+def test_over_all_ranks_and_a_resume_each_sample_appears_as_often_as_promised(
+    drawn, epochs, ranks, stopped_at
+):
+    """Steps of twelve micro-batches; the run stops somewhere and goes on with another number of copies."""
+    samples, plan = drawn
+    total, per_step = plan.batches_before(epochs), 12
+    starts = range(0, total, per_step)
+    resumed_from = round(stopped_at * len(starts))
+    seen: Counter[tuple[int, int]] = Counter()
+    for number, first in enumerate(starts):
+        is_resumed = number >= resumed_from
+        source = BatchPlan(samples, plan.micro_batch_size, plan.seed) if is_resumed else plan
+        copies = ranks[is_resumed]
+        step = source.window(first, per_step, limit=total)
+        shares = [rank_slice(step, rank, copies) for rank in range(copies)]
+        assert sum(map(len, shares)) == len(step)
+        for batch in (batch for share in shares for batch in share):
+            seen.update((visit.sample_index, visit.visit) for visit in batch.visits)
+    assert set(seen.values()) <= {1}, "a visit was made twice"
+    for index, sample in enumerate(samples):
+        exact = epochs * Fraction(str(sample.num_repeats))
+        count = sum(sample_index == index for sample_index, _ in seen)
+        assert count in (math.floor(exact), math.ceil(exact))
+
+
 @settings(deadline=None, max_examples=40)
 @given(drawn=plans(), order=st.randoms(use_true_random=False))
 def test_the_order_of_the_samples_does_not_matter(drawn, order):
