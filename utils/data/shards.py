@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from utils.files import atomic_write_bytes
+from utils.files import TEMPORARY_SUFFIX, atomic_write_bytes
 
 SHARD_SUFFIX, INDEX_SUFFIX = ".shard", ".index"
 # A writer begins another shard where the next item would make one larger than this; a larger item has one of its own.
@@ -178,8 +178,11 @@ class ShardWriter:
             OSError: the folder is not writable or the disk is full.
         """
         path = folder / f"{kind}-{os.urandom(8).hex()}{SHARD_SUFFIX}"
-        file = path.open("x+b", buffering=0)
+        # Locked before it has its name: another process must not adopt it in between.
+        hidden = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+        file = hidden.open("x+b", buffering=0)
         _lock(file)
+        hidden.rename(path)
         return cls(path, file, 0)
 
     @classmethod

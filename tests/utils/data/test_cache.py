@@ -248,6 +248,36 @@ for turn in range(3):
 """
 
 
+TAKER = """
+import sys, torch
+from pathlib import Path
+from utils.data.cache import CacheStore
+rank = int(sys.argv[2])
+sys.stdin.readline()
+for turn in range(80):
+    store = CacheStore(Path(sys.argv[1]))
+    store.put(f"latents/{1000 * rank + turn:032x}", {"x": torch.full((50,), float(turn))})
+    store.flush()
+"""
+
+
+def test_processes_that_take_over_each_others_shards_lose_nothing(tmp_path):
+    root = tmp_path / "cache"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", TAKER, str(root), str(rank)], stdin=subprocess.PIPE)
+        for rank in range(3)
+    ]
+    for writer in writers:
+        writer.stdin.write(b"go\n")
+        writer.stdin.flush()
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
+    store = CacheStore(root)
+    for rank in range(3):
+        for turn in range(80):
+            assert store.get(key_of(1000 * rank + turn))["x"].tolist() == [float(turn)] * 50
+    assert len(store) == 240 and len(shard_files(store)) <= 3
+
+
 def test_processes_that_write_the_same_items_do_no_harm(tmp_path):
     command = [sys.executable, "-c", WRITER, str(tmp_path / "cache")]
     writers = [subprocess.Popen(command) for _ in range(2)]

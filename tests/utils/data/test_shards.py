@@ -107,6 +107,20 @@ def test_a_shard_has_one_writer(written):
     assert ShardWriter.adopt(path) is not None
 
 
+def test_a_new_shard_is_locked_before_anybody_can_see_it(tmp_path, monkeypatch):
+    lock = shards._lock
+
+    def adopted_by_others_meanwhile(file) -> bool:
+        assert [ShardWriter.adopt(path) for path in shard_paths(tmp_path)] == []
+        return lock(file)
+
+    monkeypatch.setattr(shards, "_lock", adopted_by_others_meanwhile)
+    writer = ShardWriter.create(tmp_path, "latents")
+    monkeypatch.undo()
+    assert list(shard_paths(tmp_path)) == [writer.path] and ShardWriter.adopt(writer.path) is None
+    assert {path.suffix for path in tmp_path.iterdir()} == {".shard", ".index"}
+
+
 def test_a_writer_that_is_forgotten_gives_its_shard_free(written):
     path, _ = written
     ShardWriter.adopt(path)
