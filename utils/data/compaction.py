@@ -34,51 +34,52 @@ def compact(store: CacheStore, min_dead_share: float = MIN_DEAD_SHARE) -> Freed:
     folder = store.root / SHARDS_FOLDER
     freed = left = 0
     with disk_errors_as_user_errors(folder):
-        live = _live_entries(store)
         # Those with tombstones last: by then the items that they are for have gone.
         for path in sorted(shard_paths(folder), key=_has_tombstones):
-            size = path.stat().st_size
-            kept = _kept_entries(path, live.get(path, set()), folder)
-            dead = size - sum(entry.end - entry.offset for entry in kept)
-            if dead <= min_dead_share * size:
-                left += max(dead, 0)
-                continue
-            if (gained := _rewrite(path, kept, folder)) is None:
-                left += dead
-            else:
-                freed += gained
+            freed_here, left_here = _compact_shard(store, path, min_dead_share)
+            freed, left = freed + freed_here, left + left_here
     store.refresh()
     return Freed(freed, left)
+
+
+def _compact_shard(store: CacheStore, path: Path, min_dead_share: float) -> tuple[int, int]:
+    """Bytes that came back and bytes that were left, of one shard."""
+    # Judged twice: without the lock, to leave alone what is not worth it; and with it, for another process may have
+    # written into the shard, or into others, in between.
+    dead = _dead_bytes(store, path)
+    if dead <= min_dead_share * path.stat().st_size:
+        return 0, dead
+    lock = ShardWriter.adopt(path)
+    if lock is None:
+        return 0, dead
+    with closing(lock):
+        store.refresh()
+        return _rewrite(path, _kept_entries(store, path), lock.num_bytes), 0
+
+
+def _dead_bytes(store: CacheStore, path: Path) -> int:
+    return max(0, path.stat().st_size - sum(entry.end - entry.offset for entry in _kept_entries(store, path)))
 
 
 def _has_tombstones(path: Path) -> bool:
     return any(entry.is_tombstone for entry in Shard(path).refresh())
 
 
-def _live_entries(store: CacheStore) -> dict[Path, set[bytes]]:
-    """Per shard the checksums of the frames that count."""
-    live: dict[Path, set[bytes]] = {}
-    for kind in store.kinds():
-        for key in store.keys(kind):
-            place = store.place(key)
-            if place is not None:
-                live.setdefault(place.shard.path, set()).add(place.entry.checksum)
-    return live
-
-
-def _kept_entries(path: Path, live: set[bytes], folder: Path) -> list[Entry]:
+def _kept_entries(store: CacheStore, path: Path) -> list[Entry]:
     """Frames of a shard that must stay: items that count, and tombstones of items that still lie in another shard."""
     entries = Shard(path).refresh()
-    tombstones = {entry.digest for entry in entries if entry.is_tombstone}
-    elsewhere = (
-        _digests_of_items(other for other in shard_paths(folder) if other != path) if tombstones else set()
-    )
     kind = kind_of(path)
-    return [
-        entry
-        for entry in entries
-        if ((kind, entry.digest) in elsewhere if entry.is_tombstone else entry.checksum in live)
-    ]
+    has_tombstones = any(entry.is_tombstone for entry in entries)
+    others = (other for other in shard_paths(path.parent) if other != path)
+    elsewhere = _digests_of_items(others) if has_tombstones else set()
+
+    def must_stay(entry: Entry) -> bool:
+        if entry.is_tombstone:
+            return (kind, entry.digest) in elsewhere
+        place = store.place(f"{kind}/{entry.digest.hex()}")
+        return place is not None and place.shard.path == path and place.entry.checksum == entry.checksum
+
+    return [entry for entry in entries if must_stay(entry)]
 
 
 def _digests_of_items(paths: Iterable[Path]) -> set[tuple[str, bytes]]:
@@ -90,21 +91,18 @@ def _digests_of_items(paths: Iterable[Path]) -> set[tuple[str, bytes]]:
     }
 
 
-def _rewrite(path: Path, kept: list[Entry], folder: Path) -> int | None:
-    """Copy the frames that stay and delete the shard; the bytes gained, None where another process writes it."""
-    lock = ShardWriter.adopt(path)
-    if lock is None:
-        return None
-    with closing(lock), ExitStack() as stack:
-        before, after = lock.num_bytes, 0
-        source = Shard(path)
+def _rewrite(path: Path, kept: list[Entry], num_bytes: int) -> int:
+    """Copy the frames that stay and delete the shard, which this process has locked; the bytes gained."""
+    after = 0
+    source = Shard(path)
+    with ExitStack() as stack:
         current: ShardWriter | None = None
         for entry in kept:
             # A damaged item is not given a new and right checksum: it is left behind and made anew when needed.
             if not source.is_whole(entry):
                 continue
             if current is None or not has_room(current.num_bytes, entry.length):
-                current = stack.enter_context(closing(ShardWriter.create(folder, kind_of(path))))
+                current = stack.enter_context(closing(ShardWriter.create(path.parent, kind_of(path))))
             start = current.num_bytes
             with source.payload(entry) as payload:
                 current.append(
@@ -115,7 +113,7 @@ def _rewrite(path: Path, kept: list[Entry], folder: Path) -> int | None:
             current.sync()
         path.unlink()
         source.index_path.unlink(missing_ok=True)
-        return before - after
+    return num_bytes - after
 
 
 def remove_items(store: CacheStore, keys: Iterable[str]) -> Freed:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
@@ -47,6 +47,7 @@ _RECORD = np.dtype(
 )
 _CHECK_WEIGHTS = (np.arange(15, dtype=np.uint32) * np.uint32(2654435761)) | np.uint32(1)
 _SYNC_BYTES = 64 << 20
+_SEARCH_BYTES = 1 << 20  # a multiple of ALIGNMENT
 
 
 class Entry(NamedTuple):
@@ -140,19 +141,17 @@ class Shard:
         return entries
 
     def _scan_tail(self, size: int) -> list[Entry]:
-        """Frames behind the last one in the index: of a writer that is at work, or that was killed between the two."""
+        """Frames behind the last one in the index: of a writer that is at work, or that was killed between the two.
+
+        Where the index is lost that is the whole shard; a damaged frame in it is stepped over. What comes behind the
+        last whole frame is a torn tail.
+        """
         entries: list[Entry] = []
         with self.path.open("rb") as file:
-            while True:
-                file.seek(self.end)
-                header = file.read(_HEADER_BYTES)
-                entry = _parse_header(header, self.end + _HEADER_BYTES)
-                if entry is None or entry.end > size:
-                    return entries
-                if _checksum(header[: _FIELDS.size], file.read(entry.length)) != entry.checksum:
-                    return entries
+            while (entry := _next_whole_frame(file, self.end, size)) is not None:
                 entries.append(entry)
                 self.end = entry.end
+        return entries
 
 
 class ShardWriter:
@@ -276,7 +275,10 @@ def shard_paths(folder: Path) -> Iterator[Path]:
     """Shards in a folder, by name."""
     try:
         with os.scandir(folder) as found:
-            names = sorted(entry.name for entry in found if entry.name.endswith(SHARD_SUFFIX))
+            # A link that leads nowhere is no shard.
+            names = sorted(
+                entry.name for entry in found if entry.name.endswith(SHARD_SUFFIX) and entry.is_file()
+            )
     except FileNotFoundError:
         return
     for name in names:
@@ -315,6 +317,25 @@ def _parse_header(header: bytes, payload_offset: int) -> Entry | None:
     if magic != _MAGIC:
         return None
     return Entry(digest, header[_FIELDS.size :], payload_offset, length, written_ns, bool(flags & _TOMBSTONE))
+
+
+def _next_whole_frame(file: BinaryIO, start: int, size: int) -> Entry | None:
+    """The first frame from `start` on that lies in the file and matches its checksum; frames begin at multiples of 64."""
+    while start + _HEADER_BYTES <= size:
+        file.seek(start)
+        block = file.read(_SEARCH_BYTES)
+        for place in range(0, len(block), ALIGNMENT):
+            if block[place : place + len(_MAGIC)] != _MAGIC:
+                continue
+            file.seek(start + place)
+            header = file.read(_HEADER_BYTES)
+            entry = _parse_header(header, start + place + _HEADER_BYTES)
+            if entry is None or entry.end > size:
+                continue
+            if _checksum(header[: _FIELDS.size], file.read(entry.length)) == entry.checksum:
+                return entry
+        start += _SEARCH_BYTES
+    return None
 
 
 def _write_all(file: FileIO, offset: int, *parts: bytes | memoryview) -> None:

@@ -8,6 +8,7 @@ import torch
 from utils.data import compaction, shards
 from utils.data.cache import CacheStore
 from utils.data.compaction import compact, remove_items
+from utils.data.items import encode_item
 from utils.errors import UserError
 
 
@@ -101,6 +102,31 @@ def test_readers_and_shards_in_use_are_not_disturbed(store):
     assert reader.metadata(key_of(50)) == {"number": "50"} and reader.damage(key_of(18)) is None
     writer.put(key_of(51), value(51), {"number": "51"})
     check(store, [18, 19, 50, 51])
+
+
+def test_what_another_process_writes_until_the_shard_is_locked_stays(store, monkeypatch):
+    """A filler takes the shard over, appends and leaves, between the judgement and the lock."""
+    for number in range(4):
+        store.remove(key_of(number))
+    store.flush()
+    adopt, written = shards.ShardWriter.adopt, []
+
+    def adopt_after_a_filler(path):
+        if not written:
+            written.append(path)
+            writer = adopt(path)
+            assert writer is not None
+            writer.append(bytes.fromhex(key_of(60)[-32:]), encode_item(value(60), {"number": "60"}))
+            writer.close()
+        return adopt(path)
+
+    monkeypatch.setattr(shards.ShardWriter, "adopt", adopt_after_a_filler)
+    compact(store)
+    monkeypatch.undo()
+    assert (
+        written and not written[0].exists()
+    ), "the shard that was written into is the one that was compacted"
+    check(store, [*range(4, 20), 60])
 
 
 def test_damage_is_not_copied_as_whole(store):
