@@ -66,6 +66,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.allow_changed is not None and arguments.resume_from_checkpoint is None:
         parser.error("--allow_changed would be ignored: it belongs to --resume_from_checkpoint")
+    if arguments.cache_only and arguments.resume_from_checkpoint is not None:
+        parser.error("--resume_from_checkpoint would be ignored: --cache_only ends before training")
     return arguments
 
 
@@ -102,10 +104,6 @@ def train(arguments: argparse.Namespace) -> int:
         if arguments.cache_only:
             say(f"cache complete: {data.store_root}")
             return 0
-        if arguments.dry_run:
-            runs.build(config.train, data.plan, model, processes, say)
-            say("dry run: everything is in place; no step was taken and nothing was written to output_dir")
-            return 0
         inputs = Inputs(data.fingerprints, data.descriptions)
         copies = processes.world_size // config.train.pipeline_stages
         resume, allowed = arguments.resume_from_checkpoint, arguments.allow_changed
@@ -115,6 +113,9 @@ def train(arguments: argparse.Namespace) -> int:
             if found.is_finished:
                 return 0
         ready = runs.build(config.train, data.plan, model, processes, say)
+        if arguments.dry_run:
+            say("dry run: everything is in place; no step was taken and nothing was written to output_dir")
+            return 0
         run_dir = (
             found.run_dir if found else runs.begin_run(config, partial(write_base_description, model), say)
         )

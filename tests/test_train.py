@@ -405,6 +405,31 @@ def test_another_configuration_is_not_continued(workspace, capsys) -> None:
     assert len(read_metrics(workspace.run())) == 1
 
 
+def test_a_run_that_cannot_go_on_is_left_as_it_was(workspace, capsys) -> None:
+    """The rank is allowed to differ, but the checkpoint does not fit it: found out after everything else."""
+    assert workspace.train("dit_lora", "max_steps=1") == 0
+
+    def content() -> dict[str, bytes]:
+        files = [path for path in workspace.run().rglob("*") if path.is_file()]
+        return {str(path): path.read_bytes() for path in files}
+
+    before = content()
+    flags = ["--resume_from_checkpoint", "--allow_changed", "adapter.rank"]
+    code = workspace.train("dit_lora", "max_steps=2", "adapter.rank=8", flags=flags)
+    check_refused(code, capsys.readouterr().err, "must not change between runs")
+    assert content() == before
+    # A dry run says what a resume would do, and does nothing either.
+    assert workspace.train("dit_lora", "max_steps=2", flags=["--resume_from_checkpoint", "--dry_run"]) == 0
+    said = capsys.readouterr().err
+    assert f"continuing {workspace.run()} from global_step1 (1 of 2 steps done)" in said and "dry run" in said
+    code = workspace.train("dit_lora", "optimizer.lr=0.5", flags=["--resume_from_checkpoint", "--dry_run"])
+    check_refused(code, capsys.readouterr().err, "optimizer.lr: 0.001 -> 0.5")
+    assert content() == before
+    with pytest.raises(SystemExit):
+        workspace.train("dit_lora", flags=["--resume_from_checkpoint", "--cache_only"])
+    assert workspace.train("dit_lora", "max_steps=2", flags=["--resume_from_checkpoint"]) == 0
+
+
 def test_another_dataset_is_not_continued(workspace, capsys) -> None:
     assert workspace.train("dit_lora", "max_steps=1") == 0
     (workspace.media / "image_00.txt").write_text("a green circle")

@@ -15,7 +15,7 @@ from utils.config.schema import LoadedConfig, TrainConfig
 from utils.data.sampler import BatchPlan
 from utils.distributed import on_main
 from utils.errors import UserError
-from utils.run_dir import CONFIG_FILE, RunDir, find_run_dir, record_config
+from utils.run_dir import CONFIG_FILE, RunDir, find_run_dir
 from utils.trainer import total_steps
 
 _SAMPLES_PER_BATCH = "micro_batch_size_per_gpu"
@@ -56,7 +56,7 @@ def find_run(
     copies: int,
     say: Callable[[str], None],
 ) -> Continuation | None:
-    """The run to continue. None where a new one begins. Every rank must call it.
+    """The run to continue. None where a new one begins. Every rank must call it. Nothing is written.
 
     Args:
         config: what the user gives now.
@@ -83,7 +83,6 @@ def find_run(
         say(f"changed, as allowed: {change}")
     if stored is None or found.checkpoint is None:
         say(f"{found.path} has no checkpoint yet: starting at step 0")
-        on_main(lambda: record_config(found.path, config.train, 0))
         return Continuation(found, config)
 
     checkpoint = found.checkpoint
@@ -110,7 +109,6 @@ def find_run(
     if state.step >= total:
         say(f"{found.path} is finished ({state.step} of {total} steps); nothing to do")
         return Continuation(found, config, is_finished=True)
-    on_main(lambda: record_config(found.path, settings, state.step))
     say(f"continuing {found.path} from {checkpoint.name} ({state.step} of {total} steps done)")
     run_dir = replace(found, state=state, with_optimizer=with_optimizer)
     return Continuation(run_dir, replace(config, train=settings))

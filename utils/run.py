@@ -19,7 +19,7 @@ from utils.optim import build_optimizer
 from utils.pipeline import Pipeline, build_pipeline
 from utils.progress import announce
 from utils.resume import Inputs
-from utils.run_dir import CONFIG_FILE, RunDir, create_run_dir, remove_leftovers
+from utils.run_dir import CONFIG_FILE, RunDir, create_run_dir, record_config, remove_leftovers
 from utils.stage_plan import describe_plan, make_plan, plan_warnings
 from utils.trainer import LossRecorder, Trainer, initial_state, total_steps
 
@@ -157,6 +157,8 @@ def run(
         on_every_rank(
             lambda: load_checkpoint(checkpoint, ready.pipeline, with_optimizer=run_dir.with_optimizer)
         )
+    # Only now: a run that cannot go on keeps the configuration of what is in it.
+    on_main(lambda: record_config(run_dir.path, ready.config, state.step))
     evaluator = Evaluator(
         ready.config, eval_sets, ready.model, ready.pipeline, ready.recorder, ready.processes
     )

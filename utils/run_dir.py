@@ -110,9 +110,12 @@ def find_run_dir(config: LoadedConfig, wanted: str) -> RunDir | None:
 def record_config(run_dir: Path, config: TrainConfig, step: int) -> None:
     """Where a run goes on with other values (of keys that may differ, or were allowed to), keep the old ones and write the new.
 
-    So `config.toml` is always that of the newest files, and its hash the one in their metadata.
+    So `config.toml` is always that of the newest files, and its hash the one in their metadata. A directory without one
+    is no run that a person started, and is left as it is.
     """
     path, text = run_dir / CONFIG_FILE, dump_config(config)
+    if not path.is_file():
+        return
     before = path.read_text(encoding="utf-8")
     if before != text:
         atomic_write_text(run_dir / "inputs" / f"config_until_step{step}.toml", before)

@@ -57,13 +57,11 @@ class LatentFilling:
     Attributes:
         batch_size: clips of one bucket that go through the VAE together, at most.
         decode_workers: processes that decode ahead; 0 decodes in this one.
-        check_content: hash each file that is decoded, and refuse one that is not what its key says.
         skip_bad: list a clip that cannot be decoded in `FillStats.failures` and go on, instead of stopping.
     """
 
     batch_size: int = 1
     decode_workers: int = 0
-    check_content: bool = False
     skip_bad: bool = False
 
 
@@ -81,14 +79,12 @@ def hash_weights(paths: CheckpointPaths, memo: HashMemo) -> WeightHashes:
     return WeightHashes(hashed(paths.vae), hashed(paths.text_encoder), tokenizer)
 
 
-def build_filling(
-    config: TrainConfig, num_processes_here: int, *, check_content: bool, skip_bad: bool
-) -> LatentFilling:
+def build_filling(config: TrainConfig, num_processes_here: int, *, skip_bad: bool) -> LatentFilling:
     """How the configuration wants latents to be made, on a machine with so many ranks."""
     workers = config.decode_workers
     if workers is None:
         workers = automatic_workers(num_processes_here)
-    return LatentFilling(config.caching_batch_size, workers, check_content, skip_bad)
+    return LatentFilling(config.caching_batch_size, workers, skip_bad)
 
 
 def media_rules(variant: VariantInfo) -> MediaRules:
@@ -215,10 +211,7 @@ class WanCache:
 
         @contextmanager
         def load(samples: Sequence[SampleRecord]) -> Iterator[Iterator[Tensor | UserError]]:
-            jobs = [
-                ClipJob(sample, self._rules, sample.content_hash if how.check_content else None)
-                for sample in samples
-            ]
+            jobs = [ClipJob(sample, self._rules, sample.content_hash, sample.mtime_ns) for sample in samples]
             with decoded_clips(jobs, how.decode_workers) as frames:
                 yield map(scaled, frames)
 

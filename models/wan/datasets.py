@@ -104,7 +104,6 @@ def cache_dataset(
         build_filling(
             config,
             num_processes_here(),
-            check_content=use.trust_sizes,
             skip_bad=dataset.on_bad_file == "skip",
         ),
         MadeOf(root / MEMORY_FILE),

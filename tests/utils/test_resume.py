@@ -16,7 +16,7 @@ from utils.data.sampler import BatchPlan
 from utils.distributed import init_processes, shutdown
 from utils.errors import UserError
 from utils.resume import Continuation, Inputs, find_run, input_name, keep_global_batch, position_after
-from utils.run_dir import NEWEST, create_run_dir
+from utils.run_dir import NEWEST, create_run_dir, record_config
 
 ROOT = Path(__file__).resolve().parents[2]
 INPUTS = Inputs({"the dataset": "aa", "the text encoder": "bb"}, {"the dataset": "5 samples of 5 files"})
@@ -138,7 +138,9 @@ def test_every_key_that_is_compared_is_refused_and_can_be_allowed(config, key, v
     found = resume(other, key, said=said)
     assert found is not None and getattr(found.config.train, key) == value
     assert any(line.startswith(f"changed, as allowed: {key}: ") for line in said)
-    # From here on that is the run's configuration, and the one before is kept.
+    # Looking changes nothing; when training begins, that is the run's configuration, and the one before is kept.
+    assert getattr(load_config(run / "config.toml").train, key) != value
+    record_config(run, found.config.train, 3)
     assert getattr(load_config(run / "config.toml").train, key) == value
     assert getattr(load_config(run / "inputs" / "config_until_step3.toml").train, key) != value
     assert resume(other) is not None
@@ -161,9 +163,11 @@ def test_a_name_that_is_none_is_refused() -> None:
 
 
 def test_another_optimizer_begins_with_state_of_its_own(config) -> None:
-    started(config)
+    run = started(config)
     other = changed(config, optimizer=replace(config.train.optimizer, type="adamw8bit"))
-    found, same = resume(other, "optimizer.type"), resume(other)
+    found = resume(other, "optimizer.type")
+    record_config(run, other.train, 3)
+    same = resume(other)
     assert found is not None and not found.run_dir.with_optimizer
     assert same is not None and same.run_dir.with_optimizer  # that was said once; now it is the run's own
 

@@ -36,11 +36,19 @@ _FRAMES, _BAD_CLIP, _USER_ERROR, _FAILURE = "frames", "bad clip", "user error", 
 
 @dataclass(frozen=True)
 class ClipJob:
-    """A clip to decode: of which sample, to which rules, and what its file must still hold (None: not compared)."""
+    """A clip to decode: of which sample, to which rules, and what its file must still hold.
+
+    Attributes:
+        record: the sample.
+        rules: of the model's variant.
+        content_hash: of the file when it was scanned; None: not compared.
+        mtime_ns: its time stamp then: as long as it is the same, the content is not read again to compare it.
+    """
 
     record: ClipSource
     rules: MediaRules
     content_hash: str | None = None
+    mtime_ns: int | None = None
 
 
 def automatic_workers(local_world_size: int) -> int:
@@ -210,19 +218,29 @@ def _end_with_parent() -> None:
 
 def _decode(job: ClipJob) -> np.ndarray | UserError:
     path = job.record.path
+    before = _time_stamp(path)
     try:
         frames_FHWC = load_frames(job.record, job.rules)
     except UserError as error:
         return error
-    if job.content_hash is not None and _hash_once(path, path.stat().st_mtime_ns) != job.content_hash:
+    after = _time_stamp(path)
+    is_unchanged = job.mtime_ns is not None and before == after == job.mtime_ns
+    if job.content_hash is not None and not is_unchanged and _hash_once(path, after) != job.content_hash:
         raise UserError(
-            f"{path}: its content is not what it was when it was last read, though it has the same size; run the same "
-            "command once without --trust_cache"
+            f"{path}: its content is not what it was when the dataset was scanned, or, with --trust_cache, when it was "
+            "last read; run the same command again, without --trust_cache"
         )
     return frames_FHWC
 
 
+def _time_stamp(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None  # gone: decoding says so
+
+
 @cache
-def _hash_once(path: Path, mtime_ns: int) -> str:
+def _hash_once(path: Path, mtime_ns: int | None) -> str:
     """Hash of a file; of several clips of one video only the first in a process reads it for that."""
     return content_hash(path)

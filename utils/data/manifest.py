@@ -62,6 +62,7 @@ class SampleRecord:
         clip_start_seconds: where in the video the clip begins; a whole number of the model's frames.
         info: what is in the file.
         mask: which part of it counts in the loss; None: all.
+        mtime_ns: time stamp of the file when it was scanned; None where that says nothing about its content.
     """
 
     sample_id: int
@@ -74,6 +75,7 @@ class SampleRecord:
     clip_start_seconds: float
     info: MediaInfo
     mask: LossMask | None = None
+    mtime_ns: int | None = None
 
     @property
     def caption(self) -> str:
@@ -271,6 +273,7 @@ def _examine(
     kind = _check_is_media(path)
     captions = _prefixed_captions(path, source, dataset)
     try:
+        mtime_ns = hashes.time_stamp(path)
         info = hashes.media_info(path)
         bucket = _choose_bucket(info, source.buckets, rules)
         content_hash = hashes.content_hash(path)
@@ -290,6 +293,7 @@ def _examine(
             clip_start_seconds=start / rules.fps,
             info=info,
             mask=mask,
+            mtime_ns=mtime_ns,
         )
         for clip_index, start in enumerate(_clip_starts(info, bucket, source, rules))
     ]

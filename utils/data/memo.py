@@ -86,6 +86,16 @@ class HashMemo:
             self._is_changed = True
         return entry.content_hash
 
+    def time_stamp(self, path: Path) -> int | None:
+        """The file's time stamp, in ns; None where the memo trusts sizes, because then it says nothing.
+
+        Asked before `content_hash`, so that a file which changes afterwards has another one.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        return None if self._trust_sizes else path.stat().st_mtime_ns
+
     def media_info(self, path: Path) -> MediaInfo:
         """`media.probe_media`, read from the memo if the file is unchanged. Failures are not remembered.
 

@@ -185,7 +185,7 @@ def test_batches_and_workers_change_neither_keys_nor_more_than_the_last_bits(
     made = {}
     for name, how in {
         "alone": LatentFilling(),
-        "ahead": LatentFilling(decode_workers=1, check_content=True),
+        "ahead": LatentFilling(decode_workers=1),
         "batched": LatentFilling(batch_size=3),
     }.items():
         cache = make_cache(images, tmp_path / name, config, variant)
@@ -228,19 +228,37 @@ def test_a_gpu_without_memory_is_told_with_what_to_do(images, i2v, tmp_path, mon
 def test_content_that_is_not_what_its_key_says_is_not_encoded(images, i2v, tmp_path):
     """The key was made with a hash on trust; nothing may be put under it that another file made."""
     config, paths, variant = i2v
-    samples = (replace(images.samples[0], content_hash="0" * 32), *images.samples[1:])
+    on_trust = replace(images.samples[0], content_hash="0" * 32, mtime_ns=None)
+    samples = (on_trust, *images.samples[1:])
     cache = make_cache(Manifest(samples, ()), tmp_path, config, variant)
     with pytest.raises(UserError, match="--trust_cache"):
-        cache.fill_latents(paths, ALONE, False, silent, LatentFilling(check_content=True))
+        cache.fill_latents(paths, ALONE, False, silent, LatentFilling())
     with pytest.raises(UserError, match="missing"):
         cache.read_latents(0)
 
 
+def test_a_file_that_changes_between_scan_and_filling_is_not_encoded(images, i2v, tmp_path):
+    """Latents of the new content must not come under the key of the old one, for which they would be found ever after."""
+    config, paths, variant = i2v
+    moving = tmp_path / "moving.png"
+    shutil.copy(images.samples[0].path, moving)
+    sample = replace(images.samples[0], path=moving, mtime_ns=moving.stat().st_mtime_ns)
+    cache = make_cache(Manifest((sample,), ()), tmp_path, config, variant)
+    old = moving.read_bytes()
+    shutil.copy(images.samples[1].path, moving)
+    with pytest.raises(UserError, match="when the dataset was scanned"):
+        cache.fill_latents(paths, ALONE, False, silent)
+    with pytest.raises(UserError, match="missing"):
+        cache.read_latents(0)
+    moving.write_bytes(old)  # another time stamp, the same content
+    assert cache.fill_latents(paths, ALONE, False, silent).num_encoded == 1
+
+
 def test_the_configuration_says_how_latents_are_made(make_config, monkeypatch):
-    plain = {"check_content": False, "skip_bad": False}
+    plain = {"skip_bad": False}
     assert build_filling(make_config("dit_lora", decode_workers=0), 1, **plain) == LatentFilling()
     config = make_config("dit_lora", decode_workers=7, caching_batch_size=4)
-    assert build_filling(config, 8, check_content=True, skip_bad=True) == LatentFilling(4, 7, True, True)
+    assert build_filling(config, 8, skip_bad=True) == LatentFilling(4, 7, True)
     monkeypatch.setattr("models.wan.caching.automatic_workers", lambda ranks: 100 + ranks)
     assert build_filling(make_config("dit_lora"), 8, **plain).decode_workers == 108
 
