@@ -86,7 +86,7 @@ def train(arguments: argparse.Namespace) -> int:
         prepare_data,
         prepare_eval_data,
         run_metadata,
-        write_base_description,
+        write_inputs,
     )
     from utils import distributed
     from utils import run as runs
@@ -116,9 +116,7 @@ def train(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             say("dry run: everything is in place; no step was taken and nothing was written to output_dir")
             return 0
-        run_dir = (
-            found.run_dir if found else runs.begin_run(config, partial(write_base_description, model), say)
-        )
+        run_dir = found.run_dir if found else runs.begin_run(config, partial(write_inputs, model, data), say)
         runs.run(ready, run_dir, inputs, run_metadata(config, model, data), say, evals)
         return 0
 

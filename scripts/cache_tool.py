@@ -136,7 +136,8 @@ def needed_by(path: str, root: Path) -> set[str]:
     """
     from models.wan.setup import needed_items
     from utils.config.load import load_config
-    from utils.data.manifest import default_cache_dir
+    from utils.data.inspect import printable
+    from utils.data.manifest import BAD_FILE_CODES, default_cache_dir
 
     config = load_config(path, check_files=True)
     assert config.dataset is not None, "load_config with check_files has read it"
@@ -148,11 +149,12 @@ def needed_by(path: str, root: Path) -> set[str]:
         )
     needed, left_out = found
     print(f"{path}: needs {len(needed)} items")
-    unreadable = [skipped for skipped in left_out if skipped.code == "unreadable"]
-    for skipped in unreadable[:_SKIPPED_SHOWN]:
-        print(f"  skipped {skipped.path}: {skipped.reason}; its items count as not needed")
-    if len(unreadable) > _SKIPPED_SHOWN:
-        print(f"  ... and {len(unreadable) - _SKIPPED_SHOWN} more")
+    # By accident, or for want of a caption; what is left out by rule was never in the cache.
+    lost = [skipped for skipped in left_out if skipped.code in {*BAD_FILE_CODES, "no_caption"}]
+    for skipped in lost[:_SKIPPED_SHOWN]:
+        print(printable(f"  skipped {skipped.path}: {skipped.reason}; its items count as not needed"))
+    if len(lost) > _SKIPPED_SHOWN:
+        print(f"  ... and {len(lost) - _SKIPPED_SHOWN} more; dataset_inspect.py names all")
     return needed
 
 

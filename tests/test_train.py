@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models.wan.checkpoint import open_sharded, open_text_encoder
 from tests.helpers.workspace import (
+    MEDIA,
     TIME_LIMIT_SECONDS,
     Workspace,
     check_refused,
@@ -126,6 +127,10 @@ def test_a_run_leaves_its_config_and_inputs(lora) -> None:
 
 def test_the_base_and_the_targets_are_written_down(lora, tiny_ti2v) -> None:
     run, base = lora.run(), open_sharded(tiny_ti2v)
+    files = pd.read_csv(run / "dataset.csv")
+    assert sorted(Path(name).stem for name in files["file"]) == sorted(MEDIA) and set(files["status"]) == {
+        "kept"
+    }
     keys = pd.read_csv(run / "base_keys.csv", dtype=str)
     assert dict(zip(keys["key"], keys["shape"], strict=True)) == {
         name: "x".join(map(str, shape)) for name, shape in base.shapes.items()

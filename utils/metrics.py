@@ -34,7 +34,11 @@ class MetricsWriter:
     """Appends to `metrics.jsonl` and TensorBoard. After a resume each step stands there once."""
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
-        """Drop what an earlier process wrote from `first_step` on, then append."""
+        """Drop what an earlier process wrote from `first_step` on, then append.
+
+        Raises:
+            UserError: the disk is full.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         path = run_dir / METRICS_FILE
@@ -42,7 +46,8 @@ class MetricsWriter:
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._path = path
         self._file = path.open("ab", buffering=0)
-        self._tensorboard = SummaryWriter(str(run_dir), purge_step=first_step)
+        with disk_errors_as_user_errors(path):
+            self._tensorboard = SummaryWriter(str(run_dir), purge_step=first_step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Write one step; the line has left this process when this returns, so that a kill does not lose it.

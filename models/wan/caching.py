@@ -6,7 +6,7 @@ encoders live only while the cache fills.
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -157,13 +157,16 @@ class WanCache:
             for caption, key in self._text_keys.items()
         ]
 
-    def reasons(self, kind: str, made_of: MadeOf, regenerate: bool) -> Counter[str]:
-        """Why how many items of a kind have to be made anew."""
+    def missing(self, kind: str) -> set[str]:
+        """Keys of the items of a kind that are not in the store."""
+        return set(self._store.missing(want.key for want in self.wants(kind)))
+
+    def reasons(self, kind: str, made_of: MadeOf, made: Set[str], regenerate: bool) -> Counter[str]:
+        """Why how many of the items that were missing and are `made` now had to be; with `regenerate` all others too."""
         wants = self.wants(kind)
-        missing = set(self._store.missing(want.key for want in wants))
-        reasons = made_of.reasons(wants, missing)
+        reasons = made_of.reasons(wants, made)
         if regenerate:
-            reasons["asked for"] = len({want.key for want in wants} - missing)
+            reasons["asked for"] = len({want.key for want in wants} - made)
         return reasons
 
     def read_latents(self, sample_index: int) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ from utils.shared_progress import SharedProgress
 Say = Callable[[str], None]
 MEMO_FILE = "content_hashes.jsonl"
 _MAX_LINES_SHOWN = 10
+_WHERE_ALL_ARE = " (all: dataset.csv in the run directory, or dataset_inspect.py)"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,11 @@ def cache_dataset(
     if failures:
         known = len(manifest.skipped)
         manifest = without_failures(manifest, cache, failures)
-        _say_some([f"  skipped {file.path}: {file.reason}" for file in manifest.skipped[known:]], say)
+        _say_some(
+            [f"  skipped {file.path}: {file.reason}" for file in manifest.skipped[known:]],
+            say,
+            _WHERE_ALL_ARE,
+        )
         cache = WanCache(manifest, store, hashes, config.model, variant)
     on_main(lambda: filler.made_of.remember(cache.wants(LATENTS) + cache.wants(TEXT)))
     return CachedDataset(manifest, cache, hashes, root)
@@ -230,7 +235,7 @@ class _Filler:
         )
 
     def _fill(self, what: str, kind: str, work: Callable[[OnProgress], FillStats]) -> dict[str, str]:
-        reasons = on_main(lambda: self.cache.reasons(kind, self.made_of, self.regenerate))
+        missing = on_main(lambda: self.cache.missing(kind))
         with SharedProgress(f"caching {what}", self.processes) as progress:
             stats = on_every_rank(lambda: work(progress.report))
         everything: list[FillStats] = gather_objects(stats)
@@ -238,6 +243,9 @@ class _Filler:
             sum(getattr(part, name) for part in everything) for name in ("num_items", "num_encoded")
         )
         failures = {key: reason for part in everything for key, reason in part.failures}
+        reasons = on_main(
+            lambda: self.cache.reasons(kind, self.made_of, missing - failures.keys(), self.regenerate)
+        )
         why = f" ({describe(reasons)})" if encoded else ""
         lost = f", {len(failures)} cannot be decoded" if failures else ""
         there = total - encoded - len(failures)
@@ -263,7 +271,7 @@ def _say_manifest(manifest: Manifest, label: str, wants_masks: bool, say: Say) -
         say(f"loss masks: {masked} of {len(manifest.samples)} samples; the others count whole")
     # What is left out by accident comes first, before what is left out by rule.
     by_urgency = sorted(manifest.skipped, key=lambda skipped: skipped.code not in BAD_FILE_CODES)
-    _say_some([f"  skipped {skipped.path}: {skipped.reason}" for skipped in by_urgency], say)
+    _say_some([f"  skipped {skipped.path}: {skipped.reason}" for skipped in by_urgency], say, _WHERE_ALL_ARE)
     _say_some([f"warning: {warning}" for warning in manifest.warnings], say)
 
 
@@ -282,8 +290,8 @@ def _say_long_captions(manifest: Manifest, tokenizer: WanTokenizer, say: Say) ->
     _say_some(too_long, say)
 
 
-def _say_some(lines: Sequence[str], say: Say) -> None:
+def _say_some(lines: Sequence[str], say: Say, where_all_are: str = "") -> None:
     for line in lines[:_MAX_LINES_SHOWN]:
         say(line)
     if len(lines) > _MAX_LINES_SHOWN:
-        say(f"  ... and {len(lines) - _MAX_LINES_SHOWN} more")
+        say(f"  ... and {len(lines) - _MAX_LINES_SHOWN} more{where_all_are}")

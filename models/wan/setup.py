@@ -1,7 +1,7 @@
 """From a checked configuration to data that is ready to train on, and the facts that go into every output file."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,9 +20,11 @@ from models.wan.datasets import (
     scan_dataset,
 )
 from models.wan.model import WanModel
+from models.wan.text_encoder import MAX_TEXT_TOKENS
 from utils.config.dump import config_hash
 from utils.config.schema import LoadedConfig
 from utils.data.cache import CacheStore
+from utils.data.inspect import file_rows
 from utils.data.manifest import Manifest, SkippedFile, default_cache_dir
 from utils.data.memo import HashMemo
 from utils.data.sampler import BatchPlan
@@ -34,6 +36,7 @@ from utils.nodes import check_same_inputs, check_shared
 THE_DIT = "the DiT"
 TARGETS_FILE = "targets.json"
 BASE_KEYS_FILE = "base_keys.csv"
+DATASET_FILE = "dataset.csv"
 
 
 @dataclass(frozen=True)
@@ -170,13 +173,15 @@ def needed_items(config: LoadedConfig, root: Path) -> tuple[set[str], list[Skipp
     return keys, skipped
 
 
-def write_base_description(model: WanModel, run_dir: Path) -> None:
-    """Save the base checkpoint's header as `base_keys.csv` and the resolved target list as `targets.json`."""
+def write_inputs(model: WanModel, data: PreparedData, run_dir: Path) -> None:
+    """Save what the run rests on: the base checkpoint's header, the resolved targets, what became of each media file."""
     rows = [
         {"key": name, "shape": "x".join(map(str, shape)), "dtype": model.base.dtypes[name]}
         for name, shape in model.base.shapes.items()
     ]
     atomic_write_text(run_dir / BASE_KEYS_FILE, pd.DataFrame(rows).to_csv(index=False))
+    files = [asdict(row) for row in file_rows(data.manifest, model.arch.variant.fps, None, MAX_TEXT_TOKENS)]
+    atomic_write_text(run_dir / DATASET_FILE, pd.DataFrame(files).to_csv(index=False))
     if model.targets:
         atomic_write_text(run_dir / TARGETS_FILE, json.dumps(model.targets, indent=1) + "\n")
 

@@ -156,7 +156,9 @@ def delete(leftovers: Leftovers) -> None:
 
 
 def _left(root: Path) -> Iterator[Path]:
-    yield from root.rglob(f".*{TEMPORARY_SUFFIX}")
+    # Not deeper: `cache_dir` may be a folder that holds other things too.
+    for folder in (root, root / SHARDS_FOLDER):
+        yield from folder.glob(f".*{TEMPORARY_SUFFIX}")
     for index in (root / SHARDS_FOLDER).glob(f"*{INDEX_SUFFIX}"):
         if not index.with_suffix(SHARD_SUFFIX).exists():
             yield index

@@ -169,6 +169,7 @@ def build_manifest(
         masks = None if directory.mask_path is None else mask_folders[Path(directory.mask_path).resolve()]
         source = _Source(directory, id_name, buckets, clip_mode, tables, masks)
         found.extend((path, source) for path in entries)
+    _check_masks_apart(dataset, mask_folders)
     skipped.extend(_mask_problems(mask_folders, found, dataset))
     try:
         for done, (path, source) in enumerate(found, start=1):
@@ -230,6 +231,16 @@ def _list_mask_folders(dataset: DatasetConfig) -> dict[Path, MaskFolder]:
     # Listed before it is resolved, which a loop of links would not survive.
     listed = [list_masks(Path(path)) for path in dict.fromkeys(paths)]
     return {masks.folder.resolve(): masks for masks in listed}
+
+
+def _check_masks_apart(dataset: DatasetConfig, mask_folders: Mapping[Path, MaskFolder]) -> None:
+    """Also behind links, masks do not lie among the files that they are for: there each would be a sample too."""
+    for directory in dataset.directory:
+        if Path(directory.path).resolve() in mask_folders:
+            raise UserError(
+                f"dataset, [[directory]] {directory.path}: a mask_path leads to this folder, so its masks would be samples; "
+                "put the masks into a folder of their own"
+            )
 
 
 def _mask_problems(

@@ -53,10 +53,10 @@ class HashMemo:
         self._path = path
         self._read_only = read_only
         self._entries: dict[str, _Entry] = dict(_read_entries(path)) if path is not None else {}
+        # Of several former places of a file the one with the newest time stamp counts.
+        by_age = sorted(self._entries.values(), key=lambda entry: entry.mtime_ns)
         self._by_relative = (
-            {entry.relative: entry for entry in self._entries.values() if entry.relative is not None}
-            if trust_sizes
-            else {}
+            {entry.relative: entry for entry in by_age if entry.relative is not None} if trust_sizes else {}
         )
         self._trust_sizes = trust_sizes
         # By path, apart from what is saved.

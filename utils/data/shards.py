@@ -8,9 +8,11 @@ the frame first and the index record after it.
 """
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
+import resource
 import struct
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import xxhash
 
+from utils.errors import UserError
 from utils.files import TEMPORARY_SUFFIX, atomic_write_bytes
 
 SHARD_SUFFIX, INDEX_SUFFIX = ".shard", ".index"
@@ -118,8 +121,7 @@ class Shard:
 
     def _mapped(self, end: int) -> mmap.mmap:
         if self._map is None or len(self._map) < end:
-            with self.path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            mapped = _map(self.path)
             if len(mapped) < end:
                 raise ValueError(f"{self.path} ends at {len(mapped)} and not at {end} as its index says")
             self._map = mapped  # tensors in use keep the former one alive
@@ -288,6 +290,29 @@ def shard_paths(folder: Path) -> Iterator[Path]:
 def kind_of(path: Path) -> str:
     """The kind of a shard's items: its name is `<kind>-<16 hex digits>.shard`."""
     return path.stem.rpartition("-")[0]
+
+
+def _map(path: Path) -> mmap.mmap:
+    """A private mapping. Each holds a descriptor, and a large cache has many shards: the limit is raised where it bites.
+
+    Raises:
+        UserError: this process may open no more files, and may not raise the limit further.
+    """
+    for is_last_try in (False, True):
+        try:
+            with path.open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if error.errno != errno.EMFILE:
+                raise
+            if is_last_try or soft == hard:
+                raise UserError(
+                    f"{path}: this process may open no more than {soft} files; raise the limit (ulimit -n), or make fewer "
+                    "and larger shards with cache_tool.py prune"
+                ) from error
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise AssertionError("the last try returns or raises")
 
 
 def _lock(file: FileIO) -> bool:

@@ -1,6 +1,8 @@
 """Shards: what a killed or crashed writer leaves is known for what it is, and never read as an item."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -203,6 +205,31 @@ def test_a_shard_that_is_gone_is_an_error_that_says_so(written):
     with pytest.raises(FileNotFoundError):
         shard.payload(entries[1])
     assert ShardWriter.adopt(path) is None
+
+
+MANY = """
+import resource, sys
+from pathlib import Path
+from utils.data.shards import Shard, ShardWriter, shard_paths
+from utils.errors import UserError
+root, hard = Path(sys.argv[1]), int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+for number in range(100):
+    writer = ShardWriter.create(root, "latents")
+    writer.append(bytes([number]) * 16, b"x")
+    writer.close()
+try:
+    kept = [(shard := Shard(path), shard.payload(shard.refresh()[0])) for path in shard_paths(root)]
+    print(len(kept))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("hard", "answer"), [(4096, "100\n"), (64, "may open no more than 64 files")])
+def test_more_shards_than_files_may_be_open(tmp_path, hard, answer):
+    command = [sys.executable, "-c", MANY, str(tmp_path), str(hard)]
+    assert answer in subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 def test_shards_have_a_largest_size(monkeypatch):
