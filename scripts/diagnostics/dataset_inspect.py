@@ -114,9 +114,13 @@ def probe(args: argparse.Namespace) -> Verdict:
     add_buckets(report, found, rows)
     add_captions(report, found)
     add_noise(report, config, found)
-    for problem in (*found.stops_at, *failures.values())[:_MAX_NAMED]:
-        report.note(f"training would stop at {problem}")
-    verdict, explanation = judge(found, rows, list(failures.values()))
+    stops_at_failures = dataset.on_bad_file == "error"
+    notes = [f"training would stop at {problem}" for problem in found.stops_at]
+    what = "stop at" if stops_at_failures else "leave out the clip of"
+    notes += [f"training would {what} {problem}" for problem in failures.values()]
+    for note in notes[:_MAX_NAMED]:
+        report.note(note)
+    verdict, explanation = judge(found, rows, list(failures.values()), stops_at_failures)
     directory = report.write(verdict, explanation, HOW_TO_READ, NEXT_STEPS[verdict])
     print(f"{verdict}: {explanation}\nreport: {directory}")
     return verdict
@@ -160,8 +164,10 @@ def probe_prompts(args: argparse.Namespace) -> Verdict:
     return verdict
 
 
-def judge(found: "Inspection", rows: "Sequence[BucketRow]", failures: Sequence[str]) -> tuple[Verdict, str]:
-    """The verdict and the sentence that explains it."""
+def judge(
+    found: "Inspection", rows: "Sequence[BucketRow]", failures: Sequence[str], stops_at_failures: bool
+) -> tuple[Verdict, str]:
+    """The verdict and the sentence that explains it; `failures` are of clips that cannot be decoded."""
     from utils.data.inspect import skipped_share
 
     num_skipped, share = len(found.manifest.skipped), skipped_share(found.manifest)
@@ -172,10 +178,13 @@ def judge(found: "Inspection", rows: "Sequence[BucketRow]", failures: Sequence[s
         reasons.append(
             f"bad files at which training would stop: {len(found.stops_at)}, the first {found.stops_at[0]}"
         )
-    if failures:
-        reasons.append(
-            f"clips that cannot be decoded, of those looked at: {len(failures)}, the first {failures[0]}"
-        )
+    undecodable = (
+        [f"clips that cannot be decoded, of those looked at: {len(failures)}, the first {failures[0]}"]
+        if failures
+        else []
+    )
+    if stops_at_failures:
+        reasons += undecodable
     lost = [row.bucket for row in rows if not row.visits_in_run]
     if lost:
         reasons.append(
@@ -183,6 +192,7 @@ def judge(found: "Inspection", rows: "Sequence[BucketRow]", failures: Sequence[s
         )
     if reasons:
         return "fail", sentence(reasons)
+    reasons += undecodable
     if share > MAX_SKIPPED_SHARE:
         reasons.append(f"files skipped: {num_skipped} ({share:.1%}), above {MAX_SKIPPED_SHARE:.0%}")
     truncated = num_truncated(found)

@@ -360,10 +360,14 @@ def test_a_clip_that_breaks_off_is_found(tmp_path, tiny_t2v, tiny_dataset, monke
     monkeypatch.setattr(contact_sheet, "load_clip", broken)
     write_config(tmp_path, tiny_t2v, model='expert = "low_noise"')
     write_dataset(tmp_path, tiny_dataset)
-    status, directory, summary = run(tmp_path)
-    assert status == 1
+    status, directory, summary = run(tmp_path, tag="skip")
+    assert status == 3
     assert "cannot be decoded, of those looked at: 1" in summary.explanation
+    assert any("would leave out the clip of" in note and "video_00" in note for note in summary.notes)
     assert (directory / "contact_sheet.png").exists()
+    write_dataset(tmp_path, tiny_dataset, top='on_bad_file = "error"')
+    status, _, summary = run(tmp_path, tag="error")
+    assert status == 1 and any("would stop at" in note and "video_00" in note for note in summary.notes)
 
 
 def test_every_clip_is_decoded_where_that_is_asked_for(tmp_path, tiny_t2v, tiny_dataset, monkeypatch):
@@ -378,7 +382,7 @@ def test_every_clip_is_decoded_where_that_is_asked_for(tmp_path, tiny_t2v, tiny_
     write_dataset(tmp_path, media)
     assert run(tmp_path, tag="some")[0] == 0
     status, directory, summary = run(tmp_path, "--decode_all", tag="all")
-    assert status == 1 and "cannot be decoded, of those looked at: 1" in summary.explanation
+    assert status == 3 and "cannot be decoded, of those looked at: 1" in summary.explanation
     reasons = {Path(row["file"]).name: row["reason"] for row in table(directory / "files.csv")}
     assert reasons.pop("video_00.mp4") == "undecodable"
     assert set(reasons.values()) == {"", "no_caption"}
