@@ -1,7 +1,7 @@
 """Captions of a directory's files: text files beside them, and tables (`captions.json`, `captions.jsonl`) of many."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -248,3 +248,21 @@ def _merge(first: CaptionEntry, second: CaptionEntry) -> CaptionEntry:
         reason = f"it has entries in both {first.table} and {second.table}; keep one of them"
         return CaptionEntry(first.table, problem=CaptionError(reason, "caption_conflict"))
     return CaptionEntry(first.table, first.captions + second.captions)
+
+
+def orphan_captions(folder: Path, entries: Iterable[Path]) -> list[str]:
+    """A warning where caption files of a folder belong to none of its other entries: perhaps a name is mistyped."""
+    stems = {entry.stem for entry in entries}
+    orphans = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.suffix.lower() == SIDECAR_SUFFIX
+        and not path.name.startswith(".")
+        and (path.stem not in stems or path.suffix != SIDECAR_SUFFIX)
+    )
+    if not orphans:
+        return []
+    more = f" and {len(orphans) - 1} more" if len(orphans) > 1 else ""
+    return [
+        f"{folder / orphans[0]}{more}: a caption file without an image or video of its name; it is not used"
+    ]

@@ -16,6 +16,7 @@ from utils.data.captions import (
     CaptionError,
     CaptionTables,
     NoCaptionError,
+    orphan_captions,
     read_caption_tables,
     read_captions,
 )
@@ -153,6 +154,7 @@ def build_manifest(
     found: list[tuple[Path, _Source]] = []
     samples: list[SampleRecord] = []
     skipped: list[SkippedFile] = []
+    warnings: list[str] = []
     mask_folders = _list_mask_folders(dataset)
     for directory, id_name in _with_id_names(dataset.directory):
         folder = Path(directory.path)
@@ -163,6 +165,7 @@ def build_manifest(
             for entry in _visible_entries(folder)
             if not (entry.is_dir() and entry.resolve() in mask_folders)
         ]
+        warnings += orphan_captions(folder, entries)
         tables = read_caption_tables(folder)
         skipped.extend(_table_problems(folder, tables, entries, dataset))
         clip_mode = directory.video_clip_mode or dataset.video_clip_mode
@@ -183,7 +186,7 @@ def build_manifest(
         hashes.save()
     if not samples and not allow_empty:
         raise UserError(_nothing_left(dataset, skipped))
-    return Manifest(tuple(samples), tuple(skipped), tuple(_shared_captions(samples)))
+    return Manifest(tuple(samples), tuple(skipped), (*warnings, *_shared_captions(samples)))
 
 
 def make_sample_id(id_name: str, relative_path: str, clip_index: int = 0) -> int:

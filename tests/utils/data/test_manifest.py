@@ -418,3 +418,15 @@ def test_rotated_photographs_go_to_the_bucket_of_their_upright_shape(tmp_path, b
 def test_default_cache_dir(tmp_path, make_dataset):
     assert default_cache_dir(make_dataset(tmp_path)) == tmp_path / ".wan_cache"
     assert default_cache_dir(make_dataset(tmp_path, cache_dir="elsewhere")) == Path("elsewhere")
+
+
+def test_captions_without_a_medium_are_named(tmp_path, write_sample, build):
+    write_sample(tmp_path / "a.png")
+    assert build(tmp_path).warnings == ()
+    (tmp_path / "b.txt").write_text("a teal square")
+    (tmp_path / "a.TXT").write_text("a teal square")
+    (warning,) = build(tmp_path).warnings
+    assert (
+        warning.startswith(f"{tmp_path / 'a.TXT'} and 1 more: a caption file without")
+        and "not used" in warning
+    )
