@@ -84,6 +84,11 @@ class CacheStore:
         """Where the item is; None where it is not there."""
         return self._find(key)
 
+    def counts(self, key: str, path: Path, entry: Entry) -> bool:
+        """Whether this frame of a shard is the one that `key` is read from, as of the last `refresh`."""
+        place = self._items.get(key)
+        return place is not None and place.shard.path == path and place.entry.checksum == entry.checksum
+
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of `keys` that are not there, in order, each once."""
         self.refresh()

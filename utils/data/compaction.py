@@ -31,6 +31,7 @@ def compact(store: CacheStore, min_dead_share: float = MIN_DEAD_SHARE) -> Freed:
         UserError: the disk is full or the store not writable; shards that were not yet deleted are whole.
     """
     store.flush()
+    store.refresh()
     folder = store.root / SHARDS_FOLDER
     freed = left = 0
     with disk_errors_as_user_errors(folder):
@@ -76,8 +77,7 @@ def _kept_entries(store: CacheStore, path: Path) -> list[Entry]:
     def must_stay(entry: Entry) -> bool:
         if entry.is_tombstone:
             return (kind, entry.digest) in elsewhere
-        place = store.place(f"{kind}/{entry.digest.hex()}")
-        return place is not None and place.shard.path == path and place.entry.checksum == entry.checksum
+        return store.counts(f"{kind}/{entry.digest.hex()}", path, entry)
 
     return [entry for entry in entries if must_stay(entry)]
 
