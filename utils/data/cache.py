@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 
 from utils.data.cache_keys import split_key
+from utils.data.frames import Entry
 from utils.data.items import decode_metadata, decode_tensors, encode_item
-from utils.data.shards import Entry, Shard, ShardWriter, has_room, kind_of, shard_paths
+from utils.data.shards import Shard, ShardWriter, has_room, kind_of, shard_paths
 from utils.errors import UserError
 from utils.files import atomic_write_text, disk_errors_as_user_errors
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from utils.data.cache import SHARDS_FOLDER, CacheStore
 from utils.data.cache_keys import split_key
-from utils.data.shards import Entry, Shard, ShardWriter, has_room, kind_of, shard_paths
+from utils.data.frames import Entry
+from utils.data.shards import Shard, ShardWriter, has_room, kind_of, shard_paths
 from utils.files import disk_errors_as_user_errors
 
 # Copying a shard costs its whole size; below this share of removed bytes it is left as it is.

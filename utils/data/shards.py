@@ -13,63 +13,34 @@ import fcntl
 import mmap
 import os
 import resource
-import struct
 import time
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import xxhash
 
+from utils.data.frames import (
+    FIELDS,
+    HEADER_BYTES,
+    RECORD,
+    Entry,
+    count_valid,
+    frame_checksum,
+    frame_header,
+    index_records,
+    next_whole_frame,
+    parse_header,
+    read_records,
+)
 from utils.errors import UserError
 from utils.files import TEMPORARY_SUFFIX, atomic_write_bytes
 
 SHARD_SUFFIX, INDEX_SUFFIX = ".shard", ".index"
 # A writer begins another shard where the next item would make one larger than this; a larger item has one of its own.
 MAX_SHARD_BYTES = 1 << 30
-ALIGNMENT = 64
 
-_MAGIC = b"WANITEM1"
-_TOMBSTONE = 1
-# magic, flags, nothing, length, time written, digest; then the checksum over these and the item.
-_FIELDS = struct.Struct("<8sIIQQ16s")
-_CHECKSUM_BYTES = 16
-_HEADER_BYTES = _FIELDS.size + _CHECKSUM_BYTES
-_RECORD = np.dtype(
-    [
-        ("digest", "V16"),
-        ("checksum", "V16"),
-        ("offset", "<u8"),
-        ("length", "<u8"),
-        ("written_ns", "<u8"),
-        ("flags", "<u4"),
-        ("check", "<u4"),
-    ]
-)
-_CHECK_WEIGHTS = (np.arange(15, dtype=np.uint32) * np.uint32(2654435761)) | np.uint32(1)
 _SYNC_BYTES = 64 << 20
-_SEARCH_BYTES = 1 << 20  # a multiple of ALIGNMENT
-
-
-class Entry(NamedTuple):
-    """One frame: the item's digest and checksum, where it begins and how long it is, when it was written.
-
-    A tombstone says that an item of the same digest that was written before it has been removed.
-    """
-
-    digest: bytes
-    checksum: bytes
-    offset: int
-    length: int
-    written_ns: int
-    is_tombstone: bool
-
-    @property
-    def end(self) -> int:
-        """Where the next frame begins."""
-        return _aligned(self.offset + self.length)
 
 
 class Shard:
@@ -103,11 +74,11 @@ class Shard:
 
     def is_whole(self, entry: Entry) -> bool:
         """Read the frame and compare its checksum."""
-        start = entry.offset - _HEADER_BYTES
+        start = entry.offset - HEADER_BYTES
         with self.payload(entry) as payload:
             header = bytes(self._mapped(entry.end)[start : entry.offset])
-            found = _parse_header(header, entry.offset)
-            return found == entry and _checksum(header[: _FIELDS.size], payload) == entry.checksum
+            found = parse_header(header, entry.offset)
+            return found == entry and frame_checksum(header[: FIELDS.size], payload) == entry.checksum
 
     def payload(self, entry: Entry) -> memoryview:
         """The item's bytes, mapped from the file (writing to them changes this process's copy only).
@@ -134,10 +105,10 @@ class Shard:
                 data = file.read()
         except FileNotFoundError:
             return []
-        records = np.frombuffer(data[: len(data) // _RECORD.itemsize * _RECORD.itemsize], dtype=_RECORD)
-        num_valid = _count_valid(records, size)
-        self._index_bytes += num_valid * _RECORD.itemsize
-        entries = [entry for entry in _entries(records[:num_valid]) if entry.offset > self.end]
+        records = np.frombuffer(data[: len(data) // RECORD.itemsize * RECORD.itemsize], dtype=RECORD)
+        num_valid = count_valid(records, size)
+        self._index_bytes += num_valid * RECORD.itemsize
+        entries = [entry for entry in read_records(records[:num_valid]) if entry.offset > self.end]
         if entries:
             self.end = entries[-1].end
         return entries
@@ -150,7 +121,7 @@ class Shard:
         """
         entries: list[Entry] = []
         with self.path.open("rb") as file:
-            while (entry := _next_whole_frame(file, self.end, size)) is not None:
+            while (entry := next_whole_frame(file, self.end, size)) is not None:
                 entries.append(entry)
                 self.end = entry.end
         return entries
@@ -227,29 +198,21 @@ class ShardWriter:
         Raises:
             OSError: the disk is full.
         """
-        fields = _FIELDS.pack(
-            _MAGIC,
-            _TOMBSTONE if is_tombstone else 0,
-            0,
-            len(payload),
-            written_ns or time.time_ns(),
-            digest,
+        header = frame_header(
+            digest, len(payload), written_ns or time.time_ns(), is_tombstone=is_tombstone, payload=payload
         )
-        checksum = _checksum(fields, payload)
         start, index_start = self.num_bytes, self._index_bytes
-        entry = _parse_header(fields + checksum, start + _HEADER_BYTES)
+        entry = parse_header(header, start + HEADER_BYTES)
         assert entry is not None, "just packed"
         try:
-            _write_all(
-                self._file, start, fields + checksum, payload, bytes(entry.end - entry.offset - entry.length)
-            )
-            _write_all(self._index, index_start, _record(entry))
+            _write_all(self._file, start, header, payload, bytes(entry.end - entry.offset - entry.length))
+            _write_all(self._index, index_start, index_records(entry))
         except BaseException:
             with contextlib.suppress(OSError):
                 self._index.truncate(index_start)
                 self._file.truncate(start)
             raise
-        self.num_bytes, self._index_bytes = entry.end, index_start + _RECORD.itemsize
+        self.num_bytes, self._index_bytes = entry.end, index_start + RECORD.itemsize
         self._unsynced += entry.end - start
         if self._unsynced >= _SYNC_BYTES:
             self.sync()
@@ -270,7 +233,7 @@ class ShardWriter:
 
 def has_room(shard_bytes: int, length: int) -> bool:
     """Whether an item of this length still belongs into a shard of this size."""
-    return shard_bytes == 0 or shard_bytes + _HEADER_BYTES + length <= MAX_SHARD_BYTES
+    return shard_bytes == 0 or shard_bytes + HEADER_BYTES + length <= MAX_SHARD_BYTES
 
 
 def shard_paths(folder: Path) -> Iterator[Path]:
@@ -324,45 +287,6 @@ def _lock(file: FileIO) -> bool:
     return True
 
 
-def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-def _checksum(fields: bytes, payload: bytes | memoryview) -> bytes:
-    """xxh3-128 over the header's fields and the item."""
-    digest = xxhash.xxh3_128(fields)
-    digest.update(payload)
-    return digest.digest()
-
-
-def _parse_header(header: bytes, payload_offset: int) -> Entry | None:
-    if len(header) < _HEADER_BYTES:
-        return None
-    magic, flags, _, length, written_ns, digest = _FIELDS.unpack_from(header)
-    if magic != _MAGIC:
-        return None
-    return Entry(digest, header[_FIELDS.size :], payload_offset, length, written_ns, bool(flags & _TOMBSTONE))
-
-
-def _next_whole_frame(file: BinaryIO, start: int, size: int) -> Entry | None:
-    """The first frame from `start` on that lies in the file and matches its checksum; frames begin at multiples of 64."""
-    while start + _HEADER_BYTES <= size:
-        file.seek(start)
-        block = file.read(_SEARCH_BYTES)
-        for place in range(0, len(block), ALIGNMENT):
-            if block[place : place + len(_MAGIC)] != _MAGIC:
-                continue
-            file.seek(start + place)
-            header = file.read(_HEADER_BYTES)
-            entry = _parse_header(header, start + place + _HEADER_BYTES)
-            if entry is None or entry.end > size:
-                continue
-            if _checksum(header[: _FIELDS.size], file.read(entry.length)) == entry.checksum:
-                return entry
-        start += _SEARCH_BYTES
-    return None
-
-
 def _write_all(file: FileIO, offset: int, *parts: bytes | memoryview) -> None:
     for part in parts:
         view = memoryview(part)
@@ -371,50 +295,9 @@ def _write_all(file: FileIO, offset: int, *parts: bytes | memoryview) -> None:
             offset, view = offset + written, view[written:]
 
 
-def _record(*entries: Entry) -> bytes:
-    """Index records of these frames."""
-    records = np.zeros(len(entries), dtype=_RECORD)
-    for name in ("offset", "length", "written_ns"):
-        records[name] = [getattr(entry, name) for entry in entries]
-    records["digest"] = [np.void(entry.digest) for entry in entries]
-    records["checksum"] = [np.void(entry.checksum) for entry in entries]
-    records["flags"] = [_TOMBSTONE if entry.is_tombstone else 0 for entry in entries]
-    records["check"] = _check_words(records)
-    return records.tobytes()
-
-
-def _check_words(records: np.ndarray) -> np.ndarray:
-    """A word per record over the others, to know a record that was not written whole from one that was."""
-    words = records.view("<u4").reshape(len(records), 16)[:, :15].astype(np.uint32)
-    return ((words + np.uint32(1)) * _CHECK_WEIGHTS).sum(axis=1, dtype=np.uint32)
-
-
-def _count_valid(records: np.ndarray, shard_bytes: int) -> int:
-    """How many records from the first on are whole and lie inside the shard."""
-    is_valid = (records["check"] == _check_words(records)) & (
-        records["offset"] + records["length"] <= np.uint64(shard_bytes)
-    )
-    return int(is_valid.argmin()) if not is_valid.all() else len(records)
-
-
-def _entries(records: np.ndarray) -> list[Entry]:
-    digests, checksums = records["digest"].tobytes(), records["checksum"].tobytes()
-    rows = zip(
-        records["offset"].tolist(),
-        records["length"].tolist(),
-        records["written_ns"].tolist(),
-        (records["flags"] & _TOMBSTONE).astype(bool).tolist(),
-        strict=True,
-    )
-    return [
-        Entry(digests[16 * number : 16 * number + 16], checksums[16 * number : 16 * number + 16], *row)
-        for number, row in enumerate(rows)
-    ]
-
-
 def _mend_index(path: Path, entries: list[Entry]) -> None:
     """Make the index what it is when every frame has its record."""
-    wanted = _record(*entries)
+    wanted = index_records(*entries)
     try:
         found = path.read_bytes()
     except FileNotFoundError:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.data import shards
-from utils.data.shards import ALIGNMENT, Shard, ShardWriter, has_room, kind_of, shard_paths
+from utils.data.frames import ALIGNMENT
+from utils.data.shards import Shard, ShardWriter, has_room, kind_of, shard_paths
 
 DIGESTS = [bytes([number]) * 16 for number in range(6)]
 PAYLOADS = [bytes([number]) * (number * 37) for number in range(6)]
