@@ -44,6 +44,7 @@ class LoopState:
         micro_batches_seen: position in the stream of micro-batches.
         fingerprints: content of what the run rests on, by what it is (dataset, DiT, VAE, ...).
         descriptions: what each of these was, in words for a person: a path, a number of samples.
+        optimizer: type of the optimizer whose state was saved; empty where that was not yet written down.
     """
 
     step: int
@@ -53,6 +54,7 @@ class LoopState:
     micro_batches_seen: int = 0
     fingerprints: dict[str, str] = field(default_factory=dict)
     descriptions: dict[str, str] = field(default_factory=dict)
+    optimizer: str = ""
 
 
 def checkpoint_name(step: int) -> str:

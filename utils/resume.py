@@ -102,7 +102,8 @@ def find_run(
     keys = {change.key for change in changes}
     if keys & {_SAMPLES_PER_BATCH, _DATASET}:
         state = replace(state, micro_batches_seen=position_after(plan, stored.samples_seen))
-    with_optimizer = _OPTIMIZER not in keys
+    # By what the checkpoint holds, not by the configuration: a run may have been killed before it saved with another one.
+    with_optimizer = _OPTIMIZER not in keys and stored.optimizer in ("", settings.optimizer.type)
     if not with_optimizer:
         say("another optimizer: its state begins anew")
     total = total_steps(settings, plan, state)

@@ -157,6 +157,7 @@ def run(
         on_every_rank(
             lambda: load_checkpoint(checkpoint, ready.pipeline, with_optimizer=run_dir.with_optimizer)
         )
+    state = replace(state, optimizer=ready.config.optimizer.type)
     # Only now: a run that cannot go on keeps the configuration of what is in it.
     on_main(lambda: record_config(run_dir.path, ready.config, state.step))
     evaluator = Evaluator(
