@@ -78,8 +78,8 @@ def _rank() -> int:
 
 
 def _should_speak(error: UserError) -> bool:
-    """Rank 0 always; others only with what rank 0 does not know: trouble of their own after the group has formed."""
-    if _rank() == 0:
+    """Rank 0 always; others only with what rank 0 does not know: trouble of their own, as a rule after the group has formed."""
+    if _rank() == 0 or error.is_own:
         return True
     distributed = sys.modules.get("utils.distributed")  # not imported here: a config error needs no torch
     has_joined = distributed is not None and distributed.has_joined()

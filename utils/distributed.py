@@ -51,7 +51,7 @@ def init_processes(timeout_minutes: float) -> Processes:
     rank, local_rank, world_size, _ = map(_read_number, ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
+            raise _own_error(
                 f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; start at most "
                 "one process per GPU"
             )
@@ -63,21 +63,29 @@ def init_processes(timeout_minutes: float) -> Processes:
         dist.init_process_group(
             backend, timeout=timedelta(minutes=timeout_minutes), rank=rank, world_size=world_size
         )
+        if world_size > 1:
+            _object_group.append(dist.new_group(backend="gloo", timeout=_OBJECT_TIMEOUT))
     except (RuntimeError, dist.DistError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise UserError(
+            raise _own_error(
                 f"port {address} is in use by another program or another training run; choose another one "
                 "(deepspeed --master_port N, torchrun --master-port N)"
             ) from error
-        raise UserError(
-            f"the {world_size} processes did not find each other at {address} within {timeout_minutes:g} minutes: "
-            f"{str(error).splitlines()[0]}"
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _own_error(
+            f"the {world_size} processes did not find each other at {address} (waited at most {timeout_minutes:g} "
+            f"minutes): {first_line}"
         ) from error
     _has_joined.append(True)
-    if world_size > 1:
-        _object_group.append(dist.new_group(backend="gloo", timeout=_OBJECT_TIMEOUT))
     return Processes(rank, local_rank, world_size, device, timeout_minutes)
+
+
+def _own_error(text: str) -> UserError:
+    """What this process alone may have met: rank 0 may be fine, and would say nothing for it."""
+    error = UserError(text)
+    error.is_own = True
+    return error
 
 
 def has_joined() -> bool:

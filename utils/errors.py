@@ -12,10 +12,12 @@ class UserError(Exception):
     """A problem the user can mend. The message says what, where (file or key), why and what to do.
 
     Commands print the message without a stack trace and exit with status 2. `on_every_rank` is set where all
-    processes raise the same error, so that one of them speaks for all.
+    processes raise the same error, so that one of them speaks for all; `is_own` where a process has trouble of its own
+    before it is in a group, where the others' silence would otherwise be this one's too.
     """
 
     on_every_rank = False
+    is_own = False
 
 
 class PeerLostError(Exception):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-_MOST_PLAYED = 64
+_MOST_PLAYED = 256
 
 Pass = tuple[Literal["forward", "backward"], int]
 
@@ -51,16 +51,18 @@ def stage_passes(stage: int, num_stages: int, num_micro_batches: int) -> list[Pa
 def simulate(forward: Sequence[float], backward: Sequence[float], num_micro_batches: int) -> StepTiming:
     """One step with these costs per micro-batch and stage.
 
-    A stage whose backward costs nothing sends and receives no gradient, so it waits for none. Once the pipeline is full,
-    every further micro-batch takes the same time, so of very many only the first ones are played through.
+    A stage whose backward costs nothing sends and receives no gradient, so it waits for none.
+
+    Every micro-batch of very many takes as long as the slowest stage needs for it, so only the first ones are played
+    through. The span of `M` is at least `M` times that, and at most `M + num_stages - 1` times (forward `i` of a stage
+    can end at `i` times it plus the forwards of the stages up to there, backward `i` at `num_stages - stage - 1` times
+    it, and its own backward, later; with this every pass finds what it waits for), so both together are off by less
+    than `num_stages - 1` micro-batches of the slowest stage.
     """
-    num_stages = len(forward)
-    played = max(_MOST_PLAYED, 8 * num_stages)
+    slowest = max(f + b for f, b in zip(forward, backward, strict=True))
     busy = tuple(num_micro_batches * (f + b) for f, b in zip(forward, backward, strict=True))
-    if num_micro_batches <= played:
-        return StepTiming(_span(forward, backward, num_micro_batches), busy)
-    span, earlier = (_span(forward, backward, count) for count in (played, played - 4 * num_stages))
-    return StepTiming(span + (num_micro_batches - played) * (span - earlier) / (4 * num_stages), busy)
+    played = min(num_micro_batches, _MOST_PLAYED)
+    return StepTiming(_span(forward, backward, played) + (num_micro_batches - played) * slowest, busy)
 
 
 def _span(forward: Sequence[float], backward: Sequence[float], num_micro_batches: int) -> float:

@@ -47,12 +47,19 @@ def shared(text: str) -> UserError:
     return error
 
 
+def own(text: str) -> UserError:
+    error = UserError(text)
+    error.is_own = True
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "has_joined", "said"),
     [
         (UserError("config"), False, ""),  # rank 0 reads the same file and says the same
         (shared("disk of rank 0"), True, ""),
         (UserError("own file"), True, "[rank 1] error: own file\n"),
+        (own("no GPU"), False, "[rank 1] error: no GPU\n"),  # before the group has formed; rank 0 has one
         (TrainingStoppedError("not finite"), True, ""),  # raised alike on every rank
         (RuntimeError("own bug"), False, "[rank 1] failed: RuntimeError: own bug (--debug shows where)\n"),
     ],

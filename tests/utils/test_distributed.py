@@ -67,6 +67,18 @@ def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             init_processes(timeout_minutes=0.1)
 
 
+def test_a_process_whose_peers_do_not_come_says_so_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0, which speaks for all as a rule, may be the one that never came."""
+    variables = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 9}
+    for key, value in variables.items():
+        monkeypatch.setenv(key, str(value))
+    with pytest.raises(
+        UserError, match=r"the 2 processes did not find each other at 127\.0\.0\.1:9 "
+    ) as raised:
+        init_processes(timeout_minutes=0.02)
+    assert raised.value.is_own
+
+
 def test_after_an_error_of_its_own_a_process_does_not_wait_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     """With several processes only a shared error is followed by leaving the group, which waits for peers on nccl."""
     left: list[bool] = []

@@ -68,10 +68,31 @@ costs = st.lists(st.floats(0.1, 10.0), min_size=6, max_size=6)
 
 
 @given(forward=costs, backward=costs, num_stages=st.integers(1, 6), frozen=st.integers(0, 3))
-def test_many_micro_batches_take_what_playing_them_all_through_gives(forward, backward, num_stages, frozen):
+def test_many_micro_batches_are_off_by_less_than_the_stages(forward, backward, num_stages, frozen):
+    """The bound that `simulate` states, against playing all through; most of the time it is far closer."""
     backward = [0.0] * min(frozen, num_stages - 1) + backward
     one, other = forward[:num_stages], backward[:num_stages]
-    assert simulate(one, other, 300).span == pytest.approx(schedule._span(one, other, 300), rel=1e-3)
+    slowest = max(f + b for f, b in zip(one, other, strict=True))
+    for count in (2, 300):
+        played = schedule._span(one, other, count)
+        assert count * slowest - 1e-6 <= played <= (count + num_stages - 1) * slowest + 1e-6
+        assert simulate(one, other, count).span == pytest.approx(
+            played, abs=(num_stages - 1) * slowest + 1e-6
+        )
+
+
+@pytest.mark.parametrize("micro_batches", [1, 255, 256])
+def test_few_micro_batches_are_played_through(micro_batches):
+    forward, backward = [2.0, 1.0, 1.0, 2.875], [3.0, 1.0, 1.0, 2.0]
+    assert simulate(forward, backward, micro_batches).span == schedule._span(forward, backward, micro_batches)
+
+
+def test_far_more_are_close():
+    """The costs whose steady state begins late: 0.13 % off when it was measured over the last of 64."""
+    forward, backward = [2.0, 1.0, 1.0, 2.875], [3.0, 1.0, 1.0, 2.0]
+    assert simulate(forward, backward, 1000).span == pytest.approx(
+        schedule._span(forward, backward, 1000), rel=1e-3
+    )
 
 
 def test_no_number_of_micro_batches_is_too_many():
