@@ -9,7 +9,10 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
 
+from utils.config.schema import Expert
 from utils.errors import (
     EXIT_FAILED,
     EXIT_INCONCLUSIVE,
@@ -25,6 +28,50 @@ EXIT_BY_VERDICT: dict[Verdict, int] = {
     "pass": EXIT_OK,
     "fail": EXIT_FAILED,
     "inconclusive": EXIT_INCONCLUSIVE,
+}
+# Flags that several probes share; each probe names those that it reads.
+_FLAGS: dict[str, dict[str, Any]] = {
+    "config": {
+        "metavar": "TOML",
+        "type": Path,
+        "help": "config that fills in the other flags (default: the run's)",
+    },
+    "base": {
+        "metavar": "CKPT",
+        "type": Path,
+        "help": "base checkpoint: directory or .safetensors file (default: the run's)",
+    },
+    "expert": {
+        "choices": get_args(Expert),
+        "help": "A14B: which of the two experts (default: the run's, else the adapter's)",
+    },
+    "adapter": {
+        "metavar": "FILE_OR_DIR",
+        "type": Path,
+        "help": "LoRA file, the directory it is in, or a run (default: the newest run's)",
+    },
+    "text_encoder": {
+        "metavar": "FILE",
+        "type": Path,
+        "help": "the tuned UMT5: a weight file, the directory it is in, or a run (default: the newest run's)",
+    },
+    "base_text_encoder": {
+        "metavar": "FILE",
+        "type": Path,
+        "help": "the UMT5 that it is held against: a weight file or a checkpoint directory (default: the run's)",
+    },
+    "prompts": {
+        "metavar": "FILE",
+        "type": Path,
+        "help": "UTF-8 text file, one prompt per line (default: the neutral ones of configs/prompts/)",
+    },
+    "device": {"metavar": "DEVICE", "default": "cpu", "help": "cpu, cuda or cuda:N (default: %(default)s)"},
+    "seed": {
+        "metavar": "N",
+        "type": int,
+        "default": 0,
+        "help": "everything random follows from it (default: %(default)s)",
+    },
 }
 _EPILOG = "Exit status: 0 pass, 1 fail, 3 inconclusive, 2 wrong use, 70 unexpected error."
 
@@ -44,6 +91,13 @@ def probe_parser(tool: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add flags that several probes share, by name: config, base, expert, adapter, text_encoder, base_text_encoder,
+    prompts, device, seed."""
+    for name in names:
+        parser.add_argument(f"--{name}", **_FLAGS[name])
 
 
 def positive_float(text: str) -> float:

@@ -119,7 +119,7 @@ def write_adapter(
 
 
 def ratios_of(adapter, base):
-    subject = probe.Subject(adapter, base, None, None, 0.05, "default", ())
+    subject = probe.Subject(adapter, base, None, None, None, ())
     source = open_sharded(base)
     return {delta.module: delta.ratio for delta in probe.measure(*probe_arguments(subject, source))}
 

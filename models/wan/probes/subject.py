@@ -1,0 +1,195 @@
+"""What a probe of an adapter looks at: the adapter, the base it belongs to, and the run's config.
+
+Each comes from a flag, else from the config, else from the run that the adapter lies in, else from the newest run;
+whatever no flag said becomes a remark, so that the report names it.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from models.wan.checkpoint import EXPERT_DIRS
+from models.wan.names import dit_to_diffusers
+from utils.adapter_runs import find_adapter_file, last_save, newest_adapter_run, run_of_adapter
+from utils.config.load import load_config
+from utils.config.schema import BudgetConfig, Expert, TrainConfig
+from utils.errors import UserError
+from utils.files import combined_fingerprint
+from utils.lora_names import AdapterFile, kohya_aliases, read_adapter
+from utils.tensor_source import TensorSource, open_safetensors
+
+OUTPUT_ROOT = Path("output")
+_FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_BASE_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+
+
+@dataclass(frozen=True)
+class Cap:
+    """A limit, and where it comes from."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured against what; `remarks` say how it was chosen where no flag said it."""
+
+    adapter: Path
+    transformer: Path
+    config_path: Path | None
+    config: TrainConfig | None
+    expert: Expert | None
+    remarks: tuple[str, ...]
+
+
+def choose_subject(args: argparse.Namespace) -> Subject:
+    """Fill in what no flag says: from --config, else from the run that the adapter lies in.
+
+    Args:
+        args: with `adapter`, `base`, `expert` and `config` (see `utils.probe_cli.add_flags`).
+
+    Raises:
+        UserError: an adapter or its base is missing, or which expert is meant is open.
+    """
+    remarks: list[str] = []
+    adapter = choose_adapter(args, remarks)
+    run = run_of_adapter(adapter)
+    config_path = args.config or (run.config if run else None)
+    config = load_config(config_path).train if config_path else None
+    base = args.base
+    if base is None:
+        if config is None:
+            raise UserError(
+                f"{adapter}: lies in no run that names its base; name it with --base, or --config"
+            )
+        base = Path(config.model.transformer_path or config.model.ckpt_path)
+        remarks.append(f"base: {base} (from {config_path})")
+    saved_for = expert_of_adapter(adapter)
+    expert = args.expert or (config.model.expert if config else None) or saved_for
+    if saved_for not in (None, expert):
+        remarks.append(
+            f"{adapter} says that it is for the expert {saved_for}, but it is held against {expert}"
+        )
+    transformer = choose_transformer(base, expert, is_asked_for=args.expert is not None)
+    return Subject(adapter, transformer, config_path, config, expert, tuple(remarks))
+
+
+def base_remarks(adapter: Path, source: TensorSource) -> list[str]:
+    """A warning where the file says that it was trained on other weights than these."""
+    trained_on = open_safetensors([adapter]).metadata().get("base_hash")
+    if trained_on in (None, combined_fingerprint(source.files)):
+        return []
+    return [
+        f"warning: {adapter} was trained on other base weights than those in {source.files[0].parent} "
+        "(fingerprints differ); the ratios below are against the latter"
+    ]
+
+
+def choose_adapter(args: argparse.Namespace, remarks: list[str]) -> Path:
+    """The adapter's file: the one named, else that of the config's run, else the one that was saved last."""
+    if args.adapter is not None:
+        adapter = find_adapter_file(args.adapter)
+        if adapter != args.adapter:
+            remarks.append(f"adapter: {adapter} (found in {args.adapter})")
+        return adapter
+    if args.config is not None:
+        own = last_save(args.config.parent)
+        if own is not None:
+            remarks.append(f"adapter: {own} (the last save of {args.config.parent})")
+            return own
+    root = Path(load_config(args.config).train.output_dir) if args.config is not None else OUTPUT_ROOT
+    adapter = newest_adapter_run(root).adapter
+    remarks.append(f"adapter: {adapter} (of the newest run below {root})")
+    return adapter
+
+
+def expert_of_adapter(adapter: Path) -> Expert | None:
+    """The expert that the file's metadata name, if they do: this project writes them, others may not."""
+    value = open_safetensors([adapter]).metadata().get("expert")
+    return next((expert for expert in get_args(Expert) if expert == value), None)
+
+
+def choose_transformer(base: Path, expert: Expert | None, *, is_asked_for: bool) -> Path:
+    """The directory or file of the DiT itself: in an A14B checkpoint, that of one expert.
+
+    Raises:
+        UserError: there is no such checkpoint, it has two experts and none was chosen, or one was asked for in vain.
+    """
+    if not base.exists():
+        raise UserError(f"{base}: no such checkpoint; check --base or the config's ckpt_path")
+    if any((base / folder).is_dir() for folder in EXPERT_DIRS.values()):
+        if expert is None:
+            raise UserError(f"{base}: is an A14B checkpoint with two experts; say which with --expert")
+        return base / EXPERT_DIRS[expert]
+    if is_asked_for and expert is not None and base.is_dir() and base.name != EXPERT_DIRS[expert]:
+        raise UserError(
+            f"{base}: holds no {EXPERT_DIRS[expert]}/, which --expert {expert} asks for; check both"
+        )
+    return base
+
+
+def read_fitting_adapter(subject: Subject, source: TensorSource) -> tuple[AdapterFile, dict[str, str]]:
+    """The adapter, and the name in the base's files of each weight that it adapts.
+
+    Raises:
+        UserError: the base is no DiT or is quantised, or the adapter was made for another one; up to ten mismatches
+            are named.
+    """
+    base_keys = linear_weights(source)
+    try:
+        diffusers_aliases = {dit_to_diffusers(module): module for module in base_keys}
+    except UserError as error:
+        raise UserError(f"{subject.transformer}: is no Wan DiT ({error}); check --base") from None
+    adapter = read_adapter(subject.adapter, diffusers_aliases | kohya_aliases(base_keys))
+    mismatches = []
+    for module, pair in adapter.modules.items():
+        adapted = (pair.up.shape[0], math.prod(pair.down.shape[1:]))
+        if module not in base_keys:
+            mismatches.append(f"the base has no {module}")
+            continue
+        shape = source.shapes[base_keys[module]]
+        if adapted != (shape[0], math.prod(shape[1:])):
+            mismatches.append(f"{module} adapts {list(adapted)}, the base has {list(shape)}")
+    if mismatches:
+        more = "; ..." if len(mismatches) > 10 else ""
+        raise UserError(
+            f"{adapter.path}: {len(mismatches)} of {len(adapter.modules)} modules do not fit {subject.transformer}: "
+            f"{'; '.join(mismatches[:10])}{more}; give the base that the adapter was trained on"
+        )
+    dtypes = {module: source.dtypes[base_keys[module]] for module in adapter.modules}
+    quantised = next((module for module in dtypes if dtypes[module] not in _FLOAT_DTYPES), None)
+    if quantised is not None:
+        raise UserError(
+            f"{subject.transformer}: {quantised} is stored as {dtypes[quantised]}, whose scale is kept elsewhere; give the "
+            "unquantised checkpoint"
+        )
+    return adapter, {module: base_keys[module] for module in adapter.modules}
+
+
+def linear_weights(source: TensorSource) -> dict[str, str]:
+    """Official module paths of all weights that a LoRA can adapt, and their names in the files."""
+    keys = {}
+    for key, shape in source.shapes.items():
+        prefix = next((prefix for prefix in _BASE_PREFIXES if key.startswith(prefix)), "")
+        if key.endswith(".weight") and len(shape) >= 2:
+            keys[key.removeprefix(prefix).removesuffix(".weight")] = key
+    return keys
+
+
+def choose_cap(name: str, flag: float | None, config: TrainConfig | None, where: Path | None) -> Cap:
+    """The cap `name`: the flag, else the key of the config's [budget], else that key's default.
+
+    Raises:
+        ValueError: neither the run's [budget] nor the default has a value, and no flag was given.
+    """
+    if flag is not None:
+        return Cap(flag, f"--{name}")
+    if config is not None and config.budget is not None and getattr(config.budget, name) is not None:
+        return Cap(getattr(config.budget, name), f"[budget] of {where}")
+    default = getattr(BudgetConfig(), name)
+    if default is None:
+        raise ValueError(f"budget.{name} has no default")
+    return Cap(default, "default")
