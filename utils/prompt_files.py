@@ -1,7 +1,7 @@
 """Reading files of prompts or keywords. They may be private: no message repeats what is in them.
 
-One entry per line, UTF-8; white space around and inside it is made one space; blank lines, lines that begin with `#`,
-and repeats do not count.
+One entry per line, UTF-8; white space around and inside it is made one space; blank lines and repeats do not count, and
+in files of prompts neither do lines that begin with `#`.
 """
 
 from pathlib import Path
@@ -19,17 +19,15 @@ def read_prompt_file(path: str | Path, what: str = "prompt") -> tuple[str, ...]:
 
     Args:
         path: the file.
-        what: what messages call an entry, such as "keyword".
+        what: what messages call an entry.
 
     Raises:
         UserError: the file is missing, not readable, not UTF-8 text, without an entry, or has more or longer entries
             than any prompt list. Says where, never what.
     """
-    path = Path(path)
     entries: dict[str, None] = {}
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
-        entry = " ".join(line.split())
-        if not entry or entry.startswith("#"):
+    for number, entry in read_private_lines(path):
+        if entry.startswith("#"):
             continue
         if len(entry) > MAX_CHARACTERS:
             raise UserError(
@@ -44,11 +42,18 @@ def read_prompt_file(path: str | Path, what: str = "prompt") -> tuple[str, ...]:
     return tuple(entries)
 
 
-def _read_text(path: Path) -> str:
+def read_private_lines(path: str | Path) -> list[tuple[int, str]]:
+    """Line numbers, from 1, and lines of a UTF-8 text file that are not blank, white space made one space.
+
+    Raises:
+        UserError: the file is missing, not readable, not UTF-8 text, or far too large. Says where, never what.
+    """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise UserError(f'"{path}" is larger than {_MAX_BYTES:,} bytes, so it is no list of prompts')
-        text = path.read_text(encoding="utf-8-sig")
+        if Path(path).stat().st_size > _MAX_BYTES:
+            raise UserError(
+                f'"{path}" is larger than {_MAX_BYTES:,} bytes, so it is no list; check that it is the right file'
+            )
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f'"{path}" does not exist') from None
     except OSError as error:
@@ -58,4 +63,5 @@ def _read_text(path: Path) -> str:
         raise UserError(f'"{path}" is not UTF-8 text (byte {error.start})') from None
     if "\0" in text:
         raise UserError(f'"{path}" holds a NUL character, so it is no text file')
-    return text
+    lines = ((number, " ".join(line.split())) for number, line in enumerate(text.splitlines(), start=1))
+    return [(number, line) for number, line in lines if line]
