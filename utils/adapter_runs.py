@@ -29,10 +29,14 @@ def find_adapter_file(path: Path) -> Path:
     """The adapter file that `path` means: a file, a directory that holds one, or a training run (its last save).
 
     Raises:
-        UserError: there is nothing, or more than one file to choose from.
+        UserError: there is nothing, more than one file to choose from, or a file of another kind.
     """
     path = Path(path)
     if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(
+                f"{path}: adapters are read from .safetensors files only; convert it with the program that made it"
+            )
         return path
     if not path.is_dir():
         raise UserError(
