@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.saved_runs import (
     RUN_CONFIG_NAME,
     SavedKind,
@@ -40,9 +41,14 @@ def find_adapter_file(path: Path) -> Path:
     """The adapter file that `path` means: a file, a directory that holds one, or a training run (its last save).
 
     Raises:
-        UserError: there is nothing, or more than one file to choose from.
+        UserError: there is nothing, more than one file to choose from, or a file of another kind.
     """
-    return find_saved_file(path, _ADAPTER)
+    file = find_saved_file(path, _ADAPTER)
+    if file.suffix != ".safetensors":
+        raise UserError(
+            f"{file}: adapters are read from .safetensors files only; convert it with the program that made it"
+        )
+    return file
 
 
 def newest_adapter_run(root: Path) -> AdapterRun:

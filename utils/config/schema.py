@@ -174,6 +174,9 @@ class BudgetConfig:
     max_delta_ratio: float = option(
         "Cap on ||dW||_F / ||W||_F of every adapted module.", 0.05, gt=0.0, le=1.0
     )
+    max_mean_delta_ratio: float | None = option(
+        "Cap on the mean of these ratios over all adapted modules. Not set: none.", None, gt=0.0, le=1.0
+    )
     action: Literal["warn", "stop"] = option("What to do when a module passes the cap.", "warn")
     every_n_steps: int = option("How often the ratios are computed.", 50, ge=1)
 
