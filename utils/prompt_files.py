@@ -36,7 +36,9 @@ def read_prompt_file(path: str | Path, what: str = "prompt") -> tuple[str, ...]:
             )
         entries[entry] = None
     if not entries:
-        raise UserError(f'"{path}" holds no {what}; write one per line (lines that begin with # do not count)')
+        raise UserError(
+            f'"{path}" holds no {what}; write one per line (lines that begin with # do not count)'
+        )
     if len(entries) > MAX_ENTRIES:
         raise UserError(f'"{path}" holds {len(entries):,} {what}s, and at most {MAX_ENTRIES:,} are read')
     return tuple(entries)

@@ -123,7 +123,7 @@ def measure_prompts(
         for side in (base, tuned)
     ]
     landmarks = [index for index, entry in enumerate(plan.entries) if entry.group == "neutral"]
-    kept = neighbours_kept(*pooled, landmarks, num_neighbours)
+    kept = neighbours_kept(pooled[0], pooled[1], landmarks, num_neighbours)
     records = []
     for number, entry in enumerate(plan.entries):
         index = place[entry.text]
@@ -148,7 +148,7 @@ def neighbours_kept(base_ND: Tensor, tuned_ND: Tensor, landmarks: Sequence[int],
         nearest = []
         for scores in similar:
             others = [place for place, landmark in enumerate(landmarks) if landmark != row]
-            others.sort(key=lambda place: (-float(scores[row, place]), place))  # noqa: B023 - used at once
+            others.sort(key=lambda place: (-float(scores[row, place]), place))
             nearest.append(set(others[:count]))
         union = nearest[0] | nearest[1]
         kept.append(len(nearest[0] & nearest[1]) / len(union) if union else 1.0)

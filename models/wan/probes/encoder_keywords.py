@@ -136,14 +136,18 @@ def table_drift(pair: EncoderPair, keyword_tokens: Sequence[int], count: int) ->
     if keyword_tokens:
         kept = 1.0
         if changed:
-            nearest = [_nearest(source, num_rows, keyword_tokens, count) for source in (pair.base, pair.tuned)]
+            nearest = [
+                _nearest(source, num_rows, keyword_tokens, count) for source in (pair.base, pair.tuned)
+            ]
             kept = fmean(len(a & b) / len(a | b) for a, b in zip(*nearest, strict=True))
     return TableDrift(num_rows, len(changed), len(keyword_tokens), moved, kept)
 
 
 def _nearest(source: TensorSource, num_rows: int, tokens: Sequence[int], count: int) -> list[set[int]]:
     """The rows of the table that are nearest to those of `tokens`, one set for each."""
-    own = functional.normalize(torch.cat([source.rows(TABLE, token, token + 1) for token in tokens]).float(), dim=1)
+    own = functional.normalize(
+        torch.cat([source.rows(TABLE, token, token + 1) for token in tokens]).float(), dim=1
+    )
     scores, rows = torch.empty(len(tokens), 0), torch.empty(len(tokens), 0, dtype=torch.int64)
     for start in range(0, num_rows, _ROWS_AT_ONCE):
         similar = own @ functional.normalize(_chunk(source, start, num_rows), dim=1).T

@@ -88,9 +88,7 @@ def plan_prompts(
 
     def entries(group: Group, texts: Sequence[str], hidden: bool) -> list[Entry]:
         if len(texts) > max_entries:
-            remarks.append(
-                f"{group}: the first {max_entries} of {len(texts)} are measured (--max_entries)"
-            )
+            remarks.append(f"{group}: the first {max_entries} of {len(texts)} are measured (--max_entries)")
         return [
             Entry(
                 group,
@@ -143,4 +141,3 @@ def _holds(text: str, keyword: str) -> bool:
 
 def _words(text: str) -> str:
     return " ".join("".join(letter if letter.isalnum() else " " for letter in text.casefold()).split())
-

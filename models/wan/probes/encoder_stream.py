@@ -229,7 +229,9 @@ def _batched(token_ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Indices of prompts, by length, in batches that padding does not blow up."""
     batch: list[int] = []
     for prompt in sorted(range(len(token_ids)), key=lambda prompt: (len(token_ids[prompt]), prompt)):
-        if batch and (len(batch) == _MAX_BATCH or (len(batch) + 1) * len(token_ids[prompt]) > _MAX_BATCH_TOKENS):
+        if batch and (
+            len(batch) == _MAX_BATCH or (len(batch) + 1) * len(token_ids[prompt]) > _MAX_BATCH_TOKENS
+        ):
             yield batch
             batch = []
         batch.append(prompt)
@@ -247,7 +249,9 @@ def _change(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> float:
     """||difference||_F / ||base||_F over all tensors; exactly 0 where none differs."""
     if all(torch.equal(weight, tuned[name]) for name, weight in base.items()):
         return 0.0
-    moved = sum(float((tuned[name].float() - weight.float()).double().square().sum()) for name, weight in base.items())
+    moved = sum(
+        float((tuned[name].float() - weight.float()).double().square().sum()) for name, weight in base.items()
+    )
     size = sum(float(weight.double().square().sum()) for weight in base.values())
     return float("inf") if not size else (moved / size) ** 0.5
 
