@@ -33,8 +33,11 @@ if TYPE_CHECKING:
 
 TOOL = "te_eval"
 QUESTION = "What did encoder training change, and did neutral prompts stay where they were?"
-# Rounding an encoder's weights to bfloat16 gives less than this; an encoder below it everywhere was not trained.
-MOVED_DRIFT = 1e-5
+# Relative distance of a prompt's states. Rounding an encoder's weights to bfloat16 gives less (about 0.003); an encoder
+# below it everywhere was not trained.
+MOVED_DISTANCE = 0.005
+# Cosines do not see lengths. Beyond this the DiT gets text states of another size, and a small drift says nothing.
+MAX_NORM_CHANGE = 0.1
 HOW_TO_READ = """\
 - **drift** is 1 - mean cosine of a prompt's token states, tuned against base: 0 where nothing moved. Neutral prompts should
   stay near 0, domain prompts and keywords should have moved more.
@@ -155,7 +158,8 @@ def probe(args: argparse.Namespace) -> Verdict:
     results = measure(args, subject, plan, report)
     verdict, explanation = judge(results, cap.value)
     report.cap("max_neutral_drift", cap.value, f"neutral drift above it fails; from {cap.source}")
-    report.cap("moved_drift", MOVED_DRIFT, "an encoder below it on every prompt is inconclusive")
+    report.cap("moved_distance", MOVED_DISTANCE, "an encoder below this distance on every prompt is inconclusive")
+    report.cap("max_norm_change", MAX_NORM_CHANGE, "neutral norm ratios farther from 1 on average are inconclusive")
     add_inputs(report, args, subject)
     add_encoder_results(report, results)
     directory = report.write(verdict, explanation, HOW_TO_READ, NEXT_STEPS[verdict])
@@ -252,15 +256,22 @@ def loss_trend(subject: EncoderSubject, report: Report) -> "Trend | None":
 
 def judge(results: EncoderResults, cap: float) -> tuple[Verdict, str]:
     """The verdict and the sentence that explains it."""
-    neutral = results.groups["neutral"].drift
-    largest = max(1.0 - record.states.cosine for record in results.prompts)
+    group = results.groups["neutral"]
+    neutral, ratio = group.drift, group.mean_norm_ratio
+    largest = max(record.states.distance for record in results.prompts)
     if neutral > cap:
         return "fail", f"Neutral prompts drifted by {neutral:.4g}, above the cap of {cap:g}."
-    if largest < MOVED_DRIFT and results.table.num_keyword_rows_changed == 0:
+    if largest < MOVED_DISTANCE:
         return (
             "inconclusive",
-            f"The encoder moved no prompt: the largest drift is {largest:.3g}, below {MOVED_DRIFT:g} "
+            f"The encoder moved no prompt: the largest relative distance is {largest:.3g}, below {MOVED_DISTANCE:g} "
             "(cache_text_embeddings = true is the usual reason that encoder training does nothing).",
+        )
+    if abs(ratio - 1) > MAX_NORM_CHANGE:
+        return (
+            "inconclusive",
+            f"Neutral prompts kept their direction (drift {neutral:.4g}), but their states are {ratio:.3g} times as long as "
+            "the base's.",
         )
     within = f"Neutral prompts drifted by {neutral:.4g}, within the cap of {cap:g}"
     meant = results.groups.get("domain") or results.groups.get("keyword")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from models.wan.prompts import EMPTY_PROMPT, NEGATIVE_PROMPT, neutral_prompts
+from models.wan.prompts import ALWAYS_NEUTRAL, EMPTY_PROMPT, NEGATIVE_PROMPT, neutral_prompts
 from utils.config.keywords import read_keywords
 from utils.config.schema import TrainConfig
 from utils.errors import UserError
@@ -87,8 +87,9 @@ def plan_prompts(
     named = Redactor()
 
     def entries(group: Group, texts: Sequence[str], hidden: bool) -> list[Entry]:
-        if len(texts) > max_entries:
-            remarks.append(f"{group}: the first {max_entries} of {len(texts)} are measured (--max_entries)")
+        limit = max_entries + (len(ALWAYS_NEUTRAL) if group == "neutral" else 0)
+        if len(texts) > limit:
+            remarks.append(f"{group}: the first {limit} of {len(texts)} are measured (--max_entries)")
         return [
             Entry(
                 group,
@@ -96,7 +97,7 @@ def plan_prompts(
                 text,
                 _ALWAYS_SHOWN.get(text) or (named.name(group, number, text) if hidden else text),
             )
-            for number, text in enumerate(texts[:max_entries], start=1)
+            for number, text in enumerate(texts[:limit], start=1)
         ]
 
     neutral = entries("neutral", neutral_prompts(prompts), bool(redact) and prompts is not None)
