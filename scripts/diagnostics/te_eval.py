@@ -158,8 +158,12 @@ def probe(args: argparse.Namespace) -> Verdict:
     results = measure(args, subject, plan, report)
     verdict, explanation = judge(results, cap.value)
     report.cap("max_neutral_drift", cap.value, f"neutral drift above it fails; from {cap.source}")
-    report.cap("moved_distance", MOVED_DISTANCE, "an encoder below this distance on every prompt is inconclusive")
-    report.cap("max_norm_change", MAX_NORM_CHANGE, "neutral norm ratios farther from 1 on average are inconclusive")
+    report.cap(
+        "moved_distance", MOVED_DISTANCE, "an encoder below this distance on every prompt is inconclusive"
+    )
+    report.cap(
+        "max_norm_change", MAX_NORM_CHANGE, "neutral norm ratios farther from 1 on average are inconclusive"
+    )
     add_inputs(report, args, subject)
     add_encoder_results(report, results)
     directory = report.write(verdict, explanation, HOW_TO_READ, NEXT_STEPS[verdict])

@@ -11,7 +11,9 @@ from utils.prompt_files import MAX_CHARACTERS, MAX_ENTRIES, NEUTRAL_PROMPTS, rea
 
 def test_one_prompt_per_line(tmp_path) -> None:
     path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeff# a comment\r\na red  circle\r\n\n  a blue square \n#another\na red circle\n".encode())
+    path.write_bytes(
+        "\ufeff# a comment\r\na red  circle\r\n\n  a blue square \n#another\na red circle\n".encode()
+    )
     assert read_prompt_file(path) == ("a red circle", "a blue square")
 
 

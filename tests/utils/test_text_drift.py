@@ -17,7 +17,9 @@ def test_states_that_did_not_move_have_exactly_no_drift() -> None:
 
 def test_known_angles_and_lengths() -> None:
     base = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-    tuned = torch.tensor([[0.0, 3.0], [0.0, 2.0]])  # the first token turned by 90 degrees and three times as long
+    tuned = torch.tensor(
+        [[0.0, 3.0], [0.0, 2.0]]
+    )  # the first token turned by 90 degrees and three times as long
     found = compare_states(base, tuned)
     assert found.cosine == pytest.approx(0.5, abs=1e-12)
     assert found.norm_ratio == pytest.approx(2.0, abs=1e-12)

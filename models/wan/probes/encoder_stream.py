@@ -180,17 +180,7 @@ class _Runner:
         return self._run("norm", module, "encoder.final_layer_norm", with_mask=False)
 
     def _run(self, layer: str, module: nn.Module, prefix: str, *, with_mask: bool) -> LayerStates:
-        weights = [
-            {
-                name: source.get(umt5_to_official(f"{prefix}.{name}")).to(
-                    device=self._device, dtype=self._dtype, copy=True
-                )
-                for name, _ in module.named_parameters()
-            }
-            for source in (self._pair.base, self._pair.tuned)
-        ]
-        self._pair.base.release()
-        self._pair.tuned.release()
+        weights = [self._read(source, module, prefix) for source in (self._pair.base, self._pair.tuned)]
         change = _change(*weights)
         before = [(batch.base, batch.tuned) for batch in self._batches]
         for weights_of, side in zip(weights, ("base", "tuned"), strict=True):
@@ -214,6 +204,16 @@ class _Runner:
                 same = batch.tuned is batch.base
                 tuned[prompt] = base[prompt] if same else batch.tuned[row, :length].cpu()
         return LayerStates(layer, change, base, tuned)
+
+    def _read(self, source: TensorSource, module: nn.Module, prefix: str) -> dict[str, Tensor]:
+        weights = {
+            name: source.get(umt5_to_official(f"{prefix}.{name}")).to(
+                device=self._device, dtype=self._dtype, copy=True
+            )
+            for name, _ in module.named_parameters()
+        }
+        source.release()  # else the pages of both files stay, two more blocks
+        return weights
 
     def _rows(self, source: TensorSource, used: Sequence[int]) -> Tensor:
         rows = torch.cat([source.rows(TABLE, token, token + 1) for token in used])

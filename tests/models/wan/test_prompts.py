@@ -3,7 +3,6 @@ import hashlib
 from models.wan.prompts import ALWAYS_NEUTRAL, NEGATIVE_PROMPT, neutral_prompts
 from utils.prompt_files import NEUTRAL_PROMPTS, read_prompt_file
 
-
 # Of `sample_neg_prompt` as published: a changed character would be another prompt.
 DIGEST = "ce96e0324e4b54ce"
 
@@ -19,4 +18,3 @@ def test_the_negative_prompt_is_the_published_one() -> None:
     parts = NEGATIVE_PROMPT.split("，")
     assert len(parts) == 28 and parts[0] == "色调艳丽" and parts[-1] == "倒着走"
     assert hashlib.sha256(NEGATIVE_PROMPT.encode()).hexdigest().startswith(DIGEST)
-
