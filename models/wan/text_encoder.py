@@ -39,7 +39,8 @@ class WanTokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # the library raises many types for one cause: files absent or damaged
             raise UserError(
-                f"{directory}: no tokenizer can be loaded from it ({type(error).__name__}: {error}); it should hold "
+                f"{directory}: no tokenizer can be loaded from it ({type(error).__name__}: "
+                f"{' '.join(str(error).split())}); it should hold "
                 "the files of google/umt5-xxl (tokenizer.json, tokenizer_config.json, spiece.model)"
             ) from error
 

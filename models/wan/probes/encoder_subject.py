@@ -63,11 +63,11 @@ def choose_encoders(args: argparse.Namespace) -> EncoderSubject:
     config_path = args.config or (run.config if run else None)
     config = load_config(config_path).train if config_path else None
     parts = locate(config.model)[0] if config is not None else None
+    transformer = _choose_dit(args, config, parts, config_path, remarks)
     base = _choose_base(args, tuned, parts, config_path, remarks)
     if base.resolve() == tuned.resolve():
         raise UserError(f"{tuned}: is held against itself; give the encoder that training started from")
     tokenizer = _choose_tokenizer(args, base, parts, config_path, remarks)
-    transformer = _choose_dit(args, config, parts, config_path, remarks)
     return EncoderSubject(tuned, base, tokenizer, transformer, run, config_path, config, tuple(remarks))
 
 
@@ -131,6 +131,10 @@ def _choose_tokenizer(
 ) -> Path:
     given: Path | None = args.tokenizer
     if given is not None:
+        if not has_tokenizer(given):
+            raise UserError(
+                f"{given}: holds no tokenizer; --tokenizer names the directory of google/umt5-xxl's files"
+            )
         return given
     places = [(parts.tokenizer_dir, f"from {config_path}")] if parts is not None else []
     places.append((base.parent / TOKENIZER_DIR, "beside the base text encoder"))
