@@ -78,10 +78,12 @@ def test_neighbours_are_counted_by_hand():
 
 
 def test_a_common_part_of_all_states_does_not_hide_neighbours():
-    base = torch.tensor([[1.0, 0], [-1, 0], [0, 1.0], [0.9, 0.1]])
+    base = torch.tensor([[1.0, 0], [-1, 0], [0, 1.0], [0.9, 0.1]], dtype=torch.float64)
     tuned = base.clone()
     tuned[3] = torch.tensor([-0.9, 0.1])
-    assert neighbours_kept(base + 1e3, tuned + 1e3, range(3), 1)[3] == 0.0
+    # Seen from the origin, all of them point the same way and only the second number tells them apart.
+    common = torch.tensor([1e3, 0.0], dtype=torch.float64)
+    assert neighbours_kept(base + common, tuned + common, range(3), 1)[3] == 0.0
 
 
 def test_the_text_embedding_is_the_dits(tiny_ti2v, open_tiny, build_reference, tmp_path):

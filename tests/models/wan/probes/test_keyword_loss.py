@@ -9,6 +9,7 @@ import torch
 
 from models.wan.arch import load_arch
 from models.wan.checkpoint import open_text_encoder, open_transformer
+from models.wan.datasets import MEMO_FILE
 from models.wan.layers import Workload, dit_layers, text_layers
 from models.wan.probes.encoder_prompts import Entry
 from models.wan.probes.encoder_stream import open_encoder_pair, stream_states
@@ -105,3 +106,13 @@ def test_samples_that_are_not_in_the_cache_are_left_out(run, tmp_path):
     CacheStore(tmp_path / "cache")
     with pytest.raises(UserError, match="holds no latents"):
         open_samples(tmp_path / "config.toml", 0)
+
+
+def test_what_is_found_out_about_files_is_not_written_down(run, tmp_path):
+    memo = run.cache / MEMO_FILE
+    memo.rename(tmp_path / "memo")
+    try:
+        assert open_samples(run.run() / "config.toml", 0).cached
+        assert not memo.exists()
+    finally:
+        (tmp_path / "memo").rename(memo)
