@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from models.wan.arch import WanArch
-from models.wan.prompts import with_wan_prompts
+from models.wan.prompts import neutral_prompts
 from models.wan.stages import TextNormLayer, TextWire
 from models.wan.text_encoder import WanTokenizer, pad_token_ids
 from utils.distributed import gather_objects
 from utils.layers import PreparedBatch
 from utils.pipeline import Pipeline
-from utils.prompt_files import NEUTRAL_PROMPTS_FILE, read_prompts
-from utils.text_drift import drift, token_cosine
+from utils.text_drift import StateDrift, compare_states, mean_drift
 
 _PROMPTS_IN_A_PASS = 8
 
@@ -41,8 +40,8 @@ class NeutralDrift:
         """
         self._arch = arch
         tokenizer = WanTokenizer(tokenizer_dir)
-        path = NEUTRAL_PROMPTS_FILE if prompts_file is None else Path(prompts_file)
-        ids = sorted((tokenizer(prompt) for prompt in with_wan_prompts(read_prompts(path))), key=len)
+        prompts = neutral_prompts(None if prompts_file is None else Path(prompts_file))
+        ids = sorted((tokenizer(prompt) for prompt in prompts), key=len)
         self._passes = [
             ids[start : start + _PROMPTS_IN_A_PASS] for start in range(0, len(ids), _PROMPTS_IN_A_PASS)
         ]
@@ -55,9 +54,9 @@ class NeutralDrift:
     def measure(self, pipeline: Pipeline) -> float:
         """The drift of now; NaN where a state is not finite. Every rank must call it, and gets the same number."""
         now = self._states(pipeline)
-        cosines = [token_cosine(base, tuned) for base, tuned in zip(self._base, now, strict=True)]
-        shares = gather_objects(cosines)
-        return drift(next(share for share in shares if share))
+        own = [compare_states(base, tuned) for base, tuned in zip(self._base, now, strict=True)]
+        shares: list[list[StateDrift]] = gather_objects(own)
+        return mean_drift(next(share for share in shares if share))
 
     def _states(self, pipeline: Pipeline) -> list[Tensor]:
         """Each prompt's states [L, D] at its true length, on the stage that ends the encoder; elsewhere nothing."""
