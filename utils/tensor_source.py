@@ -242,7 +242,7 @@ class _PthSource(TensorSource):
         self.files = (path,)
         self._tensors: dict[str, torch.Tensor] | None = tensors
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        self.dtypes = {name: _dtype_name(tensor) for name, tensor in tensors.items()}
+        self.dtypes = {name: dtype_name(tensor) for name, tensor in tensors.items()}
 
     def get(self, name: str) -> "torch.Tensor":
         self._check_name(name)
@@ -467,7 +467,8 @@ def _file_size(path: Path) -> int:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
 
 
-def _dtype_name(tensor: "torch.Tensor") -> str:
+def dtype_name(tensor: "torch.Tensor") -> str:
+    """The tensor's dtype as safetensors spells it, such as "BF16"."""
     name = str(tensor.dtype).removeprefix("torch.")
     return _TORCH_DTYPE_NAMES.get(name, name.upper())
 
