@@ -118,8 +118,6 @@ def _dit_remarks(variant: VariantInfo | None, is_published: bool) -> Iterable[st
         yield "which variant it is cannot be told: the tensors for its input and output are missing or contradict each other"
     elif not is_published:
         yield f"the channels are those of {variant.name}, the sizes are not the published ones"
-    elif variant.name == "t2v-a14b":
-        yield "the 14B text-to-video model of Wan 2.1 has the same header; names and shapes cannot tell the two apart"
 
 
 def _expect_umt5(shapes: Mapping[str, Shape], num_layers: int | None) -> Expectation:

@@ -35,6 +35,7 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 _EXPERT_IN_NAME = re.compile(r"(?<![a-z])(high|low)[ _-]?(?:noise)?(?![a-z])", re.IGNORECASE)
 _SAVE = re.compile(r"(?:epoch|step)(\d+)")
 _SAVED = (ADAPTER_NAME, "text_encoder.safetensors")
+_AS_WAN21 = "Wan 2.1's 14B text-to-video model has the same names and shapes as an expert of T2V-A14B, so it may be that"
 # diffusers keeps the high-noise expert under the plain name.
 _DIFFUSERS_EXPERTS: dict[str, Expert] = {"transformer": "high_noise", "transformer_2": "low_noise"}
 
@@ -172,8 +173,11 @@ def _name_expert(part: Part, flag: Expert | None, *, is_only: bool) -> Part:
         return part
     told = _who_tells(part, flag if is_only else None)
     if not told:
+        remarks = [_AS_WAN21] if part.variant.name == "t2v-a14b" else []
         return part.with_expert(
-            None, "nothing: neither folder, file name nor metadata name the expert; say it with --expert"
+            None,
+            "nothing: neither folder, file name nor metadata name the expert; say it with --expert",
+            remarks,
         )
     basis, expert = told[0]
     others = [f"{who} says {other}" for who, other in told[1:] if other != expert]

@@ -226,10 +226,10 @@ def _part_remarks(part: Part, expectation: Expectation) -> list[str]:
             remarks.append("the tokenizer travels in the file (spiece_model), as ComfyUI needs it")
         elif part.naming.style == "Hugging Face":
             remarks.append("the tokenizer is not in the file (no spiece_model), which ComfyUI needs")
-        lacking = [name for name in expectation.shapes if name not in part.shapes]
-        if lacking:
+        there = sum(name in part.naming.official for name in expectation.shapes)
+        if there < len(expectation.shapes):
             remarks.append(
-                f"holds {len(part.shapes)} of the encoder's {len(expectation.shapes)} tensors, as a file of the trained tensors "
+                f"holds {there} of the encoder's {len(expectation.shapes)} tensors, as a file of the trained tensors "
                 "alone does (save_text_encoder_full = false); it cannot be used as an encoder by itself"
             )
     if part.naming.repeats:
