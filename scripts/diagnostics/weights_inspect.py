@@ -17,7 +17,14 @@ from models.wan.probes.find_parts import Checkpoint, checkpoint_of_config, open_
 from models.wan.probes.part_diff import PartDiff, compare_experts, compare_parts, pair_parts
 from models.wan.probes.parts import Part, sizes_text
 from models.wan.probes.target_list import choose_targets, parse_blocks, target_file_text, target_remarks
-from models.wan.probes.weight_tables import block_rows, dtype_rows, key_rows, part_row, shape_rows
+from models.wan.probes.weight_tables import (
+    block_rows,
+    block_sentences,
+    dtype_rows,
+    key_rows,
+    part_row,
+    shape_rows,
+)
 from utils.config.load import load_config
 from utils.config.schema import Expert
 from utils.errors import UserError
@@ -271,20 +278,19 @@ def add_results(
     report.metric("problems", list(problems[:_NUM_NAMED]))
     if targets:
         report.metric("num_targets", len(targets), f"lines of {TARGETS_FILE}")
-    report.metric("parts", {name: part_numbers(part) for name, part in parts})
+    report.metric("parts", [{"name": name} | part_numbers(part) for name, part in parts])
     if problems:
         report.section("What is wrong", "\n".join(f"- {problem}" for problem in shown(problems)))
+    report.section("Blocks", "\n".join(f"- {line}" for line in block_sentences(parts)) or "No blocks.")
     if diffs:
-        report.metric(
-            "differences", {str(number): diff_numbers(diff) for number, diff in enumerate(diffs, 1)}
-        )
+        report.metric("differences", [diff_numbers(diff) for diff in diffs])
         report.section("What differs", "\n\n".join(diff_text(diff) for diff in diffs))
         rows = [asdict(difference) for diff in diffs for difference in diff.differences]
         report.table("differences", rows, "Differences, tensor by tensor")
     report.table("parts", [part_row(name, part) for name, part in parts], "Parts")
     report.table("dtypes", dtype_rows(parts), "Formats")
-    report.table("blocks", block_rows(parts), "Per block", inline_rows=8)
-    report.table("shapes", shape_rows(parts), "Shapes, without block numbers", inline_rows=40)
+    report.table("blocks", block_rows(parts), "Per block", inline_rows=0)
+    report.table("shapes", shape_rows(parts), "Shapes, without block numbers", inline_rows=45)
     report.table("keys", key_rows(parts), "Tensors", inline_rows=5)
 
 

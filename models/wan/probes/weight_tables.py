@@ -7,6 +7,7 @@ from typing import Any
 
 from models.wan.probes.namings import is_extra
 from models.wan.probes.parts import Part, tensor_bytes
+from utils.lora_targets import number_ranges
 
 _BLOCK = re.compile(r"^(?P<list>blocks|encoder\.block)\.(?P<number>\d{1,5})\.")
 
@@ -79,6 +80,23 @@ def block_rows(parts: Sequence[tuple[str, Part]]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def block_sentences(parts: Sequence[tuple[str, Part]]) -> list[str]:
+    """The blocks in a few lines: those that are alike together, so that an odd one stands out."""
+    rows = block_rows(parts)
+    sentences = []
+    for name, _ in parts:
+        alike: dict[tuple[int, int, int, str], list[int]] = {}
+        for row in rows:
+            if row["part"] == name and row["block"] != "outside":
+                kind = (row["tensors"], row["missing"], row["bytes"], row["dtypes"])
+                alike.setdefault(kind, []).append(row["block"])
+        for (tensors, missing, size, dtypes), blocks in sorted(alike.items(), key=lambda item: item[1]):
+            lacking = f", {missing} missing" if missing else ""
+            each = f"{tensors} tensors{lacking}, {size / 1e9:.4g} GB in {dtypes or 'nothing'}"
+            sentences.append(f"{name}, blocks {number_ranges(blocks)} ({len(blocks)}): {each} each")
+    return sentences
 
 
 def dtype_rows(parts: Sequence[tuple[str, Part]]) -> list[dict[str, Any]]:
