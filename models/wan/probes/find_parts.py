@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from models.wan.checkpoint import EXPERT_DIRS, TEXT_ENCODER_FILE, TOKENIZER_DIR, VAE_FILES, has_tokenizer
+from models.wan.probes.namings import Kind
 from models.wan.probes.parts import Part, recognise
 from utils.adapter_runs import ADAPTER_NAME, RUN_CONFIG_NAME
 from utils.config.schema import Expert, TrainConfig
@@ -30,6 +31,7 @@ _FOLDERS = (
     "clip",
     "vae",
 )
+_ORDER = get_args(Kind)
 _INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 _EXPERT_IN_NAME = re.compile(r"(?<![a-z])(high|low)[ _-]?(?:noise)?(?![a-z])", re.IGNORECASE)
@@ -79,6 +81,7 @@ def open_checkpoint(path: Path, expert: Expert | None = None) -> Checkpoint:
         )
     parts = [part for unit in units for part in _open_unit(unit)]
     parts = [_name_expert(part, expert, is_only=len(units) == 1) for part in parts]
+    parts.sort(key=lambda part: _ORDER.index(part.kind))
     if expert is not None and len(units) > 1:
         parts = _only(parts, expert, path)
     return Checkpoint(

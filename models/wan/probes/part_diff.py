@@ -13,6 +13,9 @@ _BLOCK = re.compile(r"\bblocks?\.(\d+)\.")
 # Enough to tell two experts apart; each costs a few reads that a cold disk has to seek for.
 NUM_EXPERT_TENSORS = 24
 _NUM_GROUPS = 6
+# A VAE numbers its layers otherwise; with this many kinds of names, every number counts as one of layers.
+_MANY_GROUPS = 60
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,11 @@ def compare_experts(one: Part, other: Part) -> tuple[Likeness | None, float | No
 def describe_groups(names: Iterable[str]) -> str:
     """Tensor names in a few words, blocks put together: `blocks.N.cross_attn.k.weight (10), head.head.bias`."""
     groups = Counter(_BLOCK.sub(lambda match: match[0].replace(match[1], "N"), name) for name in names)
+    if len(groups) > _MANY_GROUPS:
+        merged: Counter[str] = Counter()
+        for name, count in groups.items():
+            merged[_NUMBER.sub("N", name)] += count
+        groups = merged
     shown = [name if count == 1 else f"{name} ({count})" for name, count in groups.most_common(_NUM_GROUPS)]
     more = f" and {len(groups) - _NUM_GROUPS} more kinds" if len(groups) > _NUM_GROUPS else ""
     return ", ".join(shown) + more
@@ -227,7 +235,9 @@ def _value_sentence(
     distance = median_distance(samples)
     far = f"median relative distance {distance:.3g}" if distance is not None else "no distance can be given"
     if found == "identical":
-        return f"the sampled values of all {num_sampled} tensors are equal: the same weights"
+        return (
+            f"the sampled values of all {num_sampled} tensors of the same shape are equal: the same weights"
+        )
     if found == "rounded":
         return f"the sampled values of all {num_sampled} tensors are equal up to rounding ({far}): the same weights in another format"
     where = f"{len(changed)} of {num_sampled} tensors, {far}: {describe_groups(changed)}"
