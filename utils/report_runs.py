@@ -80,7 +80,7 @@ def choose_report(reports_dir: Path, name: str) -> Summary:
     if (path / SUMMARY_NAME).is_file() or path.name == SUMMARY_NAME:
         return read_summary(path)
     inside = Path(reports_dir) / name
-    if name and inside.is_dir() and len(path.parts) == 2:
+    if inside.is_dir() and len(path.parts) == 2 and ".." not in path.parts:
         return read_summary(inside)
     fitting = sorted(one for one in Path(reports_dir).glob("*/*") if one.is_dir() and one.name == name)
     if len(fitting) == 1:
@@ -130,7 +130,7 @@ def compare_inputs(summaries: Sequence[Summary]) -> list[Line]:
             places[entry.role] = places.get(entry.role, 0) + 1
             number = places[entry.role]
             name = entry.role if number == 1 else f"{entry.role} {number}"
-            shown[name] = f"{entry.path} ({entry.fingerprint[:8]})"
+            shown[name] = f"{_tail(entry.path)} ({entry.fingerprint[:8]})"
             known[name] = entry.fingerprint
         tables.append(shown)
         prints.append(known)
@@ -214,6 +214,12 @@ def _is_number(value: Any) -> bool:
 
 def _cell(value: Any) -> str:
     return "-" if value is None else _cut(one_line(format_value(value)), _CELL_CHARACTERS)
+
+
+def _tail(path: str) -> str:
+    """The end of a long path, which is what tells paths apart."""
+    limit = _CELL_CHARACTERS - len(" (12345678)")
+    return path if len(path) <= limit else "..." + path[3 - limit :]
 
 
 def _cut(text: str, limit: int) -> str:

@@ -133,7 +133,8 @@ def decode(data: bytes, dtype: str) -> "np.ndarray":
     import numpy as np
 
     if dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a NaN stays one
+            return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if dtype == "F8_E5M2":  # the upper half of a float16
         return (np.frombuffer(data, "u1").astype(np.uint16) << 8).view(np.float16).astype(np.float64)
     if dtype == "F8_E4M3":

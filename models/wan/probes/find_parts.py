@@ -80,9 +80,9 @@ def open_checkpoint(path: Path, expert: Expert | None = None) -> Checkpoint:
             f"{path}: holds no weights ({_found_instead(path)}); give a checkpoint's directory, or a .safetensors or .pth file"
         )
     parts = [part for unit in units for part in _open_unit(unit)]
-    parts = [_name_expert(part, expert, is_only=len(units) == 1) for part in parts]
+    parts = [_name_expert(part, expert, is_only=units == [path]) for part in parts]
     parts.sort(key=lambda part: _ORDER.index(part.kind))
-    if expert is not None and len(units) > 1:
+    if expert is not None and units != [path]:
         parts = _only(parts, expert, path)
     return Checkpoint(
         path=path,

@@ -12,6 +12,7 @@ from models.wan.arch import VariantInfo
 from models.wan.probes.adapter_parts import AdapterFacts, read_adapter_facts
 from models.wan.probes.expected_parts import Expectation, count_blocks, expect_part
 from models.wan.probes.namings import (
+    SCALE_SUFFIXES,
     TOKENIZER_NAME,
     Kind,
     Naming,
@@ -248,8 +249,16 @@ def _storage(source: TensorSource, names: Sequence[str]) -> str:
 
 def _storage_problems(part: Part) -> list[str]:
     """What is wrong between the 8-bit weights of a scaled file and their scales."""
-    if part.storage != "fp8_scaled":
-        return []
+    there = set(part.names)
+    scales = [
+        (name, name.removesuffix(suffix) + ".weight")
+        for name in part.naming.extras
+        for suffix in SCALE_SUFFIXES
+        if name.endswith(suffix)
+    ]
+    lonely = [f"{scale} has no {weight}" for scale, weight in scales if weight not in there]
+    if lonely or part.storage != "fp8_scaled":
+        return lonely
     try:
         ScaledSource(part.source)
     except UserError as error:
