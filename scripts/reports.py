@@ -28,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="List the reports of probes, or hold several of one tool side by side.",
-        epilog="Exit status: 0 done, 2 wrong use.",
+        epilog=(
+            "list [--tool TOOL]; compare REPORT REPORT ... [--all]; both [--reports_dir DIR]. Exit status: 0 done, 2 wrong use."
+        ),
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
