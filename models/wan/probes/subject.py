@@ -7,10 +7,11 @@ whatever no flag said becomes a remark, so that the report names it.
 import argparse
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
-from models.wan.arch import PUBLISHED, expected_shapes
+from models.wan.arch import PUBLISHED, Shape, expected_shapes
 from models.wan.checkpoint import EXPERT_DIRS
 from models.wan.names import dit_to_diffusers, dit_to_official
 from utils.adapter_runs import find_adapter_file, last_save, newest_adapter_run, run_of_adapter
@@ -191,10 +192,14 @@ def _variants(module: str, shape: tuple[int, int]) -> str:
     """The published models whose weight of this name has this shape, such as `t2v-a14b, i2v-a14b`."""
     return ", ".join(
         name
-        for name, sizes in PUBLISHED.items()
-        if (found := expected_shapes(sizes).get(f"{module}.weight")) is not None
-        and (found[0], math.prod(found[1:])) == shape
+        for name, shapes in _published_shapes().items()
+        if (found := shapes.get(f"{module}.weight")) is not None and (found[0], math.prod(found[1:])) == shape
     )
+
+
+@cache
+def _published_shapes() -> dict[str, dict[str, Shape]]:
+    return {name: expected_shapes(arch) for name, arch in PUBLISHED.items()}
 
 
 def linear_weights(source: TensorSource) -> dict[str, str]:
