@@ -10,10 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.tensor_source import Shape
-
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I64": 8}
-_ALIGNMENT = 8
+from utils.safetensors_stream import safetensors_header
+from utils.tensor_source import Shape, read_safetensors_header
 
 
 @dataclass(frozen=True)
@@ -42,18 +40,12 @@ def write_sparse_safetensors(
     Returns:
         The bytes of the data that the header promises.
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, shape in shapes.items():
-        dtype = dtypes if isinstance(dtypes, str) else dtypes[name]
-        start, end = end, end + math.prod(shape) * _BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    by_name = dict.fromkeys(shapes, dtypes) if isinstance(dtypes, str) else dtypes
+    header, promised = safetensors_header(shapes, by_name, metadata)
     with Path(path).open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return end
+        file.write(header)
+        file.truncate(len(header) + promised)
+    return promised
 
 
 def write_sparse_shards(
@@ -80,15 +72,9 @@ def write_sparse_shards(
 
 
 def tensor_spans(path: Path) -> dict[str, Span]:
-    """Where the tensors of a well-formed `.safetensors` file lie."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
-    return {
-        name: Span(path, 8 + length + start, end - start)
-        for name, (start, end) in ((name, entry["data_offsets"]) for name, entry in entries.items())
-    }
+    """Where the tensors of a `.safetensors` file lie."""
+    header = read_safetensors_header(path)
+    return {name: Span(path, start, end - start) for name, (start, end) in header.spans.items()}
 
 
 def fill(spans: Iterable[Span], data: bytes) -> None:

@@ -9,7 +9,7 @@ import json
 import math
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -92,6 +92,10 @@ class TensorSource(ABC):
     def release(self) -> None:
         """Let go of the files' pages in memory; the next `get` opens them again."""
 
+    def rows(self, name: str, start: int, end: int) -> "torch.Tensor":
+        """Rows `start` to `end` (not included) of one tensor, as `get`; where the file allows it, only they are read."""
+        return self.get(name)[start:end]
+
     def _check_name(self, name: str) -> None:
         if name not in self.shapes:
             raise UserError(f"{self.files[0]}: has no tensor {name!r}; it may belong to another model")
@@ -125,6 +129,11 @@ class RenamedSource(TensorSource):
     def release(self) -> None:
         """See `TensorSource`."""
         self._base.release()
+
+    def rows(self, name: str, start: int, end: int) -> "torch.Tensor":
+        """See `TensorSource`."""
+        self._check_name(name)
+        return self._base.rows(self._names[name], start, end)
 
 
 class ScaledSource(TensorSource):
@@ -212,6 +221,12 @@ class _SafetensorsSource(TensorSource):
             self._metadata |= header.metadata
 
     def get(self, name: str) -> "torch.Tensor":
+        return self._read(name, lambda handle: handle.get_tensor(name))
+
+    def rows(self, name: str, start: int, end: int) -> "torch.Tensor":
+        return self._read(name, lambda handle: handle.get_slice(name)[start:end])
+
+    def _read(self, name: str, read: "Callable[[Any], torch.Tensor]") -> "torch.Tensor":
         from safetensors import SafetensorError, safe_open
 
         self._check_name(name)
@@ -219,7 +234,7 @@ class _SafetensorsSource(TensorSource):
         try:
             if path not in self._handles:
                 self._handles[path] = safe_open(path, framework="pt", device="cpu")
-            return self._handles[path].get_tensor(name)
+            return read(self._handles[path])
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{path}: {name} cannot be read ({_first_line(error)}); download or copy it again"
@@ -241,7 +256,7 @@ class _PthSource(TensorSource):
         self.files = (path,)
         self._tensors: dict[str, torch.Tensor] | None = tensors
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        self.dtypes = {name: _dtype_name(tensor) for name, tensor in tensors.items()}
+        self.dtypes = {name: dtype_name(tensor) for name, tensor in tensors.items()}
 
     def get(self, name: str) -> "torch.Tensor":
         self._check_name(name)
@@ -486,7 +501,8 @@ def _file_size(path: Path) -> int:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
 
 
-def _dtype_name(tensor: "torch.Tensor") -> str:
+def dtype_name(tensor: "torch.Tensor") -> str:
+    """The tensor's dtype as safetensors spells it, such as "BF16"."""
     name = str(tensor.dtype).removeprefix("torch.")
     return _TORCH_DTYPE_NAMES.get(name, name.upper())
 
