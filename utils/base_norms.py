@@ -137,8 +137,10 @@ def spectral_norm(weight: "Tensor") -> SpectralNorm:
     if matrix.shape[0] < matrix.shape[1]:
         matrix = matrix.T
     width = matrix.shape[1]
-    if not matrix.any():
+    peak = matrix.abs().max().item()
+    if not peak:
         return SpectralNorm(0.0, 0.0)
+    matrix = matrix / peak  # squares of very small or large weights have no place in float32
 
     def gram(vector: np.ndarray) -> np.ndarray:
         there = matrix @ torch.from_numpy(np.ascontiguousarray(vector.reshape(-1), dtype=np.float32))
@@ -146,14 +148,14 @@ def spectral_norm(weight: "Tensor") -> SpectralNorm:
 
     if width < 3:  # ARPACK wants more columns than values
         largest = torch.linalg.matrix_norm(matrix.double(), 2).item()
-        return SpectralNorm(largest, 0.0)
+        return SpectralNorm(peak * largest, 0.0)
     start = np.random.default_rng(0).standard_normal(width).astype(np.float32)
     operator = LinearOperator((width, width), matvec=gram, dtype=np.float32)
     values, vectors = eigsh(operator, k=1, which="LA", v0=start, tol=1e-4)
     squared, vector = float(values[0]), vectors[:, 0].astype(np.float32)
     residual = float(np.linalg.norm(gram(vector) - squared * vector))
     value = math.sqrt(max(squared, 0.0))
-    return SpectralNorm(value, math.sqrt(squared + residual) - value)
+    return SpectralNorm(peak * value, peak * (math.sqrt(squared + residual) - value))
 
 
 def _identity(source: TensorSource) -> str:

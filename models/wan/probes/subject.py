@@ -19,7 +19,7 @@ from utils.config.load import load_config
 from utils.config.schema import BudgetConfig, Expert, TrainConfig
 from utils.errors import UserError
 from utils.files import combined_fingerprint
-from utils.lora_names import AdapterFile, AdapterPair, kohya_aliases, read_adapter
+from utils.lora_names import SECOND_PREFIX, AdapterFile, AdapterPair, kohya_aliases, read_adapter
 from utils.tensor_source import TensorSource, open_safetensors
 
 OUTPUT_ROOT = Path("output")
@@ -110,8 +110,14 @@ def choose_adapter(args: argparse.Namespace, remarks: list[str]) -> Path:
 
 
 def expert_of_adapter(adapter: Path) -> Expert | None:
-    """The expert that the file's metadata name, if they do: this project writes them, others may not."""
-    value = open_safetensors([adapter]).metadata().get("expert")
+    """The expert that the file is for, if it says so: by its metadata, which this project writes, or by diffusers' names.
+
+    In diffusers `transformer_2` is the low-noise expert. `transformer` says nothing: each expert's own file has it too.
+    """
+    source = open_safetensors([adapter])
+    value = source.metadata().get("expert")
+    if value is None and source.shapes and all(key.startswith(SECOND_PREFIX) for key in source.shapes):
+        return "low_noise"
     return next((expert for expert in get_args(Expert) if expert == value), None)
 
 
