@@ -14,7 +14,6 @@ Writes reports/bench_probes/<run_tag>/.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -23,7 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,6 +67,14 @@ processor, by a step at an assumed speed, and says no more than where the check 
 NEXT_STEPS = "A figure over its cap while nothing else runs is a slower probe: compare with an older commit on this machine."
 
 
+@dataclass(frozen=True)
+class Usage:
+    """The most memory that a command held, and the processor time that it took."""
+
+    megabytes: float
+    cpu_seconds: float
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = probe_parser("bench_probes", __doc__ or "")
@@ -87,9 +96,7 @@ def probe(args: argparse.Namespace) -> Verdict:
     """Measure, write the report, print its lines."""
     question = "Do the probes cost as little as they promise at the size of real checkpoints?"
     report = Report("bench_probes", question, args.reports_dir, args.run_tag)
-    arch = dataclasses.replace(
-        PUBLISHED["t2v-a14b"], dim=args.dim, ffn_dim=args.ffn_dim, num_layers=args.num_layers
-    )
+    arch = replace(PUBLISHED["t2v-a14b"], dim=args.dim, ffn_dim=args.ffn_dim, num_layers=args.num_layers)
     report.metric("sizes", {"dim": arch.dim, "ffn_dim": arch.ffn_dim, "num_layers": arch.num_layers})
     report.metric("rank", args.rank)
     missed: list[str] = []
@@ -116,10 +123,10 @@ def bench_inspect(report: Report, scratch: Path, arch: WanArch, repeats: int) ->
     for folder in EXPERT_DIRS.values():
         write_expert(scratch / "a14b" / folder, arch)
 
-    def inspect() -> float:
+    def inspect() -> Usage:
         return run_command(INSPECT, scratch, "--base", scratch / "a14b")
 
-    megabytes = inspect()
+    megabytes = inspect().megabytes
     seconds = timed({"inspect": inspect}, repeats)["inspect"]
     shutil.rmtree(scratch)
     report.metric("inspect_seconds", seconds.median, "weights_inspect on both experts, the whole command")
@@ -185,15 +192,20 @@ def bench_budget(report: Report, scratch: Path, arch: WanArch, rank: int, repeat
     arguments = ("--adapter", scratch / "adapter.safetensors", "--base", scratch / "base")
     run_command(BUDGET, scratch, *arguments, cache=scratch / "kept")
 
-    def without_table() -> float:
+    def without_table() -> None:
         with tempfile.TemporaryDirectory(dir=scratch) as cache:
-            return run_command(BUDGET, scratch, *arguments, cache=Path(cache))
+            run_command(BUDGET, scratch, *arguments, cache=Path(cache))
+
+    cpu_seconds: list[float] = []
+
+    def with_table() -> None:
+        cpu_seconds.append(run_command(BUDGET, scratch, *arguments, cache=scratch / "kept").cpu_seconds)
 
     taken = timed(
         {
             "plain": lambda: read_plainly(spans, buffer),
             "without": without_table,
-            "with": lambda: run_command(BUDGET, scratch, *arguments, cache=scratch / "kept"),
+            "with": with_table,
         },
         repeats,
     )
@@ -210,11 +222,17 @@ def bench_budget(report: Report, scratch: Path, arch: WanArch, rank: int, repeat
         "budget_seconds", taken["without"].median, "lora_delta_budget without a table of base norms"
     )
     report.metric("budget_cached_seconds", taken["with"].median, "the same with the table")
+    report.metric(
+        "budget_cached_cpu_seconds",
+        median(cpu_seconds),
+        "processor time of that, which other programs do not change",
+    )
     report.metric("read_ratio", ratio.median, "what measuring the base adds, over the plain read")
     report.cap("max_budget_cached_seconds", MAX_CACHED_SECONDS)
     report.cap("max_read_ratio", MAX_READ_RATIO)
     print(
-        f"lora_delta_budget, {len(modules)} modules: {shown(taken['without'])}; with the table {shown(taken['with'])}; plain "
+        f"lora_delta_budget, {len(modules)} modules: {shown(taken['without'])}; with the table {shown(taken['with'])}, "
+        f"{median(cpu_seconds):.3g} s of the processor; plain "
         f"read of {num_bytes / 1e9:.1f} GB {shown(taken['plain'])}; reading and norms {ratio.median:.2f} x that"
     )
     shutil.rmtree(scratch)
@@ -320,11 +338,8 @@ def check_space(directory: Path, num_bytes: int) -> None:
         )
 
 
-def run_command(script: Path, scratch: Path, *arguments: object, cache: Path | None = None) -> float:
+def run_command(script: Path, scratch: Path, *arguments: object, cache: Path | None = None) -> Usage:
     """Run a probe as a person would, and throw its report away.
-
-    Returns:
-        The most memory that it held, in MB.
 
     Raises:
         RuntimeError: it ended with an error.
@@ -341,7 +356,7 @@ def run_command(script: Path, scratch: Path, *arguments: object, cache: Path | N
     shutil.rmtree(reports, ignore_errors=True)
     if process.returncode not in (0, 1, 3):
         raise RuntimeError(f"{script.name} ended with {process.returncode}: {text[-500:]}")
-    return usage.ru_maxrss * 1024 / 1e6
+    return Usage(usage.ru_maxrss * 1024 / 1e6, usage.ru_utime + usage.ru_stime)
 
 
 def bytes_made(work: Callable[[], object]) -> int:
