@@ -103,7 +103,7 @@ def measure_delta(
     Args:
         subject: the adapter and the base it belongs to.
         source: the base, opened.
-        spectral: also take the ratio of spectral norms; the first time for a checkpoint this takes seconds a module.
+        spectral: also take the ratio of spectral norms; the first time for a checkpoint this takes a second or two a module at the size of A14B.
         norms_directory: where tables of base norms lie; default the user's cache directory.
 
     Raises:

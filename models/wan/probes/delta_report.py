@@ -72,7 +72,7 @@ def add_delta_results(report: Report, result: DeltaResult, caps: DeltaCaps, expe
     report.table("blocks", _group_rows("block", summary.blocks, result, caps), "Per block", inline_rows=48)
     report.table("modules", _module_rows(result, caps), "Per module, largest ratio first", inline_rows=10)
     if any(delta.block is not None for delta in deltas):
-        report.plot("ratio_per_block", draw(deltas, cap.value), "Ratio per block")
+        report.plot("ratio_per_block", draw(deltas, caps), "Ratio per block")
 
 
 def _add_caps(report: Report, caps: DeltaCaps) -> None:
@@ -129,8 +129,11 @@ def _group_of(kind: Literal["block", "type"], delta: "ModuleDelta") -> str:
     return "other" if delta.block is None else str(delta.block)
 
 
-def draw(deltas: "Sequence[ModuleDelta]", cap: float) -> "Figure":
-    """Ratio over block, one line per kind of module, with the cap; logarithmic where the values lie far apart."""
+def draw(deltas: "Sequence[ModuleDelta]", caps: DeltaCaps) -> "Figure":
+    """Ratio over block, one line per kind of module, with the caps; logarithmic where the values lie far apart.
+
+    The mean is drawn where it has a cap.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -143,8 +146,14 @@ def draw(deltas: "Sequence[ModuleDelta]", cap: float) -> "Figure":
     for kind, points in sorted(lines.items()):
         blocks, ratios = zip(*sorted(points), strict=True)
         axes.plot(blocks, ratios, marker="o", markersize=4, linewidth=1.2, label=kind)
-    axes.axhline(cap, color="black", linestyle="--", linewidth=1, label=f"cap {cap:g}")
-    shown = [cap, *(ratio for points in lines.values() for _, ratio in points)]
+    levels = [(caps.max_ratio.value, "--", "cap")]
+    if caps.max_mean_ratio is not None:
+        mean = sum(delta.ratio for delta in deltas) / len(deltas)
+        levels += [(caps.max_mean_ratio.value, ":", "cap on mean"), (mean, "-", "mean")]
+    for level, style, name in levels:
+        if level < math.inf:
+            axes.axhline(level, color="black", linestyle=style, linewidth=1, label=f"{name} {level:.3g}")
+    shown = [*(level for level, _, _ in levels), *(ratio for points in lines.values() for _, ratio in points)]
     if min(shown) > 0 and max(shown) > _LOG_SPREAD * min(shown) and max(shown) < math.inf:
         axes.set_yscale("log")
     else:
