@@ -468,7 +468,7 @@ def _read_index(path: Path) -> dict[str, str]:
         if not name.isprintable():
             raise UserError(f"{path}: names a tensor {name!r}; download it again")
         # A shard lies beside its index; anything else could point at any file of the machine.
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.isprintable():
             raise UserError(
                 f"{path}: names the shard {shard!r} for {name}, which is not a plain file name; download it again"
             )

@@ -120,13 +120,17 @@ def measure_delta(
             base = norms.spectral(key)
             norm = spectral_delta_norm(pair.down, pair.up, pair.scale)
             ratio = norm / base.value if base.value else float("inf") if norm else 0.0
-            least = norm / (base.value + base.error) if base.value else ratio
-            spectral_deltas.append(
-                SpectralDelta(module, norm, base.value, ratio, ratio - least if norm else 0.0)
-            )
+            error = ratio - norm / (base.value + base.error) if base.value else 0.0
+            spectral_deltas.append(SpectralDelta(module, norm, base.value, ratio, error))
         deltas.append(module_delta(module, pair.down, pair.up, pair.scale, norms.frobenius(key)))
     norms.save()
     remarks = [*base_remarks(subject.adapter, source), *_scale_remarks(subject.adapter, adapter)]
+    zeros = [delta.module for delta in deltas if not delta.weight_norm]
+    if zeros:
+        remarks.append(
+            f"warning: {len(zeros)} of {len(deltas)} adapted weights of {subject.transformer} are all zeros ({zeros[0]}), so "
+            "that no ratio can be given; the file may be incomplete: download it again"
+        )
     remarks += norms.problems
     return DeltaResult(adapter, tuple(deltas), tuple(spectral_deltas), tuple(remarks), norms.measured)
 

@@ -342,6 +342,18 @@ def test_the_base_is_read_once_for_all_time(tmp_path, base, monkeypatch):
     assert counts == [6, 0, 6, 0]
 
 
+def test_a_base_of_zeros_is_said_to_be_one(tmp_path):
+    """As a file is that was made at its full size and never filled."""
+    write_sparse_safetensors(tmp_path / "zeros.safetensors", SHAPES)
+    adapter = write_adapter(tmp_path / "adapter")
+    status, directory, summary = run(
+        tmp_path, "--adapter", adapter, "--base", tmp_path / "zeros.safetensors", "--spectral"
+    )
+    assert status == 1 and any("6 of 6 adapted weights" in note for note in summary.notes)
+    assert summary.metrics["max_ratio"] is None and summary.metrics["max_spectral_error"] == 0.0
+    assert {row["ratio"] for row in table(directory / "modules.csv")} == {"inf"}
+
+
 def test_a_kohya_file_that_lost_its_alpha_is_remarked(tmp_path, base, capsys):
     adapter = write_adapter(tmp_path / "bare", naming="kohya")
     _, _, summary = run(tmp_path, "--adapter", adapter, "--base", base)
