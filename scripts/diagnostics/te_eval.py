@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="prompts",
         metavar="FILE",
         type=Path,
-        help="neutral prompts, UTF-8, one per line (default: configs/prompts/neutral.txt); the empty prompt and Wan's "
+        help="neutral prompts, UTF-8, one per line (default: the run's [budget], else configs/prompts/neutral.txt); the empty prompt and Wan's "
         "negative prompt are always among them",
     )
     parser.add_argument(
@@ -164,7 +164,7 @@ def probe(args: argparse.Namespace) -> Verdict:
     report.cap(
         "max_norm_change", MAX_NORM_CHANGE, "neutral norm ratios farther from 1 on average are inconclusive"
     )
-    add_inputs(report, args, subject)
+    add_inputs(report, args, subject, plan)
     add_encoder_results(report, results)
     directory = report.write(verdict, explanation, HOW_TO_READ, NEXT_STEPS[verdict])
     print(f"{verdict}: {explanation}\nreport: {directory}")
@@ -290,7 +290,7 @@ def judge(results: EncoderResults, cap: float) -> tuple[Verdict, str]:
     return "pass", f"{within}; {which} by {meant.drift:.4g}."
 
 
-def add_inputs(report: Report, args: argparse.Namespace, subject: EncoderSubject) -> None:
+def add_inputs(report: Report, args: argparse.Namespace, subject: EncoderSubject, plan: PromptPlan) -> None:
     """Name every file that the numbers come from. Private ones are not named: a short list can be guessed by its hash."""
     report.add_input("text_encoder", subject.tuned)
     report.add_input("base_text_encoder", subject.base)
@@ -302,7 +302,7 @@ def add_inputs(report: Report, args: argparse.Namespace, subject: EncoderSubject
     if subject.run is not None and (subject.run.directory / METRICS_FILE).is_file():
         report.add_input("metrics", subject.run.directory / METRICS_FILE)
     given = {
-        "prompts": args.prompts,
+        "prompts": plan.neutral_file,
         "domain_prompts": args.domain_prompts,
         "keywords_file": args.keywords_file,
     }

@@ -66,3 +66,15 @@ def test_what_does_not_compare_is_refused() -> None:
             compare_states(base, tuned)
     with pytest.raises(ValueError, match="no prompt"):
         mean_drift([])
+
+
+def test_equal_states_have_no_drift_in_any_dtype() -> None:
+    states = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert drift_of([states.to(dtype)], [states.to(dtype)]) == 0.0
+
+
+def test_not_a_number_stays_one() -> None:
+    states = torch.ones(2, 3)
+    assert not compare_states(states, states * math.nan).cosine <= 1.0
+    assert math.isnan(drift_of([states], [states * math.nan]))

@@ -40,10 +40,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """All entries, and remarks about what was taken from where and what was left out."""
+    """All entries, and remarks about what was taken from where and what was left out.
+
+    `neutral_file` is where neutral prompts come from, None where they are the shipped ones.
+    """
 
     entries: tuple[Entry, ...]
     remarks: tuple[str, ...]
+    neutral_file: Path | None = None
 
     def of(self, group: Group) -> tuple[Entry, ...]:
         """The entries of one group."""
@@ -73,7 +77,8 @@ def plan_prompts(
     """Read the files.
 
     Args:
-        prompts: neutral ones; None: those that ship with the project. The empty and the negative one always come first.
+        prompts: neutral ones; None: those of the run's [budget], else those that ship with the project. The empty and the
+            negative one always come first.
         domain_prompts: those that the encoder was tuned for, if any.
         keywords_file: keywords; None: those of the run's [model.caption_aug], if it has any.
         config: of the run.
@@ -100,6 +105,9 @@ def plan_prompts(
             for number, text in enumerate(texts[:limit], start=1)
         ]
 
+    if prompts is None and config is not None and config.budget is not None and config.budget.neutral_prompts:
+        prompts = Path(config.budget.neutral_prompts)
+        remarks.append("neutral prompts: the file of the run's [budget]")
     neutral = entries("neutral", neutral_prompts(prompts), bool(redact) and prompts is not None)
     is_hidden = redact is not False
     domain = read_prompt_file(domain_prompts) if domain_prompts is not None else ()
@@ -117,7 +125,7 @@ def plan_prompts(
             f"warning: {holding} of {len(neutral)} neutral prompts hold a keyword, so they are meant to move and count as "
             "neutral drift all the same; take them out of the file given with --prompts"
         )
-    return PromptPlan(tuple(plan), tuple(remarks))
+    return PromptPlan(tuple(plan), tuple(remarks), prompts)
 
 
 def _keywords(path: Path | None, config: TrainConfig | None, remarks: list[str]) -> tuple[str, ...]:

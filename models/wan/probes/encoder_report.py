@@ -1,5 +1,6 @@
 """Numbers, tables and plots of te_eval. Texts appear by their labels alone."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
@@ -189,7 +190,8 @@ def draw_layers(layers: "Sequence[LayerDrift]") -> "Figure":
     drift.set_ylabel("1 - mean cosine")
     drift.grid(True, linewidth=0.3)
     drift.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    weights.bar(places, [layer.weight_change for layer in layers], color="tab:gray")
+    changes = [layer.weight_change if math.isfinite(layer.weight_change) else 0.0 for layer in layers]
+    weights.bar(places, changes, color="tab:gray")
     weights.set_ylabel("||dW|| / ||W||")
     weights.grid(True, axis="y", linewidth=0.3)
     names = [layer.layer.removeprefix("block ") for layer in layers]

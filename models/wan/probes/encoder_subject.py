@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.wan.checkpoint import TEXT_ENCODER_FILE, TOKENIZER_DIR, CheckpointPaths, has_tokenizer, locate
-from models.wan.probes.subject import OUTPUT_ROOT, Cap, choose_transformer
+from models.wan.probes.subject import OUTPUT_ROOT, Cap, choose_optional_cap, choose_transformer
 from utils.config.load import load_config
 from utils.config.schema import TrainConfig
 from utils.errors import UserError
@@ -73,12 +73,9 @@ def choose_encoders(args: argparse.Namespace) -> EncoderSubject:
 
 def choose_drift_cap(flag: float | None, config: TrainConfig | None, where: Path | None) -> Cap:
     """The cap on neutral drift: the flag, else the run's [budget], else the default."""
-    if flag is not None:
-        return Cap(flag, "--max_neutral_drift")
-    value = getattr(config.budget, "max_neutral_drift", None) if config is not None else None
-    if value is not None:
-        return Cap(float(value), f"[budget] of {where}")
-    return Cap(DEFAULT_MAX_NEUTRAL_DRIFT, "default")
+    return choose_optional_cap("max_neutral_drift", flag, config, where) or Cap(
+        DEFAULT_MAX_NEUTRAL_DRIFT, "default"
+    )
 
 
 def _choose_tuned(args: argparse.Namespace, remarks: list[str]) -> Path:

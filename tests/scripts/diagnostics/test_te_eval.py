@@ -19,6 +19,7 @@ from models.wan.names import umt5_to_hf
 from models.wan.probes.encoder_stream import TABLE
 from models.wan.text_encoder import WanTokenizer
 from tests.helpers.workspace import Workspace, environment, make_workspace
+from utils.metrics import read_metrics
 from utils.report import read_summary
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,6 +31,7 @@ DOMAIN = (f"a red {MOVED} on a dark background", f"the yellow {MOVED} moves up")
 AUG = (
     'model.caption_aug={enable=true,keywords=["circle","square","triangle"],single_token=0.5}',
     "model.train_token_embedding=true",
+    "budget={max_neutral_drift=0.9,every_n_steps=1}",
 )
 
 
@@ -374,6 +376,11 @@ def test_a_real_run_without_arguments_and_nothing_written_into_it(trained, monke
         <= metrics["training_loss_slope_high"]
     )
     assert {"config", "metrics"} <= {entry.role for entry in summary.inputs}
+    # The probe and the budget in training measure the same, one on files and one on the live encoder.
+    assert metrics["neutral_drift"] == pytest.approx(
+        read_metrics(trained.run())[-1]["neutral_drift"], rel=1e-3
+    )
+    assert summary.caps["max_neutral_drift"] == 0.9
     # A report has no place in the run.
     assert probe.main(["--reports_dir", str(trained.run() / "reports")]) == 2
     assert contents(trained.out) | contents(trained.cache) == before

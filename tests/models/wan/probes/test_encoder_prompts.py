@@ -6,7 +6,7 @@ import pytest
 
 from models.wan.probes.encoder_prompts import TEMPLATES, plan_prompts
 from models.wan.prompts import NEGATIVE_PROMPT
-from utils.config.schema import CaptionAugConfig
+from utils.config.schema import BudgetConfig, CaptionAugConfig
 from utils.errors import UserError
 
 HIDDEN = re.compile(r"(neutral|domain|keyword) \d+ \([0-9a-f]{8}\)")
@@ -66,6 +66,18 @@ def test_what_is_hidden(files, redact, hidden):
 def test_shipped_prompts_are_no_secret(files):
     found = plan_prompts(None, None, None, None, True, 256)
     assert all(entry.label == entry.text for entry in found.entries[2:])
+
+
+def test_neutral_prompts_are_those_that_the_budget_of_the_run_is_measured_on(files, make_config):
+    (files / "budget.txt").write_text("a stone bridge\n")
+    budget = BudgetConfig(max_neutral_drift=0.1, neutral_prompts=str(files / "budget.txt"))
+    config = make_config("encoder_ft", budget=budget)
+    found = plan_prompts(None, None, None, config, None, 256)
+    assert [entry.text for entry in found.entries] == ["", NEGATIVE_PROMPT, "a stone bridge"]
+    assert any("[budget]" in remark for remark in found.remarks)
+    assert "a stone bridge" not in [entry.text for entry in plan(files, config=config).entries]
+    hidden = plan_prompts(None, None, None, config, True, 256).entries[2].label
+    assert HIDDEN.fullmatch(hidden)
 
 
 def test_keywords_of_the_run(files, make_config):

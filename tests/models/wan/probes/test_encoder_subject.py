@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +13,7 @@ from models.wan.probes.encoder_subject import (
     choose_drift_cap,
     choose_encoders,
 )
+from utils.config.schema import BudgetConfig
 from utils.errors import UserError
 
 FLAGS = ("config", "text_encoder", "base_text_encoder", "base", "expert", "tokenizer")
@@ -133,7 +133,7 @@ def test_the_cap(make_config, tmp_path):
     assert choose_drift_cap(0.5, None, None).value == 0.5
     default = choose_drift_cap(None, make_config("encoder_ft"), None)
     assert (default.value, default.source) == (DEFAULT_MAX_NEUTRAL_DRIFT, "default")
-    budgeted = SimpleNamespace(budget=SimpleNamespace(max_neutral_drift=0.3))
+    budgeted = make_config("encoder_ft", budget=BudgetConfig(max_neutral_drift=0.3))
     cap = choose_drift_cap(None, budgeted, tmp_path / "config.toml")
     assert cap.value == 0.3 and "[budget]" in cap.source
     assert choose_drift_cap(0.5, budgeted, tmp_path).source == "--max_neutral_drift"
