@@ -26,6 +26,7 @@ from utils.metrics import MetricsWriter
 from utils.optim import learning_rate, set_learning_rate
 from utils.pipeline import NonFiniteGradientsError, Pipeline
 from utils.progress import Progress, announce
+from utils.run_probes import TrainingProbes
 from utils.saver import export_trained
 from utils.stopping import RequestFlags, RunControl
 
@@ -118,6 +119,7 @@ class Trainer:
         run_dir: Path,
         metadata: Mapping[str, str],
         evaluation: Evaluation | None = None,
+        probes: TrainingProbes | None = None,
     ) -> None:
         self._config = config
         self._plan = plan
@@ -128,6 +130,7 @@ class Trainer:
         self._run_dir = run_dir
         self._metadata = metadata
         self._evaluation = evaluation
+        self._probes = probes
         self._per_step = config.gradient_accumulation_steps * pipeline.dp_size
         self.total_steps = 0
         self.stopped_by: str | None = None
@@ -155,11 +158,16 @@ class Trainer:
             stack.enter_context(self._last_checkpoint_in_place())
             if self._evaluation is not None:
                 self._evaluation.begin(self._run_dir, state.step, writer)
+            if self._probes is not None:
+                stack.enter_context(closing(self._probes))
+                self._probes.begin(self._run_dir, state.step, writer, self._control)
             ahead = stack.enter_context(ReadAhead(self._read_step))
             while state.step < self.total_steps and self.stopped_by is None:
                 before = state
                 state, row = self._step(before, ahead)
                 over_budget = self._measure_budget(row)
+                if self._probes is not None:
+                    self._probes.after_step(row)
                 on_main(lambda row=row: writer.write(row) if writer is not None else None)  # type: ignore[misc]
                 if writer is not None and bar is not None:
                     bar.advance(
@@ -168,11 +176,14 @@ class Trainer:
                         speed=f"{row['step_seconds']:.2f} s/step",
                         lr=f"{row['lr']:.2e}",
                         grad=f"{row['grad_norm']:.3g}",
+                        **({} if self._probes is None else self._probes.figures()),
                     )
                 self._act_on_budget(over_budget, state.step)
                 self._evaluate_if_due(state, before)
                 self._save_if_due(state, before)
             self._writer.finish()
+            if self._probes is not None and self.stopped_by is None:
+                self._probes.at_end()
         return state
 
     @contextmanager
@@ -359,6 +370,8 @@ class Trainer:
 
         if (ended and every(config.save_every_n_epochs, number)) or at_end:
             self._export(f"epoch{number}", state, number)
+            if self._probes is not None:
+                self._probes.saved(self._run_dir / f"epoch{number}", number, state.step, at_end=at_end)
         if every(config.save_every_n_steps, step):
             self._export(f"step{step}", state, number)
         due = (ended and every(config.checkpoint_every_n_epochs, number)) or every(
