@@ -86,7 +86,7 @@ class ProbeOutcome:
 
     def __str__(self) -> str:
         place = f" ({self.report})" if self.report else ""
-        return f"{self.tool} on epoch{self.epoch}: {self.result}: {self.explanation}{place}"
+        return f"{self.tool} on epoch{self.epoch}: {self.result}: {self.explanation.rstrip('.')}{place}"
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,7 @@ def probe_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def describe_outcomes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Rows of `probes.jsonl` as lines for the summary of a run, by epoch."""
     ordered = sorted(rows, key=lambda row: (row["epoch"], row["step"]))
-    return [f"  {ProbeOutcome(**row)}" for row in ordered]
+    return [f"probe {ProbeOutcome(**row)}" for row in ordered]
 
 
 def read_outcomes(run_dir: Path) -> list[dict[str, Any]]:

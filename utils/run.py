@@ -187,7 +187,7 @@ def run(
     if probes is not None:
         if ready.processes.is_main:
             for line in describe_outcomes(read_outcomes(run_dir.path)):
-                say(line)
+                say(f"  {line}")
         probes.raise_if_failed(run_dir.path, is_complete=trainer.stopped_by is None)
 
 

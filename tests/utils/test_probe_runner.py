@@ -90,7 +90,7 @@ def test_a_verdict_is_that_of_the_report(place) -> None:
     assert row["result"] == "inconclusive" and row["seconds"] > 0
     assert place.numbers == [({f"probes/{TOOL}/size": 2.5, f"probes/{TOOL}/verdict": 0.5}, 30)]
     assert place.said == [f"warning: probe {outcome}"]
-    assert describe_outcomes([row]) == [f"  {outcome}"]
+    assert describe_outcomes([row]) == [f"probe {outcome}"]
 
 
 def test_it_fails_once_and_for_all(place) -> None:
@@ -168,7 +168,7 @@ def test_leaving_at_the_moment_of_starting_leaves_nothing(place, tmp_path) -> No
     """The supervisor may not be ready to hear yet."""
     write_probe(place.scripts, HANGING, pids=str(tmp_path / "pids"))
     for epoch in range(1, 4):
-        with place.runner() as runner:
+        with place.runner(step=10) as runner:
             runner.saved(place.save(epoch), epoch, 10, at_end=False)
             time.sleep(0.02 * (epoch - 1))
     assert place.outcomes() == [(TOOL, epoch, "stopped") for epoch in range(1, 4)]

@@ -309,9 +309,8 @@ def found_in_dataset(table) -> list[Problem]:
         (
             dit_lora(probes={"run": ["lora_delta_bugdet"]}),
             "probes.run[0]",
-            'did you mean "lora_delta_budget"? for dit_lora there are',
+            'there is no probe "lora_delta_bugdet"',
         ),
-        (dit_lora(probes={"run": ["zzz"]}), "probes.run[0]", "for dit_lora there are lora_delta_budget"),
         (dit_lora(probes={"run": ["cache_check"]}), "probes.run[0]", "which no save changes"),
         (
             dit_lora(probes={"run": ["attn_logit_probe", "attn_logit_probe"]}),
@@ -447,6 +446,23 @@ def test_permitted(table) -> None:
 def test_refused_in_a_dataset(table, key, words) -> None:
     (problem,) = found_in_dataset(table)
     assert problem.key == key and words in problem.reason and problem.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        (
+            "lora_delta_bugdet",
+            'did you mean "lora_delta_budget"? for dit_lora there are lora_delta_budget, attn',
+        ),
+        ("zzz", "for dit_lora there are lora_delta_budget, attn_logit_probe, dit_lora_translator"),
+        ("te_eval", "for dit_lora there are lora_delta_budget"),
+        ("cache_check", "start it by hand; for dit_lora there are"),
+    ],
+)
+def test_a_probe_that_cannot_run_is_told_which_can(name, fix) -> None:
+    (problem,) = found_in(dit_lora(probes={"run": [name]}))
+    assert problem.fix.startswith(fix)
 
 
 @pytest.mark.parametrize(
