@@ -384,7 +384,7 @@ def draw(comparisons: "Sequence[Comparison]") -> "Figure":
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("tokens of the caption")
-    axes.set_ylabel("relative difference")
+    axes.set_ylabel(f"relative difference (0 stands at {smallest:g})")
     axes.grid(True, linewidth=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
