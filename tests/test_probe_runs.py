@@ -111,7 +111,10 @@ def test_every_epoch_has_its_report_and_its_verdict(workspace, waiting, capsys) 
     assert not workspace.leftovers() and not list(own_children())
 
 
-@pytest.mark.parametrize("source", [EXITING, pytest.param(KILLED, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "source",
+    [pytest.param(EXITING, id="status 70"), pytest.param(KILLED, id="SIGKILL", marks=pytest.mark.long)],
+)
 def test_a_probe_that_crashes_leaves_no_trace_in_training(
     source, workspace, scripts, waiting, capsys
 ) -> None:
