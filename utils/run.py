@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from utils.budget import Drift
-from utils.checkpoint import checkpoint_name, load_checkpoint
+from utils.checkpoint import LoopState, checkpoint_name, load_checkpoint
 from utils.config.schema import LoadedConfig, TrainConfig
 from utils.data.sampler import BatchPlan
 from utils.distributed import Processes, gather_objects, limit_waits, on_every_rank, on_main
@@ -19,9 +19,11 @@ from utils.metrics import read_metrics
 from utils.nodes import check_seen
 from utils.optim import build_optimizer
 from utils.pipeline import Pipeline, build_pipeline
+from utils.probe_runner import check_scripts, describe_outcomes, read_outcomes
 from utils.progress import announce
 from utils.resume import Inputs
 from utils.run_dir import CONFIG_FILE, RunDir, create_run_dir, record_config, remove_leftovers
+from utils.run_probes import TrainingProbes
 from utils.stage_plan import describe_plan, make_plan, plan_warnings
 from utils.trainer import LossRecorder, Trainer, initial_state, total_steps
 
@@ -88,6 +90,9 @@ def build(
     Raises:
         UserError: more stages than layers, or weights that cannot be read.
     """
+    if config.probes is not None:
+        wanted = config.probes
+        on_every_rank(lambda: check_scripts(wanted))
     specs = on_every_rank(model.layer_specs)
     memory = device_memory(processes.device)
     copies = processes.world_size // config.pipeline_stages
@@ -180,6 +185,7 @@ def run(
     evaluator = Evaluator(
         ready.config, eval_sets, ready.model, ready.pipeline, ready.recorder, ready.processes
     )
+    probes = None if ready.config.probes is None else TrainingProbes(ready.config.probes, ready.processes)
     limit_waits(ready.config.timeout_minutes)
     trainer = Trainer(
         ready.config,
@@ -192,8 +198,19 @@ def run(
         metadata,
         evaluator if eval_sets else None,
         drift,
+        probes,
     )
     final = trainer.run(state)
+    _say_end(ready, trainer, run_dir, final, say)
+    if probes is not None:
+        if ready.processes.is_main:
+            for line in describe_outcomes(read_outcomes(run_dir.path)):
+                say(f"  {line}")
+        probes.raise_if_failed(run_dir.path, is_complete=trainer.stopped_by is None)
+
+
+def _say_end(ready: Ready, trainer: Trainer, run_dir: RunDir, final: LoopState, say: Say) -> None:
+    """Where the run stopped, or what it has made."""
     if trainer.stopped_by is not None:
         say(
             f"stopped by {trainer.stopped_by} after step {final.step} of {trainer.total_steps}; everything up to here is in "

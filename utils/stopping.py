@@ -29,6 +29,7 @@ class RequestFlags(NamedTuple):
     save: int = 0
     save_and_quit: int = 0
     minutes: int = 0
+    probe: int = 0
 
 
 class SignalWatch:
@@ -105,6 +106,7 @@ class RunControl:
             else ""
         )
         self._heard = RequestFlags()
+        self._probe = ""
 
     def __enter__(self) -> "RunControl":
         for path in self._files.values():
@@ -130,7 +132,18 @@ class RunControl:
             save=int(SAVE_FILE in waiting),
             save_and_quit=int(SAVE_AND_QUIT_FILE in waiting),
             minutes=int(is_due),
+            probe=int(bool(self._probe)),
         )
+
+    def stop_for_probe(self, name: str) -> None:
+        """Ask for the end of the run because the probe of this name failed; for the main process alone."""
+        self._probe = name
+
+    @property
+    def is_told_to_stop(self) -> bool:
+        """Whether this process itself has been told to, since it began."""
+        flags = self.flags()
+        return bool(flags.sigterm or flags.sigint or flags.save_and_quit)
 
     def hear(self, total: RequestFlags) -> None:
         """Take note of what all processes together have been asked for."""
@@ -139,7 +152,13 @@ class RunControl:
     @property
     def wants_stop(self) -> bool:
         """Whether the run is to end after this step."""
-        return bool(self._heard.sigterm or self._heard.sigint or self._heard.save_and_quit)
+        heard = self._heard
+        return bool(heard.sigterm or heard.sigint or heard.save_and_quit or heard.probe)
+
+    @property
+    def wants_stop_for_probe(self) -> bool:
+        """Whether a failed probe is what ends it."""
+        return bool(self._heard.probe)
 
     @property
     def wants_checkpoint(self) -> bool:
@@ -148,7 +167,9 @@ class RunControl:
 
     @property
     def reason(self) -> str:
-        """What asked the run to stop."""
+        """What asked the run to stop; which probe is known to the main process alone."""
+        if self._heard.probe:
+            return f"the probe {self._probe}" if self._probe else "a probe"
         if self._heard.save_and_quit:
             return f"the file {SAVE_AND_QUIT_FILE}"
         return "SIGTERM" if self._heard.sigterm else "SIGINT"

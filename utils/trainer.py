@@ -26,6 +26,7 @@ from utils.metrics import MetricsWriter
 from utils.optim import learning_rate, set_learning_rate
 from utils.pipeline import NonFiniteGradientsError, Pipeline
 from utils.progress import Progress, announce
+from utils.run_probes import TrainingProbes
 from utils.saver import export_trained
 from utils.stopping import RequestFlags, RunControl
 
@@ -119,6 +120,7 @@ class Trainer:
         metadata: Mapping[str, str],
         evaluation: Evaluation | None = None,
         drift: Drift | None = None,
+        probes: TrainingProbes | None = None,
     ) -> None:
         self._config = config
         self._plan = plan
@@ -129,6 +131,7 @@ class Trainer:
         self._run_dir = run_dir
         self._metadata = metadata
         self._evaluation = evaluation
+        self._probes = probes
         self._per_step = config.gradient_accumulation_steps * pipeline.dp_size
         self.total_steps = 0
         self.stopped_by: str | None = None
@@ -158,6 +161,9 @@ class Trainer:
             stack.enter_context(self._last_checkpoint_in_place())
             if self._evaluation is not None:
                 self._evaluation.begin(self._run_dir, state.step, writer)
+            if self._probes is not None:
+                stack.enter_context(closing(self._probes))
+                self._probes.begin(self._run_dir, state.step, writer, self._control)
             ahead = stack.enter_context(ReadAhead(self._read_step))
             while state.step < self.total_steps and self.stopped_by is None:
                 before = state
@@ -166,6 +172,8 @@ class Trainer:
                 if self._budget is not None:
                     self._budget.measure(row, is_last=state.step == self.total_steps, saves=due.any)
                     self._recorder.clear()  # neutral prompts went through the stages too
+                if self._probes is not None:
+                    self._probes.after_step(row)
                 on_main(lambda row=row: writer.write(row) if writer is not None else None)  # type: ignore[misc]
                 if writer is not None and bar is not None:
                     bar.advance(
@@ -174,12 +182,15 @@ class Trainer:
                         speed=f"{row['step_seconds']:.2f} s/step",
                         lr=f"{row['lr']:.2e}",
                         grad=f"{row['grad_norm']:.3g}",
+                        **({} if self._probes is None else self._probes.figures()),
                     )
                 if self._budget is not None:
                     self._budget.act(state.step, self._what_is_left)
                 self._evaluate_if_due(state, before)
                 self._save(state, due)
             self._writer.finish()
+            if self._probes is not None and self.stopped_by is None:
+                self._probes.at_end()
         return state
 
     @contextmanager
@@ -338,6 +349,9 @@ class Trainer:
     def _save(self, state: LoopState, due: "_DueSaves") -> None:
         if due.of_epoch:
             self._export(f"epoch{due.epoch}", state, due.epoch)
+            if self._probes is not None:
+                at_end = state.step == self.total_steps
+                self._probes.saved(self._run_dir / f"epoch{due.epoch}", due.epoch, state.step, at_end=at_end)
         if due.of_step:
             self._export(f"step{state.step}", state, due.epoch)
         if due.checkpoint or self._control.wants_checkpoint:

@@ -10,7 +10,7 @@ import pytest
 from utils.checkpoint import LATEST, LoopState, checkpoint_name, loop_document
 from utils.config.changes import parse_allowed
 from utils.config.load import load_config
-from utils.config.schema import LoadedConfig
+from utils.config.schema import LoadedConfig, ProbesConfig
 from utils.data.buckets import Bucket
 from utils.data.sampler import BatchPlan
 from utils.distributed import init_processes, shutdown
@@ -90,6 +90,15 @@ def refusal(*arguments: object, **options: object) -> list[str]:
         {"checkpoint_every_n_steps": 3},
         {"timeout_minutes": 5.0},
         {"activation_checkpointing": False},
+        {
+            "probes": ProbesConfig(
+                run=("attn_logit_probe",),
+                every_n_epochs=2,
+                timeout_minutes=1.0,
+                on_fail="stop",
+                reports_dir="elsewhere",
+            )
+        },
     ],
 )
 def test_when_and_where_things_happen_may_change(config, values) -> None:

@@ -56,6 +56,24 @@ def test_a_file_asks_once_and_goes_when_the_checkpoint_is_there(control, tmp_pat
     assert not (tmp_path / name).exists()
 
 
+def test_a_failed_probe_stops_and_is_named_where_it_is_known(control, tmp_path) -> None:
+    control.stop_for_probe("lora_delta_budget (epoch2)")
+    assert not control.wants_stop  # before all have heard of it
+    assert hear(control) == RequestFlags(probe=1)
+    assert control.wants_stop and control.wants_checkpoint and control.wants_stop_for_probe
+    assert control.reason == "the probe lora_delta_budget (epoch2)" and not control.is_told_to_stop
+    with RunControl(tmp_path, False, None) as other:
+        other.hear(RequestFlags(probe=1))
+        assert other.wants_stop_for_probe and other.reason == "a probe"
+
+
+def test_a_process_knows_what_it_was_told_itself(control, tmp_path) -> None:
+    (tmp_path / "save").touch()
+    assert not control.is_told_to_stop
+    (tmp_path / "save_quit").touch()
+    assert control.is_told_to_stop
+
+
 def test_a_file_that_comes_while_another_is_obeyed_is_not_lost(control, tmp_path) -> None:
     (tmp_path / "save").touch()
     hear(control)

@@ -39,6 +39,11 @@ FREE_KEYS = frozenset(
         "eval_every_n_steps",
         "eval_quantiles",
         "eval_micro_batch_size_per_gpu",
+        "probes.run",
+        "probes.every_n_epochs",
+        "probes.timeout_minutes",
+        "probes.on_fail",
+        "probes.reports_dir",
     }
 )
 

@@ -12,6 +12,7 @@ from typing import Literal
 from utils.config.caption_rules import CAPTION_RULES
 from utils.config.eval_rules import EVAL_RULES
 from utils.config.introspect import keys_of
+from utils.config.probe_rules import PROBE_RULES
 from utils.config.rules import Rule
 from utils.config.schema import ModelConfig, Problem, TrainConfig
 from utils.config.target_rules import TARGET_RULES, check_targets
@@ -246,5 +247,6 @@ RULES = (
     Rule(check_optimizer_precision, ("optimizer.type", "model.dtype")),
     Rule(check_warmup, ("warmup_steps", "max_steps")),
     *EVAL_RULES,
+    *PROBE_RULES,
     Rule(check_output_dir, ("output_dir",)),
 )

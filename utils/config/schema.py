@@ -199,6 +199,27 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbesConfig:
+    """`[probes]`: probes that run on the saved files, in processes of their own, while training goes on."""
+
+    run: tuple[str, ...] = option(
+        "Their names. dit_lora: lora_delta_budget, attn_logit_probe, dit_lora_translator; encoder_ft: te_eval."
+    )
+    every_n_epochs: int = option(
+        "They run after those saves of an epoch whose number N divides, and after the last save of the run.",
+        1,
+        ge=1,
+    )
+    timeout_minutes: float = option("A probe that takes longer is cut off.", 30.0, gt=0.0, le=100_000.0)
+    on_fail: Literal["warn", "stop"] = option(
+        "What a verdict of fail does. stop: the run ends after a checkpoint, with exit status 1. Whatever else may "
+        "become of a probe only warns.",
+        "warn",
+    )
+    reports_dir: str = option("Where the reports go: <reports_dir>/<probe>/<run>_epochN/.", "reports")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """`[optimizer]`: how the trained weights follow their gradients."""
 
@@ -319,6 +340,7 @@ class TrainConfig:
     model: ModelConfig = option("The model.")
     adapter: AdapterConfig | None = option("The adapter; dit_lora only.", None)
     budget: BudgetConfig | None = option("Limits on how far training may go.", None)
+    probes: ProbesConfig | None = option("Probes that run after saves.", None)
     optimizer: OptimizerConfig = option("The optimizer.")
 
 

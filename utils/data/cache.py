@@ -159,6 +159,20 @@ class CacheStore:
             return str(error)
         return None
 
+    def peek(self, key: str) -> dict[str, torch.Tensor]:
+        """The tensors of an item that is there, as `get` has them; unlike it this leaves a damaged one where it is.
+
+        Raises:
+            KeyError: it is not there.
+            ValueError: it is damaged.
+        """
+        place = self._find(key)
+        if place is None:
+            raise KeyError(key)
+        if not self._is_whole(key, place):
+            raise ValueError("does not match its checksum")
+        return decode_tensors(self._payload(key, place))
+
     def remove(self, key: str) -> None:
         """Mark the item as removed, if it is there. `utils.data.compaction` gives its bytes back."""
         if self._find(key) is not None:

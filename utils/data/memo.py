@@ -86,6 +86,10 @@ class HashMemo:
             self._is_changed = True
         return entry.content_hash
 
+    def paths_of(self, content_hash: str) -> list[str]:
+        """Where files with this content were when the memo was written; they may have changed or gone since."""
+        return sorted(path for path, entry in self._entries.items() if entry.content_hash == content_hash)
+
     def time_stamp(self, path: Path) -> int | None:
         """The file's time stamp, in ns; None where the memo trusts sizes, because then it says nothing.
 

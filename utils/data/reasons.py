@@ -65,6 +65,10 @@ class MadeOf:
         distinct = {want.key: want for want in wants if want.key in missing}
         return Counter(self._reason(want) for want in distinct.values())
 
+    def known(self, kind: str) -> dict[str, dict[str, object]]:
+        """The parts (but a caption's text) of the newest item of each sample or caption, by identity."""
+        return {name: parts for name, parts in self._of(kind).items() if isinstance(parts, dict)}
+
     def remember(self, wants: Iterable[Want]) -> None:
         """Keep what these items are made of, and write it if anything is new.
 

@@ -326,6 +326,32 @@ def found_in_dataset(table) -> list[Problem]:
         (dit_lora(eval_datasets=[{"name": "../a", "config": "a.toml"}]), "eval_datasets[0].name", "letters"),
         (dit_lora(eval_datasets=["a.toml"], eval_quantiles=[]), "eval_quantiles", "at least one"),
         (dit_lora(eval_datasets=["a.toml"], eval_quantiles=[0.2, 0.2]), "eval_quantiles", "each once"),
+        (dit_lora(probes={"run": []}), "probes.run", "is empty"),
+        (dit_lora(probes={"run": ["te_eval"]}), "probes.run[0]", "looks at a text encoder"),
+        (encoder_ft(probes={"run": ["lora_delta_budget"]}), "probes.run[0]", "looks at an adapter"),
+        (encoder_ft(probes={"run": ["attn_logit_probe"]}), "probes.run[0]", "looks at an adapter"),
+        (encoder_ft(probes={"run": ["dit_lora_translator"]}), "probes.run[0]", "looks at an adapter"),
+        (
+            dit_lora(probes={"run": ["lora_delta_bugdet"]}),
+            "probes.run[0]",
+            'there is no probe "lora_delta_bugdet"',
+        ),
+        (dit_lora(probes={"run": ["cache_check"]}), "probes.run[0]", "which no save changes"),
+        (
+            dit_lora(probes={"run": ["attn_logit_probe", "attn_logit_probe"]}),
+            "probes.run[1]",
+            "for the second time",
+        ),
+        (
+            dit_lora(probes={"run": ["lora_delta_budget"], "reports_dir": "output/x/reports"}),
+            "probes.reports_dir",
+            "never mix",
+        ),
+        (
+            dit_lora(probes={"run": ["lora_delta_budget"], "reports_dir": "output"}),
+            "probes.reports_dir",
+            "never mix",
+        ),
     ],
 )
 def test_refused(table, key, words) -> None:
@@ -393,6 +419,10 @@ def test_refused(table, key, words) -> None:
         dit_lora(save_every_n_epochs=0, checkpoint_every_n_epochs=0),
         dit_lora(eval_datasets=["a.toml", {"name": "b", "config": "a.toml"}], eval_quantiles=[0.9, 0.5]),
         dit_lora(eval_datasets=["a.toml"], eval_every_n_epochs=0),
+        dit_lora(probes={"run": ["lora_delta_budget", "attn_logit_probe", "dit_lora_translator"]}),
+        encoder_ft(probes={"run": ["te_eval"], "on_fail": "stop"}),
+        encoder_ft({"save_text_encoder_full": False}, probes={"run": ["te_eval"]}),
+        encoder_ft({"save_text_encoder_full": False}),
         dit_lora(eval_datasets=["a.toml"], eval_before_first_step=False, eval_every_n_steps=5),
     ],
 )
@@ -439,6 +469,23 @@ def test_permitted(table) -> None:
 def test_refused_in_a_dataset(table, key, words) -> None:
     (problem,) = found_in_dataset(table)
     assert problem.key == key and words in problem.reason and problem.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        (
+            "lora_delta_bugdet",
+            'did you mean "lora_delta_budget"? for dit_lora there are lora_delta_budget, attn',
+        ),
+        ("zzz", "for dit_lora there are lora_delta_budget, attn_logit_probe, dit_lora_translator"),
+        ("te_eval", "for dit_lora there are lora_delta_budget"),
+        ("cache_check", "start it by hand; for dit_lora there are"),
+    ],
+)
+def test_a_probe_that_cannot_run_is_told_which_can(name, fix) -> None:
+    (problem,) = found_in(dit_lora(probes={"run": [name]}))
+    assert problem.fix.startswith(fix)
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,18 @@ def test_a_whole_or_missing_item_has_no_damage(store):
     assert store.damage(key_of(2)) is None
 
 
+def test_peeking_never_removes(store):
+    store.put(key_of(1), TENSORS)
+    store.put(key_of(2), TENSORS)
+    assert same(store.peek(key_of(1)), TENSORS)
+    damage_item(store, key_of(1))
+    with pytest.raises(ValueError, match="checksum"):
+        CacheStore(store.root).peek(key_of(1))
+    assert CacheStore(store.root).has(key_of(1)) and same(store.peek(key_of(2)), TENSORS)
+    with pytest.raises(KeyError):
+        store.peek(key_of(3))
+
+
 def test_all_keys_of_a_kind_are_listed(store):
     assert store.kinds() == [] and list(store.keys("latents")) == []
     keys = sorted(key_of(number << 120 | number) for number in range(20))

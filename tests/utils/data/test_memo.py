@@ -202,6 +202,20 @@ def test_a_memo_of_the_format_before_is_still_read(tmp_path, reads):
     assert reads == []
 
 
+def test_files_are_found_by_their_content(tmp_path):
+    paths = [
+        make_old(tmp_path / "a.pth"),
+        make_old(tmp_path / "b.pth"),
+        make_old(tmp_path / "c.pth", "other"),
+    ]
+    memo = HashMemo(tmp_path / "memo")
+    digests = [memo.content_hash(path) for path in paths]
+    memo.save()
+    again = HashMemo(tmp_path / "memo", read_only=True)
+    assert again.paths_of(digests[0]) == [str(paths[0]), str(paths[1])]
+    assert again.paths_of(digests[2]) == [str(paths[2])] and again.paths_of("unknown") == []
+
+
 def test_a_read_only_memo_knows_what_there_is_and_writes_nothing(tmp_path, reads):
     known, new = tmp_path / "known.png", tmp_path / "new.png"
     for path in (known, new):

@@ -58,6 +58,12 @@ def test_the_last_time_counts_and_others_stay(path):
     assert again.reasons([latents(2, content="b")], {latents(2, content="b").key}) == {"file changed": 1}
 
 
+def test_what_is_known_is_told_by_identity(path):
+    known = MadeOf(path).known(TEXT)
+    assert known.keys() == {caption_identity("a circle"), caption_identity("")}
+    assert known[caption_identity("a circle")] == {"weights": "encoder", "tokenizer": "t"}
+
+
 def test_nothing_new_is_not_written(path):
     before = path.stat().st_mtime_ns, path.read_text()
     MadeOf(path).remember([latents(1), text("a circle")])
