@@ -49,16 +49,26 @@ class WanAttention(nn.Module):
         Returns:
             [B, S, D] in compute_dtype.
         """
-        heads = (self.num_heads, -1)
-        query = self.norm_q(self.q(states_BSD)).unflatten(-1, heads)
-        key = self.norm_k(self.k(source_BLD)).unflatten(-1, heads)
-        value = self.v(source_BLD).unflatten(-1, heads)
-        if table is not None:
-            query = apply_rope(query, table)
-            key = apply_rope(key, table)
+        query, key = self.queries_and_keys(states_BSD, source_BLD, table)
+        value = self.v(source_BLD).unflatten(-1, (self.num_heads, -1))
         mixed_BNSK = F.scaled_dot_product_attention(
             query.to(self.compute_dtype).transpose(1, 2),
             key.to(self.compute_dtype).transpose(1, 2),
             value.transpose(1, 2),
         )
         return self.o(mixed_BNSK.transpose(1, 2).flatten(2))
+
+    def queries_and_keys(
+        self, states_BSD: Tensor, source_BLD: Tensor, table: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries [B, S, N, K] and keys [B, L, N, K] in float32, normed and rotated; arguments as of `forward`.
+
+        The attention logits are their products over K, divided by sqrt(K).
+        """
+        heads = (self.num_heads, -1)
+        query = self.norm_q(self.q(states_BSD)).unflatten(-1, heads)
+        key = self.norm_k(self.k(source_BLD)).unflatten(-1, heads)
+        if table is not None:
+            query = apply_rope(query, table)
+            key = apply_rope(key, table)
+        return query, key

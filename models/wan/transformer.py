@@ -97,23 +97,41 @@ class WanBlock(nn.Module):
 
     def forward(self, hidden_BFHWD: Tensor, modulation_BT6D: Tensor, text_BLD: Tensor) -> Tensor:
         """One block; returns the new hidden state in the shape and dtype of the old."""
-        hidden, residual_dtype = hidden_BFHWD, hidden_BFHWD.dtype
-        grid = (hidden.shape[1], hidden.shape[2], hidden.shape[3])
-        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation_rows(modulation_BT6D)
+        rows = self.modulation_rows(modulation_BT6D)
+        hidden = self.attend_self(hidden_BFHWD, rows)
+        return self.feed_forward(self.attend_text(hidden, text_BLD), rows)
 
-        states = self._flat(self.norm1(hidden.float()) * (1 + scale1) + shift1)
-        table = rope_table(grid, self.head_dim, hidden.device)
-        mixed = self.self_attn(states, states, table).view_as(hidden)
-        hidden = (hidden + mixed * gate1).to(residual_dtype)
+    def attend_self(self, hidden_BFHWD: Tensor, rows: list[Tensor]) -> Tensor:
+        """The first third of a block: video tokens look at each other. `rows` as of `modulation_rows`."""
+        states = self.self_attn_input(hidden_BFHWD, rows)
+        mixed = self.self_attn(states, states, self.rope(hidden_BFHWD)).view_as(hidden_BFHWD)
+        return (hidden_BFHWD + mixed * rows[2]).to(hidden_BFHWD.dtype)
 
-        mixed = self.cross_attn(self._flat(self.norm3(hidden.float())), text_BLD, None).view_as(hidden)
-        hidden = (hidden + mixed).to(residual_dtype)
+    def attend_text(self, hidden_BFHWD: Tensor, text_BLD: Tensor) -> Tensor:
+        """The second third: video tokens look at the text."""
+        mixed = self.cross_attn(self.cross_attn_input(hidden_BFHWD), text_BLD, None).view_as(hidden_BFHWD)
+        return (hidden_BFHWD + mixed).to(hidden_BFHWD.dtype)
 
-        states = self._flat(self.norm2(hidden.float()) * (1 + scale2) + shift2)
-        return (hidden + self.ffn(states).view_as(hidden) * gate2).to(residual_dtype)
+    def feed_forward(self, hidden_BFHWD: Tensor, rows: list[Tensor]) -> Tensor:
+        """The last third: each token by itself."""
+        states = self._flat(self.norm2(hidden_BFHWD.float()) * (1 + rows[4]) + rows[3])
+        return (hidden_BFHWD + self.ffn(states).view_as(hidden_BFHWD) * rows[5]).to(hidden_BFHWD.dtype)
 
-    def _modulation_rows(self, modulation_BT6D: Tensor) -> list[Tensor]:
-        """Six float32 tensors [B, T, 1, 1, D]."""
+    def self_attn_input(self, hidden_BFHWD: Tensor, rows: list[Tensor]) -> Tensor:
+        """What self-attention sees of the hidden state, [B, S, D] in compute_dtype."""
+        return self._flat(self.norm1(hidden_BFHWD.float()) * (1 + rows[1]) + rows[0])
+
+    def cross_attn_input(self, hidden_BFHWD: Tensor) -> Tensor:
+        """What cross-attention's queries are made of, [B, S, D] in compute_dtype."""
+        return self._flat(self.norm3(hidden_BFHWD.float()))
+
+    def rope(self, hidden_BFHWD: Tensor) -> tuple[Tensor, Tensor]:
+        """The rotary table of the hidden state's grid."""
+        _, frames, height, width, _ = hidden_BFHWD.shape
+        return rope_table((frames, height, width), self.head_dim, hidden_BFHWD.device)
+
+    def modulation_rows(self, modulation_BT6D: Tensor) -> list[Tensor]:
+        """Shift, scale and gate of self-attention, then those of the feed-forward: float32 [B, T, 1, 1, D] each."""
         return [row.unsqueeze(2).unsqueeze(2) for row in (self.modulation + modulation_BT6D).unbind(2)]
 
     def _flat(self, states_BFHWD: Tensor) -> Tensor:
