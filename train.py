@@ -112,12 +112,13 @@ def train(arguments: argparse.Namespace) -> int:
             config = found.config
             if found.is_finished:
                 return 0
+        drift = distributed.on_every_rank(model.neutral_drift)
         ready = runs.build(config.train, data.plan, model, processes, say)
         if arguments.dry_run:
             say("dry run: everything is in place; no step was taken and nothing was written to output_dir")
             return 0
         run_dir = found.run_dir if found else runs.begin_run(config, partial(write_inputs, model, data), say)
-        runs.run(ready, run_dir, inputs, run_metadata(config, model, data), say, evals)
+        runs.run(ready, run_dir, inputs, run_metadata(config, model, data), say, evals, drift)
         return 0
 
 

@@ -626,18 +626,33 @@ def test_a_loss_that_overflows_while_the_gradient_is_finite_stops_too(workspace,
     assert read_metrics(workspace.run()) == []
 
 
-def test_the_budget_stops_the_run(workspace, capsys) -> None:
+def test_the_budget_stops_the_run_before_anything_over_it_is_saved(workspace, capsys) -> None:
     tight = ("budget.max_delta_ratio=1e-6", "budget.every_n_steps=2", "checkpoint_every_n_steps=1")
     assert workspace.train("dit_lora", *tight, "budget.action=stop") == 1
     said = capsys.readouterr().err
-    assert "stopped: step 2: 8 adapted module(s)" in said and "budget.max_delta_ratio = 1e-06" in said
+    assert "stopped: step 1: 8 adapted module(s)" in said and "budget.max_delta_ratio = 1e-06" in said
+    assert "there is no checkpoint yet" in said
     rows = read_metrics(workspace.run())
-    assert len(rows) == 2 and rows[-1]["max_delta_ratio"] > 1e-6
-    assert (workspace.run() / LATEST).read_text().strip() == "global_step1"
+    assert len(rows) == 1 and rows[-1]["max_delta_ratio"] > 1e-6
+    cap = 1.5 * rows[-1]["max_delta_ratio"]
+    later = (
+        f"budget.max_delta_ratio={cap}",
+        *tight[1:],
+        "budget.action=stop",
+        f"output_dir={workspace.root / 'b'}",
+    )
+    assert workspace.train("dit_lora", *later) == 1
+    (run,) = (workspace.root / "b").iterdir()
+    assert f"the last good checkpoint is {run / 'global_step1'}" in capsys.readouterr().err
+    assert (run / LATEST).read_text().strip() == "global_step1"
 
 
-def test_the_budget_warns_once_and_goes_on(workspace, capsys) -> None:
+def test_the_budget_warns_where_it_has_doubled_and_goes_on(workspace, capsys) -> None:
     tight = ("budget.max_delta_ratio=1e-6", "budget.every_n_steps=1", "max_steps=3")
     assert workspace.train("dit_lora", *tight, "budget.action=warn") == 0
-    assert capsys.readouterr().err.count("warning: step ") == 1
-    assert len(read_metrics(workspace.run())) == 3
+    said = capsys.readouterr().err
+    ratios = [row["max_delta_ratio"] for row in read_metrics(workspace.run())]
+    assert len(ratios) == 3
+    doubled = sum(ratio > 2 * ratios[0] for ratio in ratios)  # the third step's may be, the others' are not
+    assert ratios[1] < 2 * ratios[0] and said.count("warning: step ") == 1 + doubled
+    assert f"||dW|| / ||W|| at most {ratios[-1]:.4f}" in said

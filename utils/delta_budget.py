@@ -102,6 +102,15 @@ def effective_rank(a: Tensor, b: Tensor) -> float:
     return _rank_from_grams(*_grams(a, b))
 
 
+def spectral_delta_norm(a: Tensor, b: Tensor, scale: float = 1.0) -> float:
+    """The largest singular value of scale * B A.
+
+    Raises:
+        ValueError: the ranks of A and B differ.
+    """
+    return abs(scale) * _singular_values(*_grams(a, b)).max().item()
+
+
 def weight_norm(weight: Tensor) -> float:
     """||W||_F, summed in float64 over pieces, so that no float64 copy of the whole is made."""
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
@@ -179,14 +188,18 @@ def _norm_from_grams(gram_a: Tensor, gram_b: Tensor) -> float:
 def _rank_from_grams(gram_a: Tensor, gram_b: Tensor) -> float:
     if not (gram_a.isfinite().all() and gram_b.isfinite().all()):
         return math.nan
-    values_a, vectors_a = torch.linalg.eigh(gram_a)
-    root_a = vectors_a * values_a.clamp(min=0).sqrt()
-    singular = torch.linalg.eigvalsh(root_a.T @ gram_b @ root_a).clamp(min=0).sqrt()
+    singular = _singular_values(gram_a, gram_b)
     total = singular.sum()
     if total == 0:
         return 0.0
     shares = singular / total
     return math.exp(torch.special.entr(shares).sum().item())
+
+
+def _singular_values(gram_a: Tensor, gram_b: Tensor) -> Tensor:
+    values_a, vectors_a = torch.linalg.eigh(gram_a)
+    root_a = vectors_a * values_a.clamp(min=0).sqrt()
+    return torch.linalg.eigvalsh(root_a.T @ gram_b @ root_a).clamp(min=0).sqrt()
 
 
 def _sort_key(delta: ModuleDelta) -> float:

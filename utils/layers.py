@@ -137,3 +137,12 @@ class TrainableModel(Protocol):
     def deltas(self, parameters: Mapping[str, Tensor]) -> list[ModuleDelta]:
         """How far each adapted module among one stage's parameters moves its weight; empty without an adapter."""
         ...
+
+    def scale_adapters(self, parameters: Mapping[str, Tensor], factors: Mapping[str, float]) -> None:
+        """Multiply what adapters add, in place.
+
+        Args:
+            parameters: by global name; modules whose parameters are not among them are left alone.
+            factors: by module, as `deltas` names them.
+        """
+        ...

@@ -211,10 +211,6 @@ def read_adapter(path: Path, aliases: Mapping[str, str] | None = None) -> Adapte
     from safetensors import SafetensorError
 
     path = find_adapter_file(Path(path))
-    if path.suffix != ".safetensors":
-        raise UserError(
-            f"{path}: adapters are read from .safetensors files only; convert it with the program that made it"
-        )
     source = open_safetensors([path])
     found = pair_adapter_keys(source.shapes, str(path), aliases)
     config = _read_peft_config(path.parent / "adapter_config.json")

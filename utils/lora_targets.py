@@ -84,10 +84,10 @@ def describe_targets(targets: Sequence[str]) -> list[str]:
     for target in targets:
         block, path = split_block_path(target)
         blocks.setdefault(path, []).append(block)
-    return [f"{path} in blocks {_ranges(numbers)}" for path, numbers in blocks.items()]
+    return [f"{path} in blocks {number_ranges(numbers)}" for path, numbers in blocks.items()]
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def number_ranges(numbers: Sequence[int]) -> str:
     """`0-3, 7` for 0, 1, 2, 3, 7."""
     runs: list[list[int]] = []
     for number in sorted(numbers):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-__all__ = ["InputFile", "Report", "Summary", "Verdict", "read_summary", "utc_run_tag"]
+__all__ = ["InputFile", "Report", "Summary", "Verdict", "read_summary", "refuse_training_run", "utc_run_tag"]
 
 REPORT_NAME = "report.md"
 INDEX_NAME = "INDEX.md"
@@ -88,6 +88,7 @@ class Report:
         self._tables: list[Table] = []
         self._plots: list[Plot] = []
         self._sections: list[Section] = []
+        self._texts: dict[str, str] = {}
 
     def add_input(self, role: str, path: Path | str) -> None:
         """Name a file that the report is about; its size and fingerprint are taken now.
@@ -150,6 +151,11 @@ class Report:
         """Add a passage of Markdown, after the key numbers."""
         self._sections.append(Section(title, markdown))
 
+    def text_file(self, file_name: str, text: str) -> None:
+        """Add a text file for another program to read, such as a list of LoRA targets."""
+        _check_name(file_name, "the name of a text file")
+        self._texts[file_name] = text
+
     def write(self, verdict: Verdict, explanation: str, how_to_read: str, next_steps: str) -> Path:
         """Write everything and return the report's directory.
 
@@ -178,6 +184,8 @@ class Report:
                 _write_csv(temporary / table.file_name, table)
             for plot in self._plots:
                 (temporary / plot.file_name).write_bytes(plot.png)
+            for file_name, content in self._texts.items():
+                (temporary / file_name).write_text(content, encoding="utf-8")
             read_summary(temporary)  # a report that breaks its own schema is never put in its place
         _append_to_index(self.reports_dir, summary)
         return self.directory
@@ -245,11 +253,20 @@ def _check_place(reports_dir: Path) -> None:
         raise UserError(
             f"{reports_dir}: is a file, but reports need a directory; choose another --reports_dir"
         )
-    resolved = reports_dir.resolve()
+    refuse_training_run(reports_dir, "--reports_dir")
+
+
+def refuse_training_run(path: Path, flag: str) -> None:
+    """What a probe writes does not go into a training run's directory.
+
+    Raises:
+        UserError: `path`, which `flag` names, lies in one.
+    """
+    resolved = path.resolve()
     for folder in (resolved, *resolved.parents):
         if (folder / "config.toml").is_file() and (folder / "metrics.jsonl").is_file():
             raise UserError(
-                f"{reports_dir}: lies in the training run {folder}, where only training writes; choose another --reports_dir"
+                f"{path}: lies in the training run {folder}, where only training writes; choose another {flag}"
             )
 
 

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from utils.budget import Drift
 from utils.checkpoint import checkpoint_name, load_checkpoint
 from utils.config.schema import LoadedConfig, TrainConfig
 from utils.data.sampler import BatchPlan
@@ -125,6 +127,17 @@ def build(
     return Ready(config, plan, model, pipeline, recorder, processes)
 
 
+def _within_budget(row: Mapping[str, Any]) -> str:
+    """What the last step's metrics say about `[budget]`, as the end of a sentence."""
+    if row.get("neutral_drift") is not None:
+        return f"; drift of the neutral prompts {row['neutral_drift']:.4f}"
+    if row.get("max_delta_ratio") is not None:
+        return (
+            f"; ||dW|| / ||W|| at most {row['max_delta_ratio']:.4f}, {row['mean_delta_ratio']:.4f} on average"
+        )
+    return ""
+
+
 def device_memory(device: torch.device) -> float | None:
     """Bytes of the GPU; None on a CPU."""
     return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
@@ -137,6 +150,7 @@ def run(
     metadata: Mapping[str, str],
     say: Say,
     eval_sets: Sequence[EvalSet] = (),
+    drift: Drift | None = None,
 ) -> None:
     """Train to the end, from the run's checkpoint where it has one, and say what was made.
 
@@ -152,6 +166,9 @@ def run(
     )
     check_seen({f"the run directory {run_dir.path}": run_dir.path / CONFIG_FILE}, ready.processes)
     on_main(lambda: remove_leftovers(run_dir.path))
+    if drift is not None:  # before a checkpoint is loaded: these are still the base's weights
+        drift.begin(ready.pipeline)
+        ready.recorder.clear()
     if run_dir.checkpoint is not None and run_dir.state is not None:
         checkpoint, state = run_dir.checkpoint, run_dir.state
         on_every_rank(
@@ -174,6 +191,7 @@ def run(
         run_dir.path,
         metadata,
         evaluator if eval_sets else None,
+        drift,
     )
     final = trainer.run(state)
     if trainer.stopped_by is not None:
@@ -188,6 +206,7 @@ def run(
         say(
             f"done: {final.step} steps, {final.samples_seen} samples, {final.train_seconds:.1f} s; loss "
             f"{rows[0]['loss']:.4f} at step 1, {rows[-1]['loss']:.4f} at step {rows[-1]['step']}"
+            f"{_within_budget(rows[-1])}"
         )
         for path in sorted(run_dir.path.glob("epoch*/*.safetensors")):
             say(f"  {path}")

@@ -3,15 +3,11 @@
 For tests and benchmarks at the real size: 28 GB of weights become a file of a few kilobytes, whose values read as 0.
 """
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from utils.safetensors_stream import safetensors_header
 from utils.tensor_source import Shape
-
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I64": 8}
-_ALIGNMENT = 8
 
 
 def write_sparse_safetensors(
@@ -31,15 +27,9 @@ def write_sparse_safetensors(
     Returns:
         The bytes of the data that the header promises.
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, shape in shapes.items():
-        dtype = dtypes if isinstance(dtypes, str) else dtypes[name]
-        start, end = end, end + math.prod(shape) * _BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    by_name = dict.fromkeys(shapes, dtypes) if isinstance(dtypes, str) else dtypes
+    header, promised = safetensors_header(shapes, by_name, metadata)
     with Path(path).open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return end
+        file.write(header)
+        file.truncate(len(header) + promised)
+    return promised

@@ -9,7 +9,7 @@ import json
 import math
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -54,11 +54,15 @@ _TORCH_DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """What the header of one `.safetensors` file says: shapes and dtypes ("BF16", "F32", ...) by name, and metadata."""
+    """What the header of one `.safetensors` file says: shapes and dtypes ("BF16", "F32", ...) by name, and metadata.
+
+    `spans` has, by name, where a tensor's bytes begin and end in the file.
+    """
 
     shapes: dict[str, Shape]
     dtypes: dict[str, str]
     metadata: dict[str, str]
+    spans: dict[str, tuple[int, int]]
 
 
 class TensorSource(ABC):
@@ -80,9 +84,17 @@ class TensorSource(ABC):
         """Values (float8) and scale [1, 1] of a tensor that is stored so; None for all others."""
         return None
 
+    def location(self, name: str) -> tuple[Path, int, int] | None:
+        """File, first byte and end of a tensor's plain bytes; None where only `get` can read it."""
+        return None
+
     @abstractmethod
     def release(self) -> None:
         """Let go of the files' pages in memory; the next `get` opens them again."""
+
+    def rows(self, name: str, start: int, end: int) -> "torch.Tensor":
+        """Rows `start` to `end` (not included) of one tensor, as `get`; where the file allows it, only they are read."""
+        return self.get(name)[start:end]
 
     def _check_name(self, name: str) -> None:
         if name not in self.shapes:
@@ -117,6 +129,11 @@ class RenamedSource(TensorSource):
     def release(self) -> None:
         """See `TensorSource`."""
         self._base.release()
+
+    def rows(self, name: str, start: int, end: int) -> "torch.Tensor":
+        """See `TensorSource`."""
+        self._check_name(name)
+        return self._base.rows(self._names[name], start, end)
 
 
 class ScaledSource(TensorSource):
@@ -189,6 +206,7 @@ class _SafetensorsSource(TensorSource):
         self.files = tuple(headers)
         self.shapes, self.dtypes, self._metadata = {}, {}, dict[str, str]()
         self._file_of: dict[str, Path] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
         self._handles: dict[Path, Any] = {}
         for path, header in headers.items():
             for name in header.shapes:
@@ -199,9 +217,16 @@ class _SafetensorsSource(TensorSource):
                 self._file_of[name] = path
             self.shapes |= header.shapes
             self.dtypes |= header.dtypes
+            self._spans |= header.spans
             self._metadata |= header.metadata
 
     def get(self, name: str) -> "torch.Tensor":
+        return self._read(name, lambda handle: handle.get_tensor(name))
+
+    def rows(self, name: str, start: int, end: int) -> "torch.Tensor":
+        return self._read(name, lambda handle: handle.get_slice(name)[start:end])
+
+    def _read(self, name: str, read: "Callable[[Any], torch.Tensor]") -> "torch.Tensor":
         from safetensors import SafetensorError, safe_open
 
         self._check_name(name)
@@ -209,7 +234,7 @@ class _SafetensorsSource(TensorSource):
         try:
             if path not in self._handles:
                 self._handles[path] = safe_open(path, framework="pt", device="cpu")
-            return self._handles[path].get_tensor(name)
+            return read(self._handles[path])
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{path}: {name} cannot be read ({_first_line(error)}); download or copy it again"
@@ -217,6 +242,10 @@ class _SafetensorsSource(TensorSource):
 
     def metadata(self) -> dict[str, str]:
         return dict(self._metadata)
+
+    def location(self, name: str) -> tuple[Path, int, int]:
+        self._check_name(name)
+        return self._file_of[name], *self._spans[name]
 
     def release(self) -> None:
         self._handles.clear()
@@ -227,7 +256,7 @@ class _PthSource(TensorSource):
         self.files = (path,)
         self._tensors: dict[str, torch.Tensor] | None = tensors
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        self.dtypes = {name: _dtype_name(tensor) for name, tensor in tensors.items()}
+        self.dtypes = {name: dtype_name(tensor) for name, tensor in tensors.items()}
 
     def get(self, name: str) -> "torch.Tensor":
         self._check_name(name)
@@ -260,10 +289,10 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
             raise UserError(f"{path}: truncated inside its header ({size} bytes); download or copy it again")
         raw = file.read(length)
     try:
-        entries = json.loads(raw.decode("utf-8"))
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: its header is not readable as JSON ({error}); download it again") from None
-    return _check_header(path, entries, size - _LENGTH_BYTES - length)
+    return _check_header(path, entries, _LENGTH_BYTES + length, size)
 
 
 def open_safetensors(paths: Iterable[Path]) -> TensorSource:
@@ -366,16 +395,27 @@ def _load_pth(path: Path) -> dict[str, "torch.Tensor"]:
     return loaded
 
 
-def _check_header(path: Path, entries: Any, data_bytes: int) -> SafetensorsHeader:
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dictionary. A second entry of one name would hide the first without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+    return values
+
+
+def _check_header(path: Path, entries: Any, data_start: int, size: int) -> SafetensorsHeader:
+    data_bytes = size - data_start
     if not isinstance(entries, dict):
         raise UserError(f"{path}: its header is no list of tensors; it is not a .safetensors file")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise UserError(f"{path}: the metadata in its header are malformed; write or download it again")
-    shapes, dtypes, end = {}, {}, 0
+    shapes, dtypes, spans, end, total = {}, {}, {}, 0, 0
     for name, entry in entries.items():
-        shape, dtype, stop = _check_entry(path, name, entry)
-        shapes[name], dtypes[name], end = shape, dtype, max(end, stop)
+        shape, dtype, (first, stop) = _check_entry(path, name, entry)
+        shapes[name], dtypes[name], spans[name] = shape, dtype, (data_start + first, data_start + stop)
+        end, total = max(end, stop), total + stop - first
     if end > data_bytes:
         raise UserError(
             f"{path}: truncated, its header promises {end:,} bytes of tensors and {data_bytes:,} are there; "
@@ -385,11 +425,18 @@ def _check_header(path: Path, entries: Any, data_bytes: int) -> SafetensorsHeade
         raise UserError(
             f"{path}: {data_bytes - end:,} bytes longer than its header says; download or copy it again"
         )
-    return SafetensorsHeader(shapes, dtypes, {str(key): str(value) for key, value in metadata.items()})
+    if total != end:
+        raise UserError(
+            f"{path}: its tensors overlap or leave gaps ({total:,} bytes of tensors in {end:,}); download or copy it again"
+        )
+    texts = {str(key): str(value) for key, value in metadata.items()}
+    return SafetensorsHeader(shapes, dtypes, texts, spans)
 
 
-def _check_entry(path: Path, name: str, entry: Any) -> tuple[Shape, str, int]:
-    """Shape, dtype and end offset of one header entry, all checked against each other."""
+def _check_entry(path: Path, name: str, entry: Any) -> tuple[Shape, str, tuple[int, int]]:
+    """Shape, dtype, and first and end offset of one header entry, all checked against each other."""
+    if not name.isprintable():  # such as a line break, which would tear every message and table that shows it
+        raise UserError(f"{path}: its header names a tensor {name!r}; download or copy it again")
     damaged = UserError(f"{path}: the header entry of {name!r} is malformed; download or copy it again")
     if not isinstance(entry, dict):
         raise damaged
@@ -402,7 +449,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[Shape, str, int]:
         )
     if offsets[1] - offsets[0] != -(-math.prod(shape) * _DTYPE_BITS[dtype] // 8):
         raise damaged
-    return tuple(shape), dtype, offsets[1]
+    return tuple(shape), dtype, (offsets[0], offsets[1])
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
@@ -411,15 +458,17 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); download it again") from None
     weight_map = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path}: has no weight_map, so it is not an index of shards; download it again")
     for name, shard in weight_map.items():
+        if not name.isprintable():
+            raise UserError(f"{path}: names a tensor {name!r}; download it again")
         # A shard lies beside its index; anything else could point at any file of the machine.
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.isprintable():
             raise UserError(
                 f"{path}: names the shard {shard!r} for {name}, which is not a plain file name; download it again"
             )
@@ -452,7 +501,8 @@ def _file_size(path: Path) -> int:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
 
 
-def _dtype_name(tensor: "torch.Tensor") -> str:
+def dtype_name(tensor: "torch.Tensor") -> str:
+    """The tensor's dtype as safetensors spells it, such as "BF16"."""
     name = str(tensor.dtype).removeprefix("torch.")
     return _TORCH_DTYPE_NAMES.get(name, name.upper())
 

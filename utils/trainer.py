@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from utils.budget import Budget, Drift
 from utils.checkpoint import LoopState, latest_checkpoint
 from utils.checkpoint_writer import CheckpointWriter, SaveTimes, WriteFlags
 from utils.config.schema import TrainConfig
 from utils.data.prefetch import ReadAhead
 from utils.data.sampler import BatchPlan, MicroBatch, rank_slice
-from utils.delta_budget import ModuleDelta, over_cap, summarise
 from utils.distributed import Processes, gather_objects, is_shared, on_every_rank, on_main
 from utils.errors import TrainingStoppedError, UserError
 from utils.flow_matching import NUM_SIGMA_BINS, per_sample_loss, sigma_bin
@@ -118,6 +118,7 @@ class Trainer:
         run_dir: Path,
         metadata: Mapping[str, str],
         evaluation: Evaluation | None = None,
+        drift: Drift | None = None,
     ) -> None:
         self._config = config
         self._plan = plan
@@ -134,7 +135,9 @@ class Trainer:
         self._control = RunControl(run_dir, processes.is_main, config.checkpoint_every_n_minutes)
         self._writer = CheckpointWriter(run_dir, pipeline, config.keep_checkpoints)
         self._save_times: SaveTimes | None = None
-        self._warned: set[str] = set()
+        budget = config.budget
+        say = announce if processes.is_main else lambda text: None
+        self._budget = None if budget is None else Budget(budget, model, pipeline, drift, say)
 
     def run(self, state: LoopState) -> LoopState:
         """Train from `state` to the end, or until asked to stop, saving on the way. Every rank must call it.
@@ -159,7 +162,10 @@ class Trainer:
             while state.step < self.total_steps and self.stopped_by is None:
                 before = state
                 state, row = self._step(before, ahead)
-                over_budget = self._measure_budget(row)
+                due = self._saves_due(state, before)
+                if self._budget is not None:
+                    self._budget.measure(row, is_last=state.step == self.total_steps, saves=due.any)
+                    self._recorder.clear()  # neutral prompts went through the stages too
                 on_main(lambda row=row: writer.write(row) if writer is not None else None)  # type: ignore[misc]
                 if writer is not None and bar is not None:
                     bar.advance(
@@ -169,9 +175,10 @@ class Trainer:
                         lr=f"{row['lr']:.2e}",
                         grad=f"{row['grad_norm']:.3g}",
                     )
-                self._act_on_budget(over_budget, state.step)
+                if self._budget is not None:
+                    self._budget.act(state.step, self._what_is_left)
                 self._evaluate_if_due(state, before)
-                self._save_if_due(state, before)
+                self._save(state, due)
             self._writer.finish()
         return state
 
@@ -296,43 +303,6 @@ class Trainer:
         newest = latest_checkpoint(self._run_dir)
         return "there is no checkpoint yet" if newest is None else f"the last good checkpoint is {newest}"
 
-    # ------------------------------------------------------------------ budget
-
-    def _measure_budget(self, row: dict[str, Any]) -> Sequence[ModuleDelta]:
-        """Every `every_n_steps` and at the end: put the ratios into `row`; returns the modules over the cap, worst first."""
-        budget = self._config.budget
-        step = row["step"]
-        if budget is None or (step % budget.every_n_steps and step != self.total_steps):
-            return []
-        shares = gather_objects(self._model.deltas(self._pipeline.parameters))
-        deltas = list({delta.module: delta for share in shares for delta in share}.values())
-        if not deltas:
-            return []
-        overall = summarise(deltas).overall
-        # A base weight that is all zeros makes a ratio infinite, which JSON cannot say.
-        for key, value in (("max_delta_ratio", overall.max_ratio), ("mean_delta_ratio", overall.mean_ratio)):
-            row[key] = value if np.isfinite(value) else None
-        return over_cap(deltas, budget.max_delta_ratio)
-
-    def _act_on_budget(self, over: Sequence[ModuleDelta], step: int) -> None:
-        """Warn once per module, or stop."""
-        budget = self._config.budget
-        if budget is None or not over:
-            return
-        message = (
-            f"step {step}: {len(over)} adapted module(s) move their weights by more than "
-            f"budget.max_delta_ratio = {budget.max_delta_ratio:g}; the most is {over[0].module} with {over[0].ratio:.4f}"
-        )
-        if budget.action == "stop":
-            raise TrainingStoppedError(
-                f"{message}. budget.action = 'stop'; {self._what_is_left()}. Lower optimizer.lr or adapter.rank, or "
-                "raise the cap on purpose"
-            )
-        modules = {delta.module for delta in over}
-        if self._processes.is_main and modules - self._warned:
-            self._warned |= modules
-            announce(f"warning: {message}")
-
     # ------------------------------------------------------------------ evaluation
 
     def _evaluate_if_due(self, state: LoopState, before: LoopState) -> None:
@@ -347,7 +317,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ saving
 
-    def _save_if_due(self, state: LoopState, before: LoopState) -> None:
+    def _saves_due(self, state: LoopState, before: LoopState) -> "_DueSaves":
         config, step = self._config, state.step
         at_end = step == self.total_steps
         completed = self._plan.epoch_of(state.micro_batches_seen)
@@ -357,22 +327,48 @@ class Trainer:
         def every(interval: int | None, count: int) -> bool:
             return interval is not None and interval > 0 and count % interval == 0
 
-        if (ended and every(config.save_every_n_epochs, number)) or at_end:
-            self._export(f"epoch{number}", state, number)
-        if every(config.save_every_n_steps, step):
-            self._export(f"step{step}", state, number)
-        due = (ended and every(config.checkpoint_every_n_epochs, number)) or every(
-            config.checkpoint_every_n_steps, step
+        by_epoch = ended and every(config.checkpoint_every_n_epochs, number)
+        return _DueSaves(
+            epoch=number,
+            of_epoch=(ended and every(config.save_every_n_epochs, number)) or at_end,
+            of_step=every(config.save_every_n_steps, step),
+            checkpoint=by_epoch or every(config.checkpoint_every_n_steps, step) or at_end,
         )
-        if due or at_end or self._control.wants_checkpoint:
+
+    def _save(self, state: LoopState, due: "_DueSaves") -> None:
+        if due.of_epoch:
+            self._export(f"epoch{due.epoch}", state, due.epoch)
+        if due.of_step:
+            self._export(f"step{state.step}", state, due.epoch)
+        if due.checkpoint or self._control.wants_checkpoint:
             self._control.saving()
             self._save_times = self._writer.save(state, then=self._control.saved)
-        if self._control.wants_stop and not at_end:
+        if self._control.wants_stop and state.step != self.total_steps:
             self.stopped_by = self._control.reason
 
     def _export(self, name: str, state: LoopState, epoch: int) -> None:
         metadata = {**self._metadata, "step": str(state.step), "epoch": str(epoch)}
-        export_trained(self._pipeline, self._run_dir / name, self._model.export, metadata)
+
+        def export(trained: Mapping[str, Tensor], directory: Path, about: Mapping[str, str]) -> list[Path]:
+            within = trained if self._budget is None else self._budget.projected(trained)
+            return self._model.export(within, directory, about)
+
+        export_trained(self._pipeline, self._run_dir / name, export, metadata)
+
+
+@dataclass(frozen=True)
+class _DueSaves:
+    """What is saved after a step: the adapter or encoder under its epoch's or its step's name, a checkpoint."""
+
+    epoch: int
+    of_epoch: bool
+    of_step: bool
+    checkpoint: bool
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is."""
+        return self.of_epoch or self.of_step or self.checkpoint
 
 
 def total_steps(config: TrainConfig, plan: BatchPlan, state: LoopState) -> int:

@@ -123,6 +123,34 @@ class WanArch:
         }
 
 
+def _published(model_type: str, in_dim: int, out_dim: int, sizes: tuple[int, int, int, int]) -> WanArch:
+    dim, ffn_dim, num_heads, num_layers = sizes
+    return WanArch(
+        model_type=model_type,
+        dim=dim,
+        ffn_dim=ffn_dim,
+        freq_dim=256,
+        in_dim=in_dim,
+        out_dim=out_dim,
+        num_heads=num_heads,
+        num_layers=num_layers,
+        text_len=512,
+        eps=1e-6,
+        text_dim=4096,
+    )
+
+
+# The published models, by the name of their variant: to say what a foreign file is, and to make files of the real size.
+PUBLISHED: dict[str, WanArch] = {
+    info.name: _published(info.model_type, info.in_dim, info.out_dim, sizes)
+    for info, sizes in (
+        (VARIANTS["ti2v-5b"], (3072, 14336, 24, 30)),
+        (VARIANTS["t2v-a14b"], (5120, 13824, 40, 40)),
+        (VARIANTS["i2v-a14b"], (5120, 13824, 40, 40)),
+    )
+}
+
+
 def load_arch(config_path: Path, shapes: dict[str, Shape]) -> WanArch:
     """Read `config.json` and check it against the tensor shapes of the weights beside it.
 

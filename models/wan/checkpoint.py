@@ -45,6 +45,7 @@ __all__ = [
     "open_safetensors",
     "open_sharded",
     "open_text_encoder",
+    "open_text_encoder_part",
     "open_transformer",
     "open_vae",
     "open_weights",
@@ -94,6 +95,18 @@ def open_text_encoder(path: Path) -> TensorSource:
     Raises:
         UserError: the file is missing or damaged, is no UMT5 encoder, is quantised, or holds only a part of one.
     """
+    source = open_text_encoder_part(path)
+    if Path(path).suffix == ".safetensors":
+        _check_whole(Path(path), set(source.shapes))
+    return source
+
+
+def open_text_encoder_part(path: Path) -> TensorSource:
+    """The same for a file that may hold only some tensors, as `save_text_encoder_full = false` writes it.
+
+    Raises:
+        UserError: the file is missing or damaged, holds tensors of another model, or is quantised.
+    """
     path = Path(path)
     source = open_weights(path)
     if SCALED_FP8_MARK in source.shapes:
@@ -108,8 +121,6 @@ def open_text_encoder(path: Path) -> TensorSource:
         raise UserError(
             f"{path}: {error}; give UMT5's encoder alone (official or Hugging Face names)"
         ) from None
-    if path.suffix == ".safetensors":
-        _check_whole(path, set(names))
     return RenamedSource(source, names)
 
 

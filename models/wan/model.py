@@ -14,6 +14,7 @@ from models.wan.checkpoint import CheckpointPaths, TensorSource, open_text_encod
 from models.wan.evaluation import WanEvalBatches
 from models.wan.export import save_text_encoder
 from models.wan.layers import dit_layers, text_layers
+from models.wan.neutral_drift import NeutralDrift
 from utils.config.schema import TrainConfig
 from utils.data.manifest import SampleRecord
 from utils.data.sampler import MicroBatch
@@ -127,6 +128,25 @@ class WanModel:
             down, up, norm = parameters[down_name], parameters[up_name], self._base_norms[target]
             deltas.append(module_delta(target, down, up, scale_of(adapter), norm))
         return deltas
+
+    def scale_adapters(self, parameters: Mapping[str, Tensor], factors: Mapping[str, float]) -> None:
+        """See `TrainableModel`. B is scaled; A, and so the directions that are read, stay as they are."""
+        with torch.no_grad():
+            for module, factor in factors.items():
+                _, up_name = parameter_names(module)
+                if up_name in parameters:
+                    parameters[up_name].mul_(factor)
+
+    def neutral_drift(self) -> NeutralDrift | None:
+        """What measures the encoder's drift for `[budget]`; None where nothing has to be measured.
+
+        Raises:
+            UserError: the file of neutral prompts cannot be used.
+        """
+        budget = self._config.budget
+        if budget is None or budget.max_neutral_drift is None:
+            return None
+        return NeutralDrift(self.arch, self._paths.tokenizer_dir, budget.neutral_prompts)
 
     def export(
         self, trained: Mapping[str, Tensor], directory: Path, metadata: Mapping[str, str]

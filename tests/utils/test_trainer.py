@@ -104,6 +104,9 @@ class ToyModel:
     def deltas(self, parameters: Mapping[str, Tensor]) -> list[ModuleDelta]:
         return [ModuleDelta("blocks.0.x", 1, 1.0, self.delta, 1.0, self.delta, 1.0)] if self.delta else []
 
+    def scale_adapters(self, parameters: Mapping[str, Tensor], factors: Mapping[str, float]) -> None:
+        self.delta *= factors["blocks.0.x"]
+
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from utils.config.keywords import read_keywords
-from utils.config.schema import AdapterConfig, DatasetConfig, ModelConfig, Problem
+from utils.config.schema import AdapterConfig, BudgetConfig, DatasetConfig, ModelConfig, Problem
 from utils.errors import UserError
 
 
@@ -63,6 +63,13 @@ def _check_can_be_made(key: str, path: str) -> list[Problem]:
             )
         ]
     return []
+
+
+def check_budget_paths(budget: BudgetConfig) -> list[Problem]:
+    """The file of neutral prompts exists."""
+    if budget.neutral_prompts is None:
+        return []
+    return list(_check_exists("budget.neutral_prompts", budget.neutral_prompts, only_file=True))
 
 
 def _check_exists(key: str, path: str, only_file: bool = False) -> list[Problem]:

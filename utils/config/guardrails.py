@@ -80,16 +80,43 @@ def check_adapter_fits_mode(config: TrainConfig) -> list[Problem]:
     return []
 
 
-def check_budget_has_adapter(config: TrainConfig) -> list[Problem]:
-    """[budget] limits an adapter, so it needs one."""
-    if config.budget is None or config.adapter is not None:
+def check_budget_fits_mode(config: TrainConfig) -> list[Problem]:
+    """Every key of [budget] must limit something in this mode."""
+    budget, mode = config.budget, _clear_mode(config.model)
+    if budget is None or mode is None:
         return []
-    return [
-        Problem(
-            "budget",
-            "limits an adapter, and there is no [adapter]",
-            "take the section out, or add an [adapter]",
+    if mode == "dit_lora":
+        if config.adapter is None:  # said already
+            return []
+        given = [key for key in ("max_neutral_drift", "neutral_prompts") if getattr(budget, key) is not None]
+        reason = "would be ignored: in dit_lora the text encoder does not change"
+        return [Problem(f"budget.{key}", reason, "take it out") for key in given]
+    problems = []
+    if budget.max_neutral_drift is None:
+        reason = "is missing: in encoder_ft there is no adapter, so this budget would limit nothing"
+        problems.append(
+            Problem(
+                "budget.max_neutral_drift",
+                reason,
+                "write e.g. max_neutral_drift = 0.05, or take [budget] out",
+            )
         )
+    if budget.max_mean_delta_ratio is not None:
+        reason = "would be ignored: in encoder_ft there is no adapter"
+        problems.append(Problem("budget.max_mean_delta_ratio", reason, "take it out"))
+    if budget.action == "project":
+        reason = "is 'project', but an encoder's drift is no length that weights could be scaled back to"
+        problems.append(Problem("budget.action", reason, 'write action = "stop" or "warn"'))
+    return problems
+
+
+def check_projectable(config: TrainConfig) -> list[Problem]:
+    """Weights that are stored in bfloat16 cannot be put exactly on a cap."""
+    if config.budget is None or config.budget.action != "project" or config.optimizer.type != "adamw_kahan":
+        return []
+    reason = "is 'project', but optimizer.type = 'adamw_kahan' keeps the adapter in bfloat16, too coarse to lie on a cap"
+    return [
+        Problem("budget.action", reason, 'use optimizer.type = "adamw" or "adamw8bit", or action = "stop"')
     ]
 
 
@@ -210,7 +237,8 @@ RULES = (
     *CAPTION_RULES,
     *TARGET_RULES,
     Rule(check_blocks_range, ("adapter.train_blocks_range",)),
-    Rule(check_budget_has_adapter, ("adapter", "budget")),
+    Rule(check_budget_fits_mode, (*_MODE_KEYS, "adapter", "budget")),
+    Rule(check_projectable, ("budget.action", "optimizer.type")),
     Rule(check_noise_levels, ("model.min_t", "model.max_t")),
     Rule(check_sigmoid_scale, ("model.timestep_sample_method", "model.sigmoid_scale")),
     Rule(check_partition, ("partition_method", "partition_split", "pipeline_stages")),

@@ -16,6 +16,7 @@ from utils.config.dump import config_hash, dump_config, dump_dataset
 from utils.config.file_checks import (
     can_be_seen,
     check_adapter_paths,
+    check_budget_paths,
     check_dataset_paths,
     check_model_paths,
     check_output_path,
@@ -155,6 +156,8 @@ def _check_files(parsed: Parsed[TrainConfig], faulty: set[str], preflight: Prefl
     problems = [] if "output_dir" in parsed.invalid else check_output_path(config.output_dir)
     if config.adapter is not None:
         problems += check_adapter_paths(config.adapter)
+    if config.budget is not None:
+        problems += check_budget_paths(config.budget)
     if "model" in parsed.invalid:
         return problems
     problems += check_model_paths(config.model)

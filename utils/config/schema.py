@@ -169,13 +169,33 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
-    """`[budget]`: how far an adapter may move the weights."""
+    """`[budget]`: how far training may move an adapter's weights (dit_lora) or the encoder's states (encoder_ft)."""
 
     max_delta_ratio: float = option(
-        "Cap on ||dW||_F / ||W||_F of every adapted module.", 0.05, gt=0.0, le=1.0
+        "dit_lora: cap on ||dW||_F / ||W||_F of every adapted module.", 0.05, gt=0.0, le=1.0
     )
-    action: Literal["warn", "stop"] = option("What to do when a module passes the cap.", "warn")
-    every_n_steps: int = option("How often the ratios are computed.", 50, ge=1)
+    max_mean_delta_ratio: float | None = option(
+        "dit_lora: cap on the mean of these ratios over all adapted modules. Not set: none.",
+        None,
+        gt=0.0,
+        le=1.0,
+    )
+    max_neutral_drift: float | None = option(
+        "encoder_ft: cap on 1 - mean cosine between the states of neutral prompts now and before training. Required "
+        "there.",
+        None,
+        gt=0.0,
+        le=1.0,
+    )
+    neutral_prompts: str | None = option(
+        "encoder_ft: file of neutral prompts, one per line. Not set: configs/prompts/neutral.txt. The empty prompt and "
+        "Wan's negative prompt are always added.",
+        None,
+    )
+    action: Literal["warn", "project", "stop"] = option(
+        "What to do above a cap: say so, scale the adapter back onto it (dit_lora), or stop.", "warn"
+    )
+    every_n_steps: int = option("How often it is measured.", 50, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +318,7 @@ class TrainConfig:
     )
     model: ModelConfig = option("The model.")
     adapter: AdapterConfig | None = option("The adapter; dit_lora only.", None)
-    budget: BudgetConfig | None = option("Limits on the adapter.", None)
+    budget: BudgetConfig | None = option("Limits on how far training may go.", None)
     optimizer: OptimizerConfig = option("The optimizer.")
 
 

@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from models.wan.arch import PUBLISHED, expected_shapes
 from models.wan.checkpoint import EXPERT_DIRS
-from models.wan.names import dit_to_diffusers
+from models.wan.names import dit_to_diffusers, dit_to_official
 from utils.adapter_runs import find_adapter_file, last_save, newest_adapter_run, run_of_adapter
 from utils.config.load import load_config
 from utils.config.schema import BudgetConfig, Expert, TrainConfig
 from utils.errors import UserError
 from utils.files import combined_fingerprint
-from utils.lora_names import AdapterFile, kohya_aliases, read_adapter
+from utils.lora_names import AdapterFile, AdapterPair, kohya_aliases, read_adapter
 from utils.tensor_source import TensorSource, open_safetensors
 
 OUTPUT_ROOT = Path("output")
 _FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_TEXT_ENCODER_MODULES = ("lora_te", "text_encoder")
 _BASE_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
@@ -144,15 +146,11 @@ def read_fitting_adapter(subject: Subject, source: TensorSource) -> tuple[Adapte
     except UserError as error:
         raise UserError(f"{subject.transformer}: is no Wan DiT ({error}); check --base") from None
     adapter = read_adapter(subject.adapter, diffusers_aliases | kohya_aliases(base_keys))
-    mismatches = []
-    for module, pair in adapter.modules.items():
-        adapted = (pair.up.shape[0], math.prod(pair.down.shape[1:]))
-        if module not in base_keys:
-            mismatches.append(f"the base has no {module}")
-            continue
-        shape = source.shapes[base_keys[module]]
-        if adapted != (shape[0], math.prod(shape[1:])):
-            mismatches.append(f"{module} adapts {list(adapted)}, the base has {list(shape)}")
+    mismatches = [
+        problem
+        for module, pair in adapter.modules.items()
+        if (problem := _mismatch(module, pair, source, base_keys)) is not None
+    ]
     if mismatches:
         more = "; ..." if len(mismatches) > 10 else ""
         raise UserError(
@@ -169,27 +167,73 @@ def read_fitting_adapter(subject: Subject, source: TensorSource) -> tuple[Adapte
     return adapter, {module: base_keys[module] for module in adapter.modules}
 
 
+def _mismatch(module: str, pair: AdapterPair, source: TensorSource, base_keys: dict[str, str]) -> str | None:
+    """Why a module's adapter does not fit the base, with the variants that both shapes belong to; None where it does."""
+    adapted = (pair.up.shape[0], math.prod(pair.down.shape[1:]))
+    if module not in base_keys:
+        if module.startswith(_TEXT_ENCODER_MODULES):
+            return f"{module} belongs to a text encoder"
+        names = _variants(module, adapted)
+        return f"the base has no {module}{f' (that of {names} fits)' if names else ''}"
+    stored = source.shapes[base_keys[module]]
+    shape = (stored[0], math.prod(stored[1:]))
+    if adapted == shape:
+        return None
+    return f"{module} adapts {_with_variants(module, adapted)}, the base has {_with_variants(module, shape)}"
+
+
+def _with_variants(module: str, shape: tuple[int, int]) -> str:
+    names = _variants(module, shape)
+    return f"{list(shape)}{f' ({names})' if names else ''}"
+
+
+def _variants(module: str, shape: tuple[int, int]) -> str:
+    """The published models whose weight of this name has this shape, such as `t2v-a14b, i2v-a14b`."""
+    return ", ".join(
+        name
+        for name, sizes in PUBLISHED.items()
+        if (found := expected_shapes(sizes).get(f"{module}.weight")) is not None
+        and (found[0], math.prod(found[1:])) == shape
+    )
+
+
 def linear_weights(source: TensorSource) -> dict[str, str]:
-    """Official module paths of all weights that a LoRA can adapt, and their names in the files."""
+    """Official module paths of all weights that a LoRA can adapt, and their names in the files (also diffusers')."""
     keys = {}
     for key, shape in source.shapes.items():
         prefix = next((prefix for prefix in _BASE_PREFIXES if key.startswith(prefix)), "")
         if key.endswith(".weight") and len(shape) >= 2:
-            keys[key.removeprefix(prefix).removesuffix(".weight")] = key
+            keys[_official(key.removeprefix(prefix).removesuffix(".weight"))] = key
     return keys
+
+
+def _official(module: str) -> str:
+    """The official path of a module under diffusers' name; any other one as it stands."""
+    try:
+        return dit_to_official(module)
+    except UserError:
+        return module
 
 
 def choose_cap(name: str, flag: float | None, config: TrainConfig | None, where: Path | None) -> Cap:
     """The cap `name`: the flag, else the key of the config's [budget], else that key's default.
 
     Raises:
-        ValueError: neither the run's [budget] nor the default has a value, and no flag was given.
+        ValueError: nothing gives it a value (see `choose_optional_cap`).
     """
+    cap = choose_optional_cap(name, flag, config, where)
+    if cap is None:
+        raise ValueError(f"budget.{name} has no default")
+    return cap
+
+
+def choose_optional_cap(
+    name: str, flag: float | None, config: TrainConfig | None, where: Path | None
+) -> Cap | None:
+    """The same for a cap that need not be set: None where nothing sets it."""
     if flag is not None:
         return Cap(flag, f"--{name}")
     if config is not None and config.budget is not None and getattr(config.budget, name) is not None:
         return Cap(getattr(config.budget, name), f"[budget] of {where}")
     default = getattr(BudgetConfig(), name)
-    if default is None:
-        raise ValueError(f"budget.{name} has no default")
-    return Cap(default, "default")
+    return None if default is None else Cap(default, "default")

@@ -7,14 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from models.wan.arch import WanArch, expected_shapes
+from models.wan.arch import PUBLISHED, WanArch, expected_shapes
+from models.wan.checkpoint import open_transformer
 from models.wan.names import dit_to_diffusers
+from models.wan.probes.delta import measure_delta
+from models.wan.probes.subject import Subject
 from utils.report import read_summary
-from utils.tensor_source import open_sharded
+from utils.sparse_weights import write_sparse_safetensors
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "scripts" / "diagnostics" / "lora_delta_budget.py"
@@ -119,14 +123,8 @@ def write_adapter(
 
 
 def ratios_of(adapter, base):
-    subject = probe.Subject(adapter, base, None, None, None, ())
-    source = open_sharded(base)
-    return {delta.module: delta.ratio for delta in probe.measure(*probe_arguments(subject, source))}
-
-
-def probe_arguments(subject, source):
-    adapter, base_keys = probe.read_fitting_adapter(subject, source)
-    return adapter, source, base_keys
+    subject = Subject(adapter, base, None, None, None, ())
+    return {delta.module: delta.ratio for delta in measure_delta(subject, open_transformer(base)).deltas}
 
 
 SCALES = {
@@ -200,6 +198,7 @@ def test_the_whole_report(tmp_path, base, capsys):
     assert metrics["max_ratio"] == pytest.approx(0.05, abs=1e-6)
     assert metrics["mean_ratio"] == pytest.approx(0.05, abs=1e-6)
     assert (metrics["num_modules"], metrics["num_over_cap"], metrics["ranks"]) == (7, 0, [RANK])
+    assert metrics["num_weak"] == 0 and "max_spectral_ratio" not in metrics
     assert metrics["mean_effective_rank"] == pytest.approx(1.0, abs=1e-5)
     assert {name: group["num_modules"] for name, group in metrics["types"].items()} == {
         "cross_attn": 6,
@@ -231,6 +230,134 @@ def test_the_whole_report(tmp_path, base, capsys):
     text = (directory / "report.md").read_text()
     assert "**Verdict: PASS.** All 7 modules are within the cap of 0.05" in text and "![" in text
     assert str(directory) in capsys.readouterr().out
+
+
+def test_a_base_in_scaled_8_bits_and_one_under_diffusers_names(tmp_path, base):
+    """Weights of 20 and -20 are 1 and -1 in float8, with the scale 20 beside them."""
+    adapter = write_adapter(tmp_path / "adapter")
+    tensors = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    for name, shape in SHAPES.items():
+        tensors[name] = 20 * signs(*shape)
+        if name.removesuffix(".weight") in TARGETS:
+            tensors[name] = signs(*shape).to(torch.float8_e4m3fn)
+            tensors[name.removesuffix(".weight") + ".scale_weight"] = torch.tensor(20.0)
+    save_file(tensors, tmp_path / "scaled.safetensors")
+    renamed = {dit_to_diffusers(name): 20 * signs(*shape) for name, shape in SHAPES.items()}
+    save_file(renamed, tmp_path / "diffusers.safetensors")
+    for other in ("scaled.safetensors", "diffusers.safetensors"):
+        ratios = ratios_of(adapter, tmp_path / other)
+        assert list(ratios) == TARGETS
+        assert all(abs(ratio - 0.05) < 1e-6 for ratio in ratios.values()), other
+
+
+def test_the_mean_has_a_cap_of_its_own(tmp_path, base):
+    adapter = write_adapter(tmp_path / "adapter")
+    arguments = ("--adapter", adapter, "--base", base, "--max_delta_ratio", 0.06)
+    status, _, summary = run(tmp_path, *arguments, "--max_mean_delta_ratio", 0.049)
+    assert status == 1 and summary.caps["max_mean_delta_ratio"] == 0.049
+    assert "The mean ratio is 0.0500, over its cap of 0.049." in summary.explanation
+    assert (
+        run(tmp_path / "other", *arguments, "--max_mean_delta_ratio", 0.05)[0] == 0
+    )  # on the cap is within it
+    directory = write_run(
+        tmp_path / "output" / "run",
+        base,
+        rest="[budget]\nmax_delta_ratio = 0.06\nmax_mean_delta_ratio = 0.04",
+    )
+    status, _, summary = run(tmp_path / "run", "--adapter", directory)
+    assert status == 1 and summary.caps["max_mean_delta_ratio"] == 0.04
+
+
+def test_modules_that_do_hardly_anything_are_counted(tmp_path, base):
+    adapter = write_adapter(tmp_path / "adapter")
+    tensors = load_file(adapter)
+    tensors["diffusion_model.blocks.1.cross_attn.v.lora_B.weight"] *= 2.0**-10
+    save_file(tensors, adapter)
+    status, directory, summary = run(tmp_path, "--adapter", adapter, "--base", base)
+    assert status == 0 and summary.metrics["num_weak"] == 1
+    assert "1 of them do hardly anything" in summary.explanation
+    weak = [row["module"] for row in table(directory / "modules.csv") if row["is_weak"] == "True"]
+    assert weak == ["blocks.1.cross_attn.v"]
+
+
+def test_the_ratio_of_spectral_norms(tmp_path, base):
+    adapter = write_adapter(tmp_path / "adapter")
+    status, directory, summary = run(tmp_path, "--adapter", adapter, "--base", base, "--spectral")
+    assert status == 0
+    source = open_transformer(base)
+    for row in table(directory / "modules.csv"):
+        down, up = unit_pair(row["module"])
+        expected = torch.linalg.matrix_norm(up.double() @ down.double(), 2) / torch.linalg.matrix_norm(
+            source.get(f"{row['module']}.weight").double(), 2
+        )
+        # Largest relative error measured: 1.2e-7.
+        assert float(row["spectral_ratio"]) == pytest.approx(expected.item(), rel=1e-5)
+    assert summary.metrics["max_spectral_error"] < 1e-3
+    assert summary.metrics["max_spectral_ratio"] > summary.metrics["max_ratio"]  # all in one direction
+
+
+def test_the_base_is_read_once_for_all_time(tmp_path, base, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user_cache"))
+    adapter = write_adapter(tmp_path / "adapter")
+    arguments = ("--adapter", adapter, "--base", base)
+    counts = []
+    for number, extra in enumerate(((), (), ("--spectral",), ("--spectral",))):
+        _, _, summary = run(tmp_path / str(number), *arguments, *extra)
+        counts.append(summary.metrics["num_base_tensors_read"])
+        assert summary.metrics["max_ratio"] == pytest.approx(0.05, abs=1e-6)
+    assert counts == [6, 0, 6, 0]
+
+
+def test_a_kohya_file_that_lost_its_alpha_is_remarked(tmp_path, base, capsys):
+    adapter = write_adapter(tmp_path / "bare", naming="kohya")
+    _, _, summary = run(tmp_path, "--adapter", adapter, "--base", base)
+    assert any("no alpha for 6 of 6 modules" in note for note in summary.notes)
+    assert "no alpha for 6 of 6" in capsys.readouterr().out
+    whole = write_adapter(tmp_path / "whole", naming="kohya", alpha=RANK)
+    assert not run(tmp_path / "other", "--adapter", whole, "--base", base)[2].notes
+
+
+def test_the_variants_of_an_adapter_and_a_base_that_do_not_fit_are_named(tmp_path, capsys):
+    """Files with the published names and sizes, and no data."""
+    base = tmp_path / "wan22_5b.safetensors"
+    write_sparse_safetensors(base, expected_shapes(PUBLISHED["ti2v-5b"]))
+    targets = [f"blocks.{block}.cross_attn.{projection}" for block in (0, 35) for projection in "kv"]
+    tensors = {f"diffusion_model.{module}.lora_A.weight": torch.ones(2, 5120) for module in targets}
+    tensors |= {f"diffusion_model.{module}.lora_B.weight": torch.ones(5120, 2) for module in targets}
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    assert run(tmp_path, "--adapter", tmp_path / "adapter.safetensors", "--base", base)[0] == 2
+    error = capsys.readouterr().err
+    assert (
+        "blocks.0.cross_attn.k adapts [5120, 5120] (t2v-a14b, i2v-a14b), the base has [3072, 3072] (ti2v-5b)"
+        in error
+    )
+    assert "the base has no blocks.35.cross_attn.v (that of t2v-a14b, i2v-a14b fits)" in error
+    text = {
+        "lora_te1_block_0.lora_down.weight": torch.ones(2, 8),
+        "lora_te1_block_0.lora_up.weight": torch.ones(8, 2),
+    }
+    save_file(text, tmp_path / "text.safetensors")
+    assert run(tmp_path, "--adapter", tmp_path / "text.safetensors", "--base", base)[0] == 2
+    assert "lora_te1_block_0 belongs to a text encoder" in capsys.readouterr().err
+
+
+def test_no_product_of_the_size_of_a_weight_is_formed(tmp_path, base, monkeypatch):
+    """Every tensor that is computed on the way is smaller than the weight that it is about."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+                largest.append(result.numel())
+            return result
+
+    subject = Subject(write_adapter(tmp_path / "adapter"), base, None, None, None, ())
+    with Watch():
+        measure_delta(subject, open_transformer(base), norms_directory=tmp_path / "norms")
+    assert largest and max(largest) == RANK * RANK
 
 
 @pytest.mark.parametrize(
@@ -440,6 +567,18 @@ def cut_base(adapter, base):
     shard.write_bytes(shard.read_bytes()[:-10])
 
 
+def only_a(adapter, base):
+    save_file({"diffusion_model.blocks.0.cross_attn.k.lora_A.weight": torch.ones(2, 32)}, adapter)
+
+
+def empty_adapter(adapter, base):
+    save_file({}, adapter)
+
+
+def lokr_adapter(adapter, base):
+    save_file({"lora_unet_blocks_0_cross_attn_k.lokr_w1": torch.ones(2, 2)}, adapter)
+
+
 def remove_shard(adapter, base):
     (base / "diffusion_pytorch_model-00001-of-00002.safetensors").unlink()
 
@@ -470,6 +609,9 @@ def replace_base(base, **arguments):
         (spoil_adapter_values, "NaN"),
         (merge_adapter, "full weights"),
         (cut_adapter, "truncated"),
+        (only_a, "A or B is missing"),
+        (empty_adapter, "empty"),
+        (lokr_adapter, "LoKr"),
         (cut_base, "truncated"),
         (remove_shard, "missing"),
         (spoil_base_values, "NaN or infinite"),
@@ -484,6 +626,50 @@ def test_bad_input_is_one_line_and_leaves_no_report(tmp_path, capsys, spoil, wor
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
     assert not (tmp_path / "reports").exists()
+
+
+class Harmful:
+    """Unpickling it would run code."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("code_was_run"),))
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, base, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"blocks.0.cross_attn.k.lora_A.weight": Harmful()}, "adapter.pth")
+    assert run(tmp_path, "--adapter", "adapter.pth", "--base", base)[0] == 2
+    assert "read from .safetensors files only" in capsys.readouterr().err
+    adapter = write_adapter(tmp_path / "adapter")
+    assert run(tmp_path, "--adapter", adapter, "--base", "adapter.pth")[0] == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not Path("code_was_run").exists()
+
+
+def test_200_damaged_headers_are_never_a_crash_and_never_silence(tmp_path, base, capsys):
+    """Bits are flipped, or the file is cut, in the header of the adapter: a message, or a report about what is there."""
+    original = write_adapter(tmp_path / "adapter").read_bytes()
+    header = 8 + int.from_bytes(original[:8], "little")
+    random = np.random.default_rng(0)
+    statuses = []
+    for number in range(200):
+        data = bytearray(original)
+        if number % 4 == 3:
+            data = data[: int(random.integers(0, header))]
+        else:
+            data[int(random.integers(0, header))] ^= 1 << int(random.integers(0, 8))
+        adapter = tmp_path / f"damaged_{number}.safetensors"
+        adapter.write_bytes(data)
+        status, _, summary = run(tmp_path / str(number), "--adapter", adapter, "--base", base)
+        error = capsys.readouterr().err
+        statuses.append(status)
+        if status == 2:
+            assert error.startswith("error: ") and error.count("\n") == 1 and summary is None, error
+        else:
+            # The name of a metadata key or a space was hit, or bytes moved between tensors: then the numbers say so.
+            assert status in (0, 1, 3) and error == "" and summary is not None, (number, status, error)
+    assert statuses.count(2) > 150
 
 
 @pytest.mark.parametrize(

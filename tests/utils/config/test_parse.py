@@ -198,7 +198,8 @@ def test_a_misplaced_or_misspelt_key_is_shown_its_place(table, fix) -> None:
 def test_a_key_like_no_other_is_told_the_keys_of_its_section() -> None:
     assert (
         training_fix(budget={"qqqq": 1})
-        == "take it out; the keys here are max_delta_ratio, action, every_n_steps"
+        == "take it out; the keys here are max_delta_ratio, max_mean_delta_ratio, max_neutral_drift, neutral_prompts, "
+        "action, every_n_steps"
     )
 
 
