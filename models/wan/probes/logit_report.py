@@ -1,6 +1,5 @@
 """Logit ratios as a report shows them: inputs, numbers, tables and plots, the same in every probe that measures them."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -34,8 +33,8 @@ HOW_TO_READ = """\
 _SIDES = {"cross_attn": "cross-attention", "self_attn": "self-attention"}
 
 
-def add_logit_inputs(report: Report, comparison: Comparison, *, but: Sequence[Path] = ()) -> None:
-    """Name every file that the numbers come from, but those that are named already."""
+def add_logit_inputs(report: Report, comparison: Comparison) -> None:
+    """Name every file that the numbers come from."""
     files: list[tuple[str, Path]] = []
     if comparison.adapter is not None:
         files.append(("adapter", comparison.adapter.path))
@@ -46,7 +45,7 @@ def add_logit_inputs(report: Report, comparison: Comparison, *, but: Sequence[Pa
     if comparison.other is not None:
         files += [("against", path) for path in comparison.other.files]
     for role, path in files:
-        if path not in but and (role != "adapter_config" or path.is_file()):
+        if role != "adapter_config" or path.is_file():
             report.add_input(role, path)
 
 
@@ -61,7 +60,7 @@ def add_logit_results(report: Report, result: LogitResult, plan: LogitPlan, band
     report.metric("min_std_ratio", min(ratios), "the smallest of a block")
     report.metric("max_std_ratio", max(ratios), "the largest of a block")
     report.metric("mean_entropy_ratio", fmean(block.entropy_ratio for block in blocks), "mean over blocks")
-    report.metric("num_blocks_probed", len(blocks), "attentions that were looked at")
+    report.metric("num_probed_blocks", len(blocks), "attentions that were looked at")
     outside = [block.name for block in blocks if not band.has(block.std_ratio)]
     report.metric("blocks_outside", outside, "whose mean std ratio is outside the band")
     report.metric("num_heads_outside", sum(block.heads_outside for block in blocks), "each by itself")
@@ -69,10 +68,10 @@ def add_logit_results(report: Report, result: LogitResult, plan: LogitPlan, band
         values = [norm.ratio for norm in result.norms if norm.what == what]
         report.metric(f"mean_{what}_norm_ratio", fmean(values), _norm_meaning(what))
     report.metric("logit_inputs", "synthetic" if result.is_synthetic else "cached samples")
-    report.metric("num_inputs", result.num_inputs, "samples times noise levels, or random draws")
-    report.metric("sigmas", sigmas, "noise levels; none for random inputs")
-    report.metric("blocks", list(plan.blocks))
-    report.metric("attentions", list(plan.attentions))
+    report.metric("num_logit_inputs", result.num_inputs, "samples times noise levels, or random draws")
+    report.metric("probed_sigmas", sigmas, "noise levels; none for random inputs")
+    report.metric("probed_blocks", list(plan.blocks))
+    report.metric("probed_attentions", list(plan.attentions))
     report.metric("logit_seed", seed, "of samples and noise")
     if all(head.std == head.base_std for head in result.heads):
         report.note("no logit changes at all: every ratio is exactly 1")
@@ -162,7 +161,7 @@ def draw(result: LogitResult, attention: AttentionKind, band: Band) -> "Figure":
         above.plot(wrong, [means[place] for place in wrong], "o", color="tab:red", label="outside")
     above.set_ylabel("std ratio")
     above.grid(True, linewidth=0.3)
-    above.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    above.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4)
     reach = max(band.high - 1, 1 - band.low, float(np.abs(grid[np.isfinite(grid)] - 1).max(initial=0)))
     image = below.imshow(grid, aspect="auto", cmap="RdBu_r", norm=TwoSlopeNorm(1, 1 - reach, 1 + reach))
     below.set_ylabel("head")
