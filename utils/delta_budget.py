@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from utils.module_paths import block_of, type_of
+
 # A ratio that a projection has just put on its cap may lie above it by rounding; that is not over the cap.
 CAP_TOLERANCE = 1e-6
 _CHUNK_ELEMENTS = 1 << 22
@@ -158,17 +160,6 @@ def summarise(deltas: Sequence[ModuleDelta]) -> DeltaSummary:
         + ((_group("other", blocks[None]),) if None in blocks else ()),
         types=tuple(_group(name, types[name]) for name in sorted(types)),
     )
-
-
-def block_of(module: str) -> int | None:
-    """3 for `blocks.3.cross_attn.k`, None for a module outside the blocks."""
-    parts = module.split(".")
-    return int(parts[1]) if len(parts) > 2 and parts[0] == "blocks" and parts[1].isdecimal() else None
-
-
-def type_of(module: str) -> str:
-    """`cross_attn` for `blocks.3.cross_attn.k`, `head` for `head.head`."""
-    return module.split(".")[0 if block_of(module) is None else 2]
 
 
 def _grams(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

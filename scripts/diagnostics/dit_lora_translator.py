@@ -1,59 +1,58 @@
 """Probe: is this translator run acceptable?
 
-Three measurements in one report with one verdict: how far the adapter moves the weights (as lora_delta_budget), whether
-attention logits keep their scale (as attn_logit_probe), and the paired evaluation loss, adapter on against off, that the
-run itself has measured. See docs/diagnostics/dit_lora_translator.md.
+Delta budget, attention logits and paired evaluation loss of one adapter in one report, with the caps used and one verdict.
+See docs/diagnostics/dit_lora_translator.md.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import NamedTuple
 
 from models.wan.checkpoint import open_transformer
-from models.wan.probes.comparison import Comparison, compare_adapter
-from models.wan.probes.delta import choose_caps, judge_delta, measure_delta
+from models.wan.probes.base import arch_of, open_official
+from models.wan.probes.delta import DeltaCaps, DeltaResult, choose_caps, judge_delta, measure_delta
 from models.wan.probes.delta_report import add_delta_inputs, add_delta_results
-from models.wan.probes.logit_probe import add_logit_flags, band_of, measure_logits, plan_logits
-from models.wan.probes.logit_report import HOW_TO_READ as READING_LOGITS
-from models.wan.probes.logit_report import add_logit_results
-from models.wan.probes.logit_result import judge_logits
-from models.wan.probes.subject import OUTPUT_ROOT, Subject, choose_subject
+from models.wan.probes.logit_report import (
+    KINDS,
+    MAX_RATIO,
+    MIN_RATIO,
+    LogitResult,
+    add_logit_results,
+    judge_logits,
+)
+from models.wan.probes.logit_subject import LogitSubject, measure_logits
+from models.wan.probes.subject import Subject, choose_subject
 from utils.adapter_runs import run_of_adapter
-from utils.config.schema import BudgetConfig
-from utils.eval_records import EVAL_FILE
-from utils.eval_verdict import EvalEffect, judge_effects, read_effects
+from utils.errors import UserError
+from utils.eval_verdict import EvalEffect, read_effects
 from utils.probe_cli import add_flags, positive_float, probe_parser, run_probe
 from utils.report import Report, Verdict
 from utils.tensor_source import open_safetensors
 
 TOOL = "dit_lora_translator"
-QUESTION = "Is this translator run acceptable: weights near the base, attention at its scale, the loss lower?"
-HOW_TO_READ = f"""\
-- **delta**: ||scale * B A|| / ||W||, how far each adapted weight moves relative to its own size; per type and block.
-- **evaluation**: loss with the adapter minus without, paired over the same samples and noise; the interval is at 95 %.
-  Below 0 as a whole passes, above 0 as a whole fails, 0 inside is open.
-{READING_LOGITS}
-- None of this looks at a picture: only samples with a frozen seed do."""
+QUESTION = "Is this translator acceptable: small, gentle on attention, and better than no adapter on held-out samples?"
+HOW_TO_READ = """\
+- Three parts, one verdict: the whole fails if one part fails, and is inconclusive if one is and none fails.
+- **delta**: how far the adapter moves the weights ([lora_delta_budget](../../../docs/diagnostics/lora_delta_budget.md)).
+- **logits**: whether attention keeps its scale ([attn_logit_probe](../../../docs/diagnostics/attn_logit_probe.md)).
+- **evaluation**: the loss on held-out samples, with the adapter minus without it, each sample with itself. Below 0 is better; the
+  interval says whether that is more than chance."""
 NEXT_STEPS: dict[Verdict, str] = {
-    "pass": "- Look at samples with a frozen seed, adapter off and on, before the adapter is used.",
-    "fail": (
-        "- Look at the part that fails first; its own probe (`lora_delta_budget`, `attn_logit_probe`) shows more.\n"
-        "- Use an earlier save, a lower learning rate, or fewer targets; then look at samples with a frozen seed."
-    ),
+    "pass": "- Look at samples with a frozen seed, adapter off and on: numbers do not see how a picture is drawn.",
+    "fail": "- Start with the part that failed: the probe of its name says more about it.",
     "inconclusive": (
-        "- See which part is open. Without evaluations: set `eval_datasets` in the config and train again.\n"
-        "- An interval around 0 becomes narrower with more samples in the evaluated dataset.\n"
-        "- Look at samples with a frozen seed, adapter off and on."
+        "- No evaluation, or one that cannot tell: give the run `eval_datasets` with more held-out samples.\n"
+        "- An adapter that changes hardly anything: look at loss, learning rate and number of steps."
     ),
 }
 
 
-@dataclass(frozen=True)
-class Part:
-    """One of the three measurements and what it says."""
+class Part(NamedTuple):
+    """The verdict on one of the three parts."""
 
-    part: str
+    name: str
     verdict: Verdict
     explanation: str
 
@@ -62,109 +61,150 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = probe_parser(
         TOOL,
-        "Is this translator run acceptable? Delta budget, attention logits and paired evaluation loss in one report with\n"
-        "one verdict: fail if one of them fails, else inconclusive if one of them is, else pass.\n"
-        f"Without arguments: the newest run below {OUTPUT_ROOT}/.",
+        "Is this translator run acceptable? Delta budget, attention logits and paired evaluation loss in one report, with the\n"
+        "caps used and one verdict. Without arguments: the newest run below output/.",
     )
     add_flags(parser, "config", "base", "expert", "adapter", "device", "seed")
+    for name, what in (
+        (
+            "max_delta_ratio",
+            "cap on the ratio of every module (default: the run's [budget], else its default)",
+        ),
+        ("max_mean_delta_ratio", "cap on the mean over all modules (default: the run's [budget], else none)"),
+    ):
+        parser.add_argument(f"--{name}", metavar="X", type=positive_float, help=what)
     parser.add_argument(
-        "--max_delta_ratio",
+        "--min_ratio",
         metavar="X",
         type=positive_float,
-        help=f"cap on every module (default: the run's [budget], else {BudgetConfig().max_delta_ratio})",
+        default=MIN_RATIO,
+        help="logits (default: %(default)s)",
     )
     parser.add_argument(
-        "--max_mean_delta_ratio",
+        "--max_ratio",
         metavar="X",
         type=positive_float,
-        help="cap on the mean over all modules (default: the run's [budget], else none)",
+        default=MAX_RATIO,
+        help="logits (default: %(default)s)",
     )
-    add_logit_flags(parser)
+    parser.add_argument(
+        "--samples",
+        metavar="N",
+        type=int,
+        default=2,
+        help="samples of the cache for the logits (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--synthetic",
+        action="store_true",
+        help="logits on random inputs: needs no cache, and seconds on a CPU",
+    )
     return parser
 
 
 def probe(args: argparse.Namespace) -> Verdict:
-    """Measure, write the report, and return the verdict."""
-    band = band_of(args)
+    """Measure all three, write the report, and return the verdict."""
+    if args.samples < 1 or args.min_ratio > args.max_ratio:
+        raise UserError("--samples must be at least 1, and --min_ratio not above --max_ratio")
     subject = choose_subject(args)
     caps = choose_caps(subject, args.max_delta_ratio, args.max_mean_delta_ratio)
-    comparison = compare_adapter(subject)
-    plan = plan_logits(args, comparison)
-    report = Report(TOOL, QUESTION, args.reports_dir, args.run_tag, seed=args.seed)
-    effects, eval_remarks = evaluations(subject)
+    report = Report(TOOL, QUESTION, args.reports_dir, args.run_tag, args.seed)
     source = open_transformer(subject.transformer)
     delta = measure_delta(subject, source)
-    logits, logit_remarks = measure_logits(args, comparison, plan)
-    remarks = (*comparison.remarks, *delta.remarks, *plan.remarks, *logit_remarks, *eval_remarks)
-    for remark in dict.fromkeys(remarks):
+    logits, remarks = measure_part_of_logits(subject, delta, args)
+    effects = find_effects(subject)
+    for remark in dict.fromkeys((*subject.remarks, *delta.remarks, *remarks)):
         print(remark)
         report.note(remark)
     parts = [
         Part("delta", *judge_delta(delta.deltas, caps)),
-        Part("logits", *judge_logits(logits, band)),
+        Part("logits", *judge_logits(logits, args.min_ratio, args.max_ratio)),
         Part("evaluation", *judge_effects(effects)),
     ]
     verdict, explanation = judge(parts)
-    add_inputs(report, subject, comparison)
-    report.metric("parts", {part.part: part.verdict for part in parts})
-    report.table("parts", [asdict(part) for part in parts], "The three measurements")
-    add_delta_results(report, delta, caps, subject.expert)
-    add_logit_results(report, logits, plan, band, args.seed)
-    add_evaluation(report, effects)
+    add_delta_inputs(report, subject, source)
+    fill(report, args, subject, caps, delta, logits, effects, parts)
     directory = report.write(verdict, explanation, HOW_TO_READ, NEXT_STEPS[verdict])
     for part in parts:
-        print(f"  {part.part}: {part.verdict}: {part.explanation}")
+        print(f"  {part.name}: {part.verdict}: {part.explanation}")
     print(f"{verdict}: {explanation}\nreport: {directory}")
     return verdict
 
 
-def judge(parts: Sequence[Part]) -> tuple[Verdict, str]:
-    """One verdict: fail if a part fails, else inconclusive if a part is, else pass."""
-    named: dict[Verdict, list[str]] = {"fail": [], "inconclusive": [], "pass": []}
-    for part in parts:
-        named[part.verdict].append(f"{part.part} ({part.explanation.rstrip('.')})")
-    if named["fail"]:
-        also = f" Open: {'; '.join(named['inconclusive'])}." if named["inconclusive"] else ""
-        return "fail", f"Fails: {'; '.join(named['fail'])}.{also}"
-    if named["inconclusive"]:
-        return "inconclusive", f"Nothing fails, but open: {'; '.join(named['inconclusive'])}."
-    return "pass", f"All three pass: {'; '.join(named['pass'])}."
+def measure_part_of_logits(
+    subject: Subject, delta: DeltaResult, args: argparse.Namespace
+) -> tuple[LogitResult, list[str]]:
+    """Logits of cross-attention, and of self-attention where the adapter touches it, in its blocks; see `attn_logit_probe`."""
+    touches_self = any(".self_attn." in module for module in delta.adapter.modules)
+    base = open_official(subject.transformer)
+    arch = arch_of(subject.transformer, base)
+    chosen = LogitSubject(subject.transformer, subject.adapter, None, subject.config_path, subject, ())
+    args.tokens = 256
+    return measure_logits(
+        chosen, base, arch, None, KINDS["both" if touches_self else "cross"], args, (0.1, 0.5, 0.9), say=print
+    )
 
 
-def evaluations(subject: Subject) -> tuple[list[EvalEffect], list[str]]:
-    """What the adapter's run has measured at the step of the save, and remarks."""
+def find_effects(subject: Subject) -> list[EvalEffect]:
+    """What the run that the adapter lies in has evaluated at its step; nothing where it lies in none."""
     run = run_of_adapter(subject.adapter)
     if run is None:
-        return [], [f"{subject.adapter}: lies in no run, so there are no evaluations of it"]
-    saved = open_safetensors([subject.adapter]).metadata().get("step", "")
-    step = int(saved) if saved.isascii() and saved.isdecimal() else None
-    effects = read_effects(run.directory, step)
-    remarks = []
-    if step is None and effects:
-        remarks.append(f"{subject.adapter}: does not name its step, so the run's last evaluation counts")
-    late = next((effect for effect in effects if step is not None and effect.step != step), None)
-    if late is not None:
-        remarks.append(
-            f"warning: the adapter is that of step {step}, but the last evaluation of {late.dataset} until then was at step "
-            f"{late.step}"
-        )
-    return effects, remarks
+        return []
+    step = open_safetensors([subject.adapter]).metadata().get("step", "")
+    return read_effects(run.directory, int(step) if step.isdigit() else None)
 
 
-def add_inputs(report: Report, subject: Subject, comparison: Comparison) -> None:
-    """Name every file that the numbers come from."""
-    add_delta_inputs(report, subject, comparison.base)
-    run = run_of_adapter(subject.adapter)
-    if run is not None and (run.directory / EVAL_FILE).is_file():
-        report.add_input("evaluations", run.directory / EVAL_FILE)
+def judge_effects(effects: Sequence[EvalEffect]) -> tuple[Verdict, str]:
+    """Fail if one dataset got worse, pass if one got better and none worse."""
+    if not effects:
+        return "inconclusive", "The run has no evaluation to hold the adapter against; give it eval_datasets."
+    verdicts = {effect.dataset: effect.verdict for effect in effects}
+    chosen: Verdict = (
+        "fail" if "fail" in verdicts.values() else "pass" if "pass" in verdicts.values() else "inconclusive"
+    )
+    word = {"fail": "got worse", "pass": "got better", "inconclusive": "cannot be told from chance"}[chosen]
+    said = [describe(effect) for effect in effects if effect.verdict == chosen]
+    return chosen, f"The loss {word}: {'; '.join(said)}."
 
 
-def add_evaluation(report: Report, effects: Sequence[EvalEffect]) -> None:
-    """The loss with the adapter on and off, per dataset."""
-    rows = [asdict(effect) | {"verdict": effect.verdict} for effect in effects]
-    report.metric("evaluation", rows)
-    report.metric("num_evaluated_datasets", len(effects), "with the adapter on and off")
-    report.table("evaluation", rows, "Loss, adapter on against off")
+def describe(effect: EvalEffect) -> str:
+    """One evaluation in a few words."""
+    if effect.effect is None:
+        return f"{effect.dataset}: not finite"
+    ends = "" if effect.low is None or effect.high is None else f" ({effect.low:+.3g} to {effect.high:+.3g})"
+    return f"{effect.dataset} {effect.effect:+.3g}{ends} against {effect.against}, {effect.num_samples} sample(s)"
+
+
+def judge(parts: Sequence[Part]) -> tuple[Verdict, str]:
+    """The verdict on the whole, and the sentence that explains it."""
+    for verdict in ("fail", "inconclusive"):
+        found = [part for part in parts if part.verdict == verdict]
+        if found:
+            return verdict, " ".join(f"{part.name}: {part.explanation}" for part in found)
+    return "pass", " ".join(f"{part.name}: {part.explanation}" for part in parts)
+
+
+def fill(
+    report: Report,
+    args: argparse.Namespace,
+    subject: Subject,
+    caps: DeltaCaps,
+    delta: DeltaResult,
+    logits: LogitResult,
+    effects: Sequence[EvalEffect],
+    parts: Sequence[Part],
+) -> None:
+    """Numbers, tables and plots of all parts."""
+    lines = [f"- **{part.name}: {part.verdict}.** {part.explanation}" for part in parts]
+    report.section("The three parts", "\n".join(lines))
+    report.metric("parts", {part.name: part.verdict for part in parts})
+    report.metric("logit_inputs", "random" if args.synthetic else f"{args.samples} cached sample(s)")
+    add_delta_results(report, delta, caps, subject.expert)
+    add_logit_results(report, logits, args.min_ratio, args.max_ratio)
+    report.metric("evaluation", {effect.dataset: asdict(effect) for effect in effects})
+    if effects:
+        rows = [asdict(effect) | {"verdict": effect.verdict} for effect in effects]
+        report.table("evaluation", rows, "Paired evaluation loss")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from models.wan.checkpoint import open_transformer
-from models.wan.probes.delta import choose_caps, judge_delta, measure_delta
+from models.wan.probes.delta import WEAK_RATIO, choose_caps, judge_delta, measure_delta
 from models.wan.probes.delta_report import add_delta_inputs, add_delta_results
 from models.wan.probes.subject import OUTPUT_ROOT, choose_subject
 from utils.config.schema import BudgetConfig
@@ -63,9 +63,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="cap on the mean over all modules (default: the run's [budget], else none)",
     )
     parser.add_argument(
+        "--min_delta_ratio",
+        metavar="X",
+        type=positive_float,
+        default=WEAK_RATIO,
+        help="a module below it does hardly anything; where all are, the verdict is inconclusive (default: %(default)s)",
+    )
+    parser.add_argument(
         "--spectral",
         action="store_true",
-        help="also report the ratio of spectral norms; the first time for a base this takes seconds a module",
+        help="also report the ratio of spectral norms; the first time for a base this takes a second or two a module at the size of A14B",
     )
     return parser
 
@@ -73,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
 def probe(args: argparse.Namespace) -> Verdict:
     """Measure, write the report, and return the verdict."""
     subject = choose_subject(args)
-    caps = choose_caps(subject, args.max_delta_ratio, args.max_mean_delta_ratio)
+    caps = choose_caps(subject, args.max_delta_ratio, args.max_mean_delta_ratio, args.min_delta_ratio)
     report = Report(TOOL, QUESTION, args.reports_dir, args.run_tag)
     source = open_transformer(subject.transformer)
     result = measure_delta(subject, source, spectral=args.spectral)

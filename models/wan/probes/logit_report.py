@@ -1,173 +1,334 @@
-"""Logit ratios as a report shows them: inputs, numbers, tables and plots, the same in every probe that measures them."""
+"""Attention logits measured over blocks, heads and noise levels, judged, and as a report shows them."""
 
-from dataclasses import asdict
-from pathlib import Path
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from models.wan.probes.comparison import Comparison
-from models.wan.probes.logit_probe import LogitPlan
-from models.wan.probes.logit_result import (
-    AttentionKind,
-    Band,
-    BlockRatio,
-    HeadLogits,
-    LogitResult,
-    block_ratios,
-    mean_over_levels,
-)
 from utils.report import Report
+from utils.report_summary import Verdict
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
 
-HOW_TO_READ = """\
-- **std ratio**: per query, the standard deviation of its logits over all keys; averaged over queries and samples; adapted
-  to base. The softmax does not feel a shift of all logits, only this spread. Above 1, attention becomes sharper, below 1
-  flatter. What is judged is the mean over heads and noise levels of each block.
-- **entropy ratio** of the attention itself, in the same way. It falls where attention becomes sharper.
-- **heads outside** the band do not fail a block whose mean is inside, but a block with many of them listens otherwise.
-- Cross-attention sees the caption and, up to 512 rows, the padding, as in the official model.
-- **norm ratio** of k is taken before `norm_k`, over the rows of captions: a pure change of its length is undone by
-  `norm_k` and moves no logit. That of v says how much louder or softer the text speaks."""
-_SIDES = {"cross_attn": "cross-attention", "self_attn": "self-attention"}
+    from models.wan.arch import WanArch
+    from models.wan.probes.activations_stream import Stream
+    from models.wan.probes.logits import Inputs
+    from models.wan.stages import TextWire
+    from utils.lora_names import AdapterPair
+    from utils.tensor_source import TensorSource
+
+Kind = Literal["cross_attn", "self_attn"]
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "cross": ("cross_attn",),
+    "self": ("self_attn",),
+    "both": ("cross_attn", "self_attn"),
+}
+MIN_RATIO, MAX_RATIO = 0.9, 1.1
+# Ratios closer to 1 than this differ by rounding in float32.
+_ROUNDING = 1e-5
 
 
-def add_logit_inputs(report: Report, comparison: Comparison) -> None:
-    """Name every file that the numbers come from."""
-    files: list[tuple[str, Path]] = []
-    if comparison.adapter is not None:
-        files.append(("adapter", comparison.adapter.path))
-        files.append(("adapter_config", comparison.adapter.path.with_name("adapter_config.json")))
-    if comparison.config_path is not None:
-        files.append(("config", comparison.config_path))
-    files += [("base", path) for path in comparison.base.files]
-    if comparison.other is not None:
-        files += [("against", path) for path in comparison.other.files]
-    for role, path in files:
-        if role != "adapter_config" or path.is_file():
-            report.add_input(role, path)
+@dataclass(frozen=True)
+class HeadRow:
+    """One head of one attention at one noise level (NaN for random inputs), averaged over samples and queries."""
+
+    block: int
+    attention: str
+    sigma: float
+    head: int
+    std_base: float
+    std_adapted: float
+    std_ratio: float
+    entropy_base: float
+    entropy_adapted: float
+    entropy_ratio: float
 
 
-def add_logit_results(report: Report, result: LogitResult, plan: LogitPlan, band: Band, seed: int) -> None:
-    """Numbers, tables and plots."""
-    blocks = block_ratios(result.heads, band)
-    sigmas = sorted({head.sigma for head in result.heads if head.sigma is not None})
-    report.cap("min_logit_ratio", band.low, "a block's mean std ratio below it fails")
-    report.cap("max_logit_ratio", band.high, "a block's mean std ratio above it fails")
-    ratios = [block.std_ratio for block in blocks]
-    report.metric("mean_std_ratio", fmean(ratios), "spread of the logits, adapted to base: mean over blocks")
-    report.metric("min_std_ratio", min(ratios), "the smallest of a block")
-    report.metric("max_std_ratio", max(ratios), "the largest of a block")
-    report.metric("mean_entropy_ratio", fmean(block.entropy_ratio for block in blocks), "mean over blocks")
-    report.metric("num_probed_blocks", len(blocks), "attentions that were looked at")
-    outside = [block.name for block in blocks if not band.has(block.std_ratio)]
-    report.metric("blocks_outside", outside, "whose mean std ratio is outside the band")
-    report.metric("num_heads_outside", sum(block.heads_outside for block in blocks), "each by itself")
-    for what in ("k", "v"):
-        values = [norm.ratio for norm in result.norms if norm.what == what]
-        report.metric(f"mean_{what}_norm_ratio", fmean(values), _norm_meaning(what))
-    report.metric("logit_inputs", "synthetic" if result.is_synthetic else "cached samples")
-    report.metric("num_logit_inputs", result.num_inputs, "samples times noise levels, or random draws")
-    report.metric("probed_sigmas", sigmas, "noise levels; none for random inputs")
-    report.metric("probed_blocks", list(plan.blocks))
-    report.metric("probed_attentions", list(plan.attentions))
-    report.metric("logit_seed", seed, "of samples and noise")
-    if all(head.std == head.base_std for head in result.heads):
-        report.note("no logit changes at all: every ratio is exactly 1")
-    report.table("logit_blocks", [_block_row(block, result) for block in blocks], "Logits per block", 48)
-    report.table("logit_levels", _level_rows(result), "Logits per noise level")
-    report.table("logit_heads", _head_rows(result, band), "Logits per head", inline_rows=0)
-    for attention in plan.attentions:
-        title = f"Spread of the logits in {_SIDES[attention]}, adapted to base"
-        report.plot(f"logit_ratio_{attention}", draw(result, attention, band), title)
+@dataclass(frozen=True)
+class LengthRow:
+    """Mean lengths of keys before `norm_k` and of values in one attention, and what became of them."""
+
+    block: int
+    attention: str
+    key_base: float
+    key_ratio: float
+    value_base: float
+    value_ratio: float
 
 
-def _norm_meaning(what: str) -> str:
+@dataclass(frozen=True)
+class BlockRow:
+    """One attention over all heads and noise levels."""
+
+    block: int
+    attention: str
+    mean_std_ratio: float
+    min_std_ratio: float
+    max_std_ratio: float
+    mean_entropy_ratio: float
+    key_ratio: float
+    value_ratio: float
+
+
+@dataclass(frozen=True)
+class LogitResult:
+    """All that was measured."""
+
+    heads: tuple[HeadRow, ...]
+    lengths: tuple[LengthRow, ...]
+    blocks: tuple[BlockRow, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two models that are held against each other: a base, and with an adapter or another checkpoint."""
+
+    base: "TensorSource"
+    other: "TensorSource"
+    adapter: "Mapping[str, AdapterPair]"
+    arch: "WanArch"
+    device: "torch.device"
+
+
+class _Collector:
+    """Sums over samples: one entry per (block, attention, sigma)."""
+
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
+        self._spreads: dict[tuple[int, str, float], list[Any]] = defaultdict(list)
+        self._lengths: dict[tuple[int, str], list[Any]] = defaultdict(list)
+        self._loaded: tuple[int, dict[str, Any]] = (-1, {})
+
+    def look(self, block: int, sigma: float, kind: Kind, inputs: "Inputs") -> None:
+        """Measure both models on the same inputs."""
+        from models.wan.probes.logits import lengths_of, spread_of
+
+        base, other = self._attentions(block, kind)
+        self._spreads[block, kind, sigma].append((spread_of(base, inputs), spread_of(other, inputs)))
+        self._lengths[block, kind].append((lengths_of(base, inputs), lengths_of(other, inputs)))
+
+    def result(self) -> LogitResult:
+        """Rows in the order of blocks, attentions, noise levels and heads."""
+        from models.wan.probes.logits import Spread, head_ratios
+
+        heads = []
+        for (block, kind, sigma), found in sorted(self._spreads.items()):
+            base, other = (
+                Spread(
+                    sum(spreads[side].std_N for spreads in found) / len(found),
+                    sum(spreads[side].entropy_N for spreads in found) / len(found),
+                )
+                for side in (0, 1)
+            )
+            for head, std_ratio, entropy_ratio in head_ratios(base, other):
+                heads.append(
+                    HeadRow(
+                        block,
+                        kind,
+                        sigma,
+                        head,
+                        float(base.std_N[head]),
+                        float(other.std_N[head]),
+                        std_ratio,
+                        float(base.entropy_N[head]),
+                        float(other.entropy_N[head]),
+                        entropy_ratio,
+                    )
+                )
+        lengths = []
+        for (block, kind), found in sorted(self._lengths.items()):
+            key, value = (fmean(getattr(one, name) for one, _ in found) for name in ("key", "value"))
+            key_after, value_after = (
+                fmean(getattr(two, name) for _, two in found) for name in ("key", "value")
+            )
+            lengths.append(
+                LengthRow(block, kind, key, _over(key_after, key), value, _over(value_after, value))
+            )
+        return LogitResult(tuple(heads), tuple(lengths), _block_rows(heads, lengths))
+
+    def _attentions(self, block: int, kind: Kind) -> Any:
+        from models.wan.probes.logits import load_attention
+
+        if self._loaded[0] != block:
+            self._loaded = (block, {})
+        if kind not in self._loaded[1]:
+            pair = self._pair
+            self._loaded[1][kind] = (
+                load_attention(pair.base, pair.arch, block, kind, pair.device),
+                load_attention(pair.other, pair.arch, block, kind, pair.device, pair.adapter),
+            )
+        return self._loaded[1][kind]
+
+
+def measure_cached(
+    pair: Pair,
+    wires: "Sequence[tuple[str, float, TextWire]]",
+    blocks: Sequence[int],
+    kinds: Sequence[Kind],
+    dtype: "torch.dtype",
+    on_block: Callable[[int], None],
+) -> LogitResult:
+    """Measure on samples: both models see what the base computes up to each block.
+
+    Args:
+        pair: the two models.
+        wires: (sample, sigma, input of the DiT), one sample each.
+        blocks: which to measure.
+        kinds: which attentions.
+        dtype: in which the base computes its activations.
+        on_block: hears of each block that is done.
+    """
+    from models.wan.probes.activations_stream import BaseForward, walk
+
+    collector = _Collector(pair)
+
+    def look(block: int, stream: "Stream", kind: Kind, inputs: "Inputs") -> None:
+        collector.look(block, stream.sigma, kind, inputs)
+
+    forward = BaseForward(pair.base, pair.arch, dtype, pair.device)
+    for block in walk(forward, forward.begin(wires), blocks, kinds, look):
+        on_block(block)
+    return collector.result()
+
+
+def measure_synthetic(
+    pair: Pair, blocks: Sequence[int], kinds: Sequence[Kind], seed: int, num_tokens: int
+) -> LogitResult:
+    """Measure on random inputs: of the checkpoint only the attentions that are measured are read."""
+    from models.wan.probes.logits import synthetic_inputs
+
+    collector = _Collector(pair)
+    for block in blocks:
+        for kind in kinds:
+            inputs = synthetic_inputs(pair.arch, block, kind, seed, num_tokens)
+            collector.look(block, math.nan, kind, inputs.to(pair.device))
+    return collector.result()
+
+
+def judge_logits(result: LogitResult, min_ratio: float, max_ratio: float) -> tuple[Verdict, str]:
+    """The verdict and the sentence that explains it: by each attention's mean over heads and noise levels."""
+    outside = [row for row in result.blocks if not min_ratio <= row.mean_std_ratio <= max_ratio]
+    worst = max(result.blocks, key=lambda row: _distance(row.mean_std_ratio))
+    where = f"block {worst.block} ({worst.attention}) with {worst.mean_std_ratio:.4f}"
+    if outside:
+        return (
+            "fail",
+            f"{len(outside)} of {len(result.blocks)} attentions have logits whose spread left {min_ratio:g} to {max_ratio:g}; "
+            f"the farthest is {where}.",
+        )
+    moved = [row.mean_std_ratio for row in result.blocks]
+    moved += [row.key_ratio for row in result.blocks] + [row.value_ratio for row in result.blocks]
+    if all(_distance(ratio) < math.log1p(_ROUNDING) for ratio in moved):
+        return "inconclusive", "Nothing changes: logits, keys and values are those of the base."
     return (
-        "norm of the keys before norm_k, adapted to base" if what == "k" else "norm of the values, likewise"
+        "pass",
+        f"The logits keep their spread in all {len(result.blocks)} attentions; the farthest from 1 is {where}.",
     )
 
 
-def _block_row(block: BlockRatio, result: LogitResult) -> dict[str, Any]:
-    """One line of logit_blocks.csv."""
-    row = {"attention": block.attention, "block": block.block, "std_ratio": block.std_ratio}
-    row |= {name: value for name, value in asdict(block).items() if name not in row}
-    for norm in result.norms:
-        if (norm.attention, norm.block) == (block.attention, block.block):
-            row[f"base_{norm.what}_norm"] = norm.base_norm
-            row[f"{norm.what}_norm"] = norm.norm
-            row[f"{norm.what}_norm_ratio"] = norm.ratio
-    return row
+def add_logit_results(report: Report, result: LogitResult, min_ratio: float, max_ratio: float) -> None:
+    """Numbers, tables and the plot."""
+    report.cap("min_logit_ratio", min_ratio, "an attention whose mean ratio is below it fails")
+    report.cap("max_logit_ratio", max_ratio, "an attention whose mean ratio is above it fails")
+    ratios = [row.mean_std_ratio for row in result.blocks]
+    worst = max(result.blocks, key=lambda row: _distance(row.mean_std_ratio))
+    report.metric(
+        "mean_std_ratio", fmean(ratios), "spread of the logits, adapted over base, mean over attentions"
+    )
+    report.metric("min_std_ratio", min(ratios), "smallest of the attentions' means")
+    report.metric("max_std_ratio", max(ratios), "largest of the attentions' means")
+    report.metric("worst_block", worst.block, "the block farthest from 1")
+    report.metric(
+        "mean_entropy_ratio", fmean(row.mean_entropy_ratio for row in result.blocks), "the same of entropy"
+    )
+    outside = sum(not min_ratio <= row.std_ratio <= max_ratio for row in result.heads)
+    report.metric(
+        "num_heads_outside",
+        outside,
+        "heads (at a noise level) outside the band; they do not fail by themselves",
+    )
+    report.metric("num_heads", len(result.heads), "heads and noise levels measured")
+    report.metric(
+        "max_key_ratio", max(row.key_ratio for row in result.blocks), "length of keys before norm_k, largest"
+    )
+    report.metric(
+        "max_value_ratio", max(row.value_ratio for row in result.blocks), "length of values, largest"
+    )
+    report.table("logit_blocks", [vars(row) for row in result.blocks], "Logits per block", inline_rows=48)
+    rows = sorted(result.heads, key=lambda row: -_distance(row.std_ratio))
+    report.table(
+        "logit_heads", [vars(row) for row in rows], "Logits per head, farthest from 1 first", inline_rows=10
+    )
+    report.table(
+        "lengths", [vars(row) for row in result.lengths], "Lengths of keys and values", inline_rows=10
+    )
+    report.plot(
+        "logit_ratio_per_block",
+        _draw(result, min_ratio, max_ratio),
+        "Spread of the logits, adapted over base",
+    )
 
 
-def _level_rows(result: LogitResult) -> list[dict[str, Any]]:
-    """Lines of logit_levels.csv: means over blocks and heads."""
-    groups: dict[tuple[str, float | None], list[HeadLogits]] = {}
-    for head in result.heads:
-        groups.setdefault((head.attention, head.sigma), []).append(head)
-    return [
-        {
-            "attention": attention,
-            "sigma": sigma,
-            "std_ratio": fmean(head.std_ratio for head in heads),
-            "entropy_ratio": fmean(head.entropy_ratio for head in heads),
-            "base_std": fmean(head.base_std for head in heads),
-            "base_entropy": fmean(head.base_entropy for head in heads),
-        }
-        for (attention, sigma), heads in groups.items()
-    ]
+def _block_rows(heads: Sequence[HeadRow], lengths: Sequence[LengthRow]) -> tuple[BlockRow, ...]:
+    grouped: dict[tuple[int, str], list[HeadRow]] = defaultdict(list)
+    for row in heads:
+        grouped[row.block, row.attention].append(row)
+    length_of = {(row.block, row.attention): row for row in lengths}
+    return tuple(
+        BlockRow(
+            block,
+            attention,
+            fmean(row.std_ratio for row in rows),
+            min(row.std_ratio for row in rows),
+            max(row.std_ratio for row in rows),
+            fmean(row.entropy_ratio for row in rows),
+            length_of[block, attention].key_ratio,
+            length_of[block, attention].value_ratio,
+        )
+        for (block, attention), rows in sorted(grouped.items())
+    )
 
 
-def _head_rows(result: LogitResult, band: Band) -> list[dict[str, Any]]:
-    """Lines of logit_heads.csv."""
-    return [
-        asdict(head)
-        | {
-            "std_ratio": head.std_ratio,
-            "entropy_ratio": head.entropy_ratio,
-            "is_outside": not band.has(head.std_ratio),
-        }
-        for head in result.heads
-    ]
+def _over(one: float, other: float) -> float:
+    return one / other if other else math.nan
 
 
-def draw(result: LogitResult, attention: AttentionKind, band: Band) -> "Figure":
-    """Above: each block's mean ratio with the band and the range of its heads. Below: block by head."""
-    import numpy as np
-    from matplotlib.colors import TwoSlopeNorm
+def _distance(ratio: float) -> float:
+    """How far from 1, up and down alike; what is not a number is farthest."""
+    return abs(math.log(ratio)) if ratio > 0 and math.isfinite(ratio) else math.inf
+
+
+def _draw(result: LogitResult, min_ratio: float, max_ratio: float) -> "Figure":
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    blocks = [one for one in block_ratios(result.heads, band) if one.attention == attention]
-    numbers = [block.block for block in blocks]
-    means = [block.std_ratio for block in blocks]
-    by_place = {
-        (block, head): ratio
-        for (kind, block, head), ratio in mean_over_levels(result.heads).items()
-        if kind == attention
-    }
-    num_heads = 1 + max(head for _, head in by_place)
-    grid = np.array([[by_place[block, head] for block in numbers] for head in range(num_heads)])
-    places = range(len(numbers))
-    figure = Figure(figsize=(8.5, 5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    above.axhspan(band.low, band.high, color="tab:green", alpha=0.12, label=f"band {band}")
-    above.axhline(1, color="black", linewidth=0.8)
-    low, high = grid.min(0), grid.max(0)
-    above.vlines(places, low, high, color="tab:blue", alpha=0.5, linewidth=2, label="range of heads")
-    above.plot(places, means, "o-", markersize=4, linewidth=1, label="mean of heads")
-    wrong = [place for place in places if not band.has(means[place])]
-    if wrong:
-        above.plot(wrong, [means[place] for place in wrong], "o", color="tab:red", label="outside")
-    above.set_ylabel("std ratio")
-    above.grid(True, linewidth=0.3)
-    above.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4)
-    reach = max(band.high - 1, 1 - band.low, float(np.abs(grid[np.isfinite(grid)] - 1).max(initial=0)))
-    image = below.imshow(grid, aspect="auto", cmap="RdBu_r", norm=TwoSlopeNorm(1, 1 - reach, 1 + reach))
-    below.set_ylabel("head")
-    below.set_xlabel("block")
-    shown = places[:: max(1, len(numbers) // 20)]
-    below.set_xticks(shown, [str(numbers[place]) for place in shown])
-    below.set_yticks(range(0, num_heads, max(1, num_heads // 6)))
-    figure.colorbar(image, ax=below, label="std ratio")
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.axhspan(min_ratio, max_ratio, color="0.92", label="pass band")
+    axes.axhline(1.0, color="0.6", linewidth=0.8)
+    for attention in sorted({row.attention for row in result.blocks}):
+        rows = [row for row in result.blocks if row.attention == attention]
+        blocks = [row.block for row in rows]
+        low = [row.mean_std_ratio - row.min_std_ratio for row in rows]
+        high = [row.max_std_ratio - row.mean_std_ratio for row in rows]
+        means = [row.mean_std_ratio for row in rows]
+        axes.errorbar(
+            blocks,
+            means,
+            yerr=(low, high),
+            marker="o",
+            markersize=4,
+            linewidth=1.2,
+            capsize=2,
+            label=attention,
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("block (bars: from the lowest to the highest head)")
+    axes.set_ylabel("std of logits, adapted / base")
+    axes.grid(True, linewidth=0.3)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -1,0 +1,160 @@
+"""What the logit probe compares, chosen from flags, a config or the newest run; and measuring it."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.wan.arch import WanArch
+from models.wan.probes.base import arch_of, open_official
+from models.wan.probes.logit_report import Kind, LogitResult, Pair, measure_cached, measure_synthetic
+from models.wan.probes.subject import (
+    Subject,
+    base_remarks,
+    choose_subject,
+    choose_transformer,
+    read_fitting_adapter,
+)
+from utils.config.load import load_config
+from utils.errors import UserError
+from utils.lora_names import AdapterPair
+from utils.module_paths import block_of, type_of
+from utils.tensor_source import TensorSource
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LogitSubject:
+    """A base, and what is held against it: an adapter on it, or another checkpoint."""
+
+    base: Path
+    adapter: Path | None
+    against: Path | None
+    config_path: Path | None
+    subject: Subject | None
+    remarks: tuple[str, ...]
+
+
+def choose_logit_subject(args: argparse.Namespace) -> LogitSubject:
+    """Fill in what no flag says.
+
+    Raises:
+        UserError: something is missing, or flags contradict each other.
+    """
+    if args.against is None:
+        subject = choose_subject(args)
+        return LogitSubject(
+            subject.transformer, subject.adapter, None, subject.config_path, subject, subject.remarks
+        )
+    if args.adapter is not None:
+        raise UserError("--against and --adapter: give one of them, they are two ways to say what to compare")
+    against = choose_transformer(args.against, args.expert, is_asked_for=False)
+    config = load_config(args.config).train if args.config is not None else None
+    base = args.base
+    if base is None:
+        if config is None:
+            raise UserError("--against needs --base (or --config), the checkpoint that it is held against")
+        base = Path(config.model.transformer_path or config.model.ckpt_path)
+    expert = args.expert or (config.model.expert if config else None)
+    return LogitSubject(
+        choose_transformer(base, expert, is_asked_for=args.expert is not None),
+        None,
+        against,
+        args.config,
+        None,
+        (),
+    )
+
+
+def measure_logits(
+    chosen: LogitSubject,
+    base: TensorSource,
+    arch: WanArch,
+    blocks: Sequence[int] | None,
+    kinds: Sequence[Kind],
+    args: argparse.Namespace,
+    quantiles: Sequence[float],
+    say: Callable[[str], None],
+) -> tuple[LogitResult, list[str]]:
+    """Measure; also returns what a reader should know.
+
+    Args:
+        chosen: what to compare.
+        base: opened under official names.
+        arch: its sizes.
+        blocks: which; None for those that the adapter touches, or all.
+        kinds: which attentions.
+        args: with `synthetic`, `samples`, `tokens`, `seed` and `device`.
+        quantiles: of the noise law, for cached samples.
+        say: hears of progress.
+
+    Raises:
+        UserError: the two do not fit each other, or the cache lacks samples.
+    """
+    device = _device(args.device)
+    adapter, remarks = _adapter(chosen, base, kinds)
+    other = base
+    if chosen.against is not None:
+        other = open_official(chosen.against)
+        if arch_of(chosen.against, other) != arch:
+            raise UserError(
+                f"{chosen.against}: is another model than {chosen.base}; compare two of the same sizes"
+            )
+    if blocks is None:
+        touched = sorted({index for module in adapter if (index := block_of(module)) is not None})
+        blocks = touched if adapter else range(arch.num_layers)
+    pair = Pair(base, other, adapter, arch, device)
+    if args.synthetic:
+        return measure_synthetic(pair, blocks, kinds, args.seed, args.tokens), remarks
+
+    import torch
+
+    from models.wan.probes.cached_samples import open_cached
+
+    if chosen.config_path is None:
+        raise UserError("no run says which samples to use; give --config, or --synthetic for random inputs")
+    loaded = load_config(chosen.config_path, check_files=True)
+    assert loaded.dataset is not None, "load_config with check_files has read it"
+    cached = open_cached(loaded.train, loaded.dataset, arch.variant, quantiles)
+    dtype: torch.dtype = getattr(torch, loaded.train.model.dtype)
+    say(
+        f"{min(args.samples, len(cached.samples))} sample(s) at noise levels {', '.join(f'{s:.3f}' for s in cached.sigmas)}"
+    )
+    last = max(blocks)
+    result = measure_cached(
+        pair, cached.wires(args.samples), blocks, kinds, dtype, lambda block: say(f"block {block} of {last}")
+    )
+    return result, remarks
+
+
+def _adapter(
+    chosen: LogitSubject, base: TensorSource, kinds: Sequence[Kind]
+) -> tuple[dict[str, AdapterPair], list[str]]:
+    if chosen.subject is None:
+        return {}, []
+    adapter, _ = read_fitting_adapter(chosen.subject, base)
+    remarks = base_remarks(adapter.path, base)
+    unseen = sorted({type_of(module) for module in adapter.modules} - set(kinds))
+    if unseen:
+        remarks.append(f"the adapter also touches {', '.join(unseen)}, which this report does not look at")
+    if not any(type_of(module) in kinds for module in adapter.modules):
+        raise UserError(
+            f"{adapter.path}: adapts {', '.join(unseen)} alone, and no logits of that kind are looked at; choose another "
+            "--attention"
+        )
+    return adapter.modules, remarks
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: is no device; write cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: there is no GPU that torch can use; write cpu")
+    return device
