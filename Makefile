@@ -34,10 +34,11 @@ test: $(INSTALLED)
 test-long: $(INSTALLED)
 	$(PYTEST) -m long
 
-# Ratios within one run; the reports go to reports/bench_pipeline/ and reports/bench_data/.
+# Ratios within one run; the reports go to reports/bench_pipeline/, reports/bench_data/ and reports/bench_probes/.
 bench: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench/pipeline.py
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench/data.py
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench/probes.py
 
 bench-gpu: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench/pipeline.py --device cuda

@@ -1,8 +1,11 @@
 """Norms of base weights, measured once for each checkpoint and kept in the user's cache directory.
 
 A base never changes, and reading 4 GB of it only to learn 80 numbers again is what a probe would otherwise spend its
-time on. A table belongs to the files' fingerprint, sizes and times of change; one that is damaged, or of a format that
-is not known, is made anew. Nothing is written beside the checkpoint, which may be read-only, or into a run.
+time on. A table belongs to the files' fingerprint, sizes and times of change (a fingerprint is taken from samples, which
+a change of one tensor may miss; the time of change does not). It carries a checksum of its own: a table that is damaged,
+or of a format that is not known, is made anew. Nothing is written beside the checkpoint, which may be read-only, or into a
+run. Tables are replaced whole. Of two processes that save at the same instant one may lose what it added, which is then
+measured again.
 """
 
 import json
@@ -21,8 +24,9 @@ from utils.tensor_source import TensorSource
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 _FOLDER = Path("ai-model-sandbox") / "base_norms"
+_NOT_KEPT = "the norms of the base could not be kept for the next time"
 
 
 @dataclass(frozen=True)
@@ -33,26 +37,30 @@ class SpectralNorm:
     error: float
 
 
-def default_directory() -> Path:
-    """`$XDG_CACHE_HOME/ai-model-sandbox/base_norms`, else below `~/.cache`."""
+def default_directory() -> Path | None:
+    """`$XDG_CACHE_HOME/ai-model-sandbox/base_norms`, else below `~/.cache`; None where the user has no home."""
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / _FOLDER
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / _FOLDER
+    except RuntimeError:  # a user id without an entry, as containers have them
+        return None
 
 
 class BaseNorms:
     """The norms of one checkpoint's tensors: from the table where it has them, else from the tensor itself.
 
-    `measured` counts the tensors that were read, `problem` says why the table could not be kept, if so.
+    `measured` counts the tensors that were read; `problems` says what was wrong with the table, for the report.
     """
 
     def __init__(self, source: TensorSource, directory: Path | None = None) -> None:
         """Open the table of `source`'s files; `directory` holds all tables, by default the user's cache directory."""
         self._source = source
-        self._path = (directory or default_directory()) / f"{_identity(source)}.json"
-        self._table = _read(self._path)
+        directory = directory or default_directory()
+        self._path = None if directory is None else directory / f"{_identity(source)}.json"
+        self._table, problem = _read(self._path)
         self._is_changed = False
         self.measured = 0
-        self.problem: str | None = None
+        self.problems: list[str] = [problem] if problem else []
 
     def frobenius(self, name: str) -> float:
         """||W||_F of a tensor.
@@ -77,17 +85,21 @@ class BaseNorms:
         return SpectralNorm(*self._table[name]["spectral"])
 
     def save(self) -> None:
-        """Keep what was measured. Where that is not possible, `problem` says why, and nothing else is lost."""
+        """Keep what was measured. Where that is not possible, `problems` says why, and nothing else is lost."""
         if not self._is_changed:
             return
-        merged = _read(self._path)  # another process may have added to it
+        if self._path is None:
+            self.problems.append(f"{_NOT_KEPT} (no home directory; set XDG_CACHE_HOME)")
+            return
+        merged, _ = _read(self._path)  # another process may have added to it
         for name, entry in self._table.items():
             merged[name] = merged.get(name, {}) | entry
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(self._path, json.dumps({"format": FORMAT, "norms": merged}, indent=1) + "\n")
+            document = {"format": FORMAT, "checksum": _checksum(merged), "norms": merged}
+            atomic_write_text(self._path, json.dumps(document, indent=1) + "\n")
         except (OSError, UserError) as error:
-            self.problem = f"the norms of the base could not be kept for the next time ({error})"
+            self.problems.append(f"{_NOT_KEPT} ({error})")
 
     def _measure(self, name: str, *, with_spectral: bool) -> None:
         from utils.delta_budget import weight_norm
@@ -125,8 +137,10 @@ def spectral_norm(weight: "Tensor") -> SpectralNorm:
     if matrix.shape[0] < matrix.shape[1]:
         matrix = matrix.T
     width = matrix.shape[1]
-    if not matrix.any():
+    peak = matrix.abs().max().item()
+    if not peak:
         return SpectralNorm(0.0, 0.0)
+    matrix = matrix / peak  # squares of very small or large weights have no place in float32
 
     def gram(vector: np.ndarray) -> np.ndarray:
         there = matrix @ torch.from_numpy(np.ascontiguousarray(vector.reshape(-1), dtype=np.float32))
@@ -134,14 +148,14 @@ def spectral_norm(weight: "Tensor") -> SpectralNorm:
 
     if width < 3:  # ARPACK wants more columns than values
         largest = torch.linalg.matrix_norm(matrix.double(), 2).item()
-        return SpectralNorm(largest, 0.0)
+        return SpectralNorm(peak * largest, 0.0)
     start = np.random.default_rng(0).standard_normal(width).astype(np.float32)
     operator = LinearOperator((width, width), matvec=gram, dtype=np.float32)
     values, vectors = eigsh(operator, k=1, which="LA", v0=start, tol=1e-4)
     squared, vector = float(values[0]), vectors[:, 0].astype(np.float32)
     residual = float(np.linalg.norm(gram(vector) - squared * vector))
     value = math.sqrt(max(squared, 0.0))
-    return SpectralNorm(value, math.sqrt(squared + residual) - value)
+    return SpectralNorm(peak * value, peak * (math.sqrt(squared + residual) - value))
 
 
 def _identity(source: TensorSource) -> str:
@@ -152,15 +166,26 @@ def _identity(source: TensorSource) -> str:
     return str(xxhash.xxh3_128_hexdigest("/".join(parts).encode()))
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """The table of a file; empty where there is none that can be used."""
+def _read(path: Path | None) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """The table of a file, empty where there is none that can be used, and what was wrong with it."""
+    if path is None:
+        return {}, None
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != FORMAT:
-            return {}
-        return {name: entry for name, entry in document["norms"].items() if _is_entry(entry)}
+            return {}, None
+        norms = document["norms"]
+        if document["checksum"] == _checksum(norms) and all(map(_is_entry, norms.values())):
+            return norms, None
+    except FileNotFoundError:
+        return {}, None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
+        pass
+    return {}, f"{path}: the table of base norms was damaged or not readable; the norms were measured again"
+
+
+def _checksum(norms: Any) -> str:
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(norms, sort_keys=True).encode()))
 
 
 def _is_entry(entry: Any) -> bool:
@@ -168,5 +193,5 @@ def _is_entry(entry: Any) -> bool:
         return False
     numbers = [entry.get("frobenius", 0.0), *entry.get("spectral", [0.0, 0.0])]
     return len(numbers) == 3 and all(
-        isinstance(number, (int, float)) and math.isfinite(number) and number >= 0 for number in numbers
+        isinstance(number, float) and math.isfinite(number) and number >= 0 for number in numbers
     )

@@ -6,6 +6,7 @@ Understood, for a module `blocks.3.cross_attn.k`:
     base_model.model.blocks.3.cross_attn.k.lora_A.weight     PEFT, also with the adapter's name: lora_A.default.weight
     blocks.3.cross_attn.k.lora_down.weight                   without a prefix, and lora_down/lora_up for A/B
     lora_unet_blocks_3_cross_attn_k.lora_down.weight         kohya, given the names of the base's modules
+    transformer.blocks.3.attn2.to_k.lora_A.weight            diffusers, likewise; transformer_2. for a second transformer
 
 The module paths of other namings (kohya's, where '_' stands for '.', or diffusers', where modules have other names)
 are translated by `aliases`, which whoever knows the model supplies. Names are parsed without torch; only `read_adapter`
@@ -31,7 +32,9 @@ Part = Literal["A", "B", "alpha"]
 ScaleSource = Literal["alpha", "adapter_config.json", "none"]
 DEFAULT_PREFIX = "diffusion_model."
 KOHYA_PREFIX = "lora_unet_"
-_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "model.")
+# diffusers' name for the second transformer of a pipeline.
+SECOND_PREFIX = "transformer_2."
+_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", SECOND_PREFIX, "model.")
 _SUFFIXES: dict[Part, str] = {"A": "lora_A.weight", "B": "lora_B.weight", "alpha": "alpha"}
 _PART = re.compile(
     r"(?P<module>.+?)\.(?:"
@@ -243,7 +246,7 @@ def _pair(
         )
     rank = down.shape[0]
     if keys.alpha is None:
-        scale, source = _peft_scale(config, keys.module, rank, path)
+        scale, source = _peft_scale(config, _own_name(keys.a), rank, path)
         return AdapterPair(down, up, scale, source)
     if tensors[keys.alpha].numel() != 1:
         raise UserError(
@@ -272,7 +275,10 @@ def _read_peft_config(path: Path) -> dict[str, Any]:
 
 
 def _peft_scale(config: Mapping[str, Any], module: str, rank: int, path: Path) -> tuple[float, ScaleSource]:
-    """PEFT's scale: alpha / rank, or alpha / sqrt(rank) where rank-stabilised; `alpha_pattern` holds exceptions."""
+    """PEFT's scale: alpha / rank, or alpha / sqrt(rank) where rank-stabilised; `alpha_pattern` holds exceptions.
+
+    Patterns are on the names that the trainer's model had, which are those of the file.
+    """
     patterns = config.get("alpha_pattern") or {}
     alpha = config.get("lora_alpha")
     try:
@@ -289,6 +295,12 @@ def _peft_scale(config: Mapping[str, Any], module: str, rank: int, path: Path) -
     if not math.isfinite(scale):
         raise UserError(f"{path.parent / 'adapter_config.json'}: lora_alpha is {alpha}, not a finite number")
     return scale, "adapter_config.json"
+
+
+def _own_name(key: str) -> str:
+    """The module that the tensor `key` adapts, as the file names it."""
+    match = _PART.fullmatch(key)
+    return _strip_prefixes(match["module"]) if match else key
 
 
 def _strip_prefixes(module: str) -> str:

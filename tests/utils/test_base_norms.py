@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from safetensors.torch import save_file
 from utils.base_norms import BaseNorms, default_directory, spectral_norm
 from utils.errors import UserError
 from utils.tensor_source import open_safetensors
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def random_matrix(*shape, seed=0):
@@ -51,6 +56,8 @@ def test_a_random_matrix_of_some_size_whose_largest_values_lie_close():
     assert found.value == pytest.approx(largest, rel=1e-4)
     assert found.value <= largest * (1 + 1e-6) <= (found.value + found.error) * (1 + 1e-5)
     assert spectral_norm(torch.zeros(5, 4)).value == 0.0
+    for factor in (1e-30, 1e30):
+        assert spectral_norm(matrix * factor).value == pytest.approx(largest * factor, rel=1e-4)
 
 
 def test_each_tensor_is_read_once_in_all(tmp_path, weights):
@@ -111,11 +118,11 @@ def test_another_file_has_another_table(tmp_path, weights, how):
         "{",
         "[]",
         '{"format": 99, "norms": {"a.weight": {"frobenius": 1.0}}}',
-        '{"format": 1, "norms": {"a.weight": {"frobenius": "x"}}}',
-        '{"format": 1, "norms": {"a.weight": {"frobenius": NaN}}}',
-        '{"format": 1, "norms": {"a.weight": {"frobenius": -1}}}',
-        '{"format": 1, "norms": {"a.weight": 3}}',
-        '{"format": 1, "norms": {"a.weight": {"frobenius": 1.0, "spectral": [1.0]}}}',
+        '{"format": 2, "norms": {"a.weight": {"frobenius": "x"}}}',
+        '{"format": 2, "norms": {"a.weight": {"frobenius": NaN}}}',
+        '{"format": 2, "norms": {"a.weight": {"frobenius": -1}}}',
+        '{"format": 2, "norms": {"a.weight": 3}}',
+        '{"format": 2, "norms": {"a.weight": {"frobenius": 1.0, "spectral": [1.0]}}}',
     ],
 )
 def test_a_damaged_table_is_made_anew(tmp_path, weights, content):
@@ -128,6 +135,8 @@ def test_a_damaged_table_is_made_anew(tmp_path, weights, content):
     table.write_text(content)
     again = BaseNorms(source, tmp_path / "norms")
     assert again.frobenius("a.weight") == right and again.measured == 1
+    if '"format": 99' not in content:  # that of another version is not damaged
+        assert len(again.problems) == 1 and str(table) in again.problems[0]
     again.save()
     assert json.loads(table.read_text())["norms"]["a.weight"]["frobenius"] == right
 
@@ -137,7 +146,59 @@ def test_where_nothing_can_be_kept_the_numbers_are_still_there(tmp_path, weights
     norms = BaseNorms(open_safetensors([weights]), tmp_path / "file" / "norms")
     assert norms.frobenius("a.weight") > 0
     norms.save()
-    assert norms.problem is not None and "could not be kept" in norms.problem
+    assert "could not be kept" in norms.problems[-1]
+
+
+def test_one_changed_digit_is_noticed(tmp_path, weights):
+    """It would be a plausible number, and every ratio wrong by it."""
+    source = open_safetensors([weights])
+    first = BaseNorms(source, tmp_path / "norms")
+    right = first.frobenius("a.weight")
+    first.save()
+    (table,) = (tmp_path / "norms").iterdir()
+    table.write_text(table.read_text().replace(str(right), str(right + 1)))
+    again = BaseNorms(source, tmp_path / "norms")
+    assert again.frobenius("a.weight") == right and "damaged" in again.problems[0]
+
+
+def test_a_user_without_a_home_still_gets_numbers(monkeypatch, weights):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    norms = BaseNorms(open_safetensors([weights]))
+    assert norms.frobenius("a.weight") > 0
+    norms.save()
+    assert "no home directory" in norms.problems[-1]
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+from utils.base_norms import BaseNorms
+from utils.tensor_source import open_safetensors
+for _ in range(30):
+    norms = BaseNorms(open_safetensors([Path(sys.argv[1])]), Path(sys.argv[2]))
+    norms._table = {}
+    norms.frobenius(sys.argv[3])
+    norms.save()
+    assert not norms.problems, norms.problems
+"""
+
+
+def test_two_processes_at_once_never_leave_half_a_table(tmp_path, weights):
+    arguments = [str(weights), str(tmp_path / "norms")]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", _WRITER, *arguments, name], cwd=ROOT)
+        for name in ("a.weight", "b.weight")
+    ]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    assert len(list((tmp_path / "norms").iterdir())) == 1
+    norms = BaseNorms(open_safetensors([weights]), tmp_path / "norms")
+    norms.frobenius("a.weight"), norms.frobenius("b.weight")
+    assert norms.measured <= 1 and not norms.problems
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path):

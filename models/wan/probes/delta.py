@@ -18,6 +18,7 @@ from models.wan.probes.subject import (
     read_fitting_adapter,
 )
 from utils.base_norms import BaseNorms
+from utils.errors import UserError
 from utils.lora_names import KOHYA_PREFIX, AdapterFile
 from utils.report_summary import Verdict
 from utils.tensor_source import TensorSource, open_safetensors
@@ -25,26 +26,40 @@ from utils.tensor_source import TensorSource, open_safetensors
 if TYPE_CHECKING:
     from utils.delta_budget import ModuleDelta
 
-# An adapter below this everywhere is weaker than rounding the weights to bfloat16, which moves them by about 1.6e-3.
+# Far weaker than rounding the weights to bfloat16, which moves them by about 1.6e-3.
 WEAK_RATIO = 1e-4
 
 
 @dataclass(frozen=True)
 class DeltaCaps:
-    """The limits: on each module, on the mean of all (None: none), and below what a module does hardly anything."""
+    """The limits: on each module, on the mean of all (None: none), and the ratio below which a module does hardly anything."""
 
     max_ratio: Cap
     max_mean_ratio: Cap | None = None
     weak_ratio: float = WEAK_RATIO
 
 
-def choose_caps(subject: Subject, max_ratio: float | None, max_mean_ratio: float | None) -> DeltaCaps:
-    """The caps of a subject: flags (None: not given), else the run's [budget], else defaults."""
+def choose_caps(
+    subject: Subject, max_ratio: float | None, max_mean_ratio: float | None, weak_ratio: float = WEAK_RATIO
+) -> DeltaCaps:
+    """The caps of a subject: flags (None: not given), else the run's [budget], else defaults.
+
+    Raises:
+        UserError: what is too weak would be too strong.
+    """
     config, where = subject.config, subject.config_path
-    return DeltaCaps(
+    caps = DeltaCaps(
         choose_cap("max_delta_ratio", max_ratio, config, where),
         choose_optional_cap("max_mean_delta_ratio", max_mean_ratio, config, where),
+        weak_ratio,
     )
+    for cap in filter(None, (caps.max_ratio, caps.max_mean_ratio)):
+        if weak_ratio != WEAK_RATIO and weak_ratio > cap.value:
+            raise UserError(
+                f"--min_delta_ratio {weak_ratio:g} is above the cap of {cap.value:g} ({cap.source}), so nothing could pass; "
+                "lower the one or raise the other"
+            )
+    return caps
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ def measure_delta(
     Args:
         subject: the adapter and the base it belongs to.
         source: the base, opened.
-        spectral: also take the ratio of spectral norms; the first time for a checkpoint this takes seconds a module.
+        spectral: also take the ratio of spectral norms; the first time for a checkpoint this takes a second or two a module at the size of A14B.
         norms_directory: where tables of base norms lie; default the user's cache directory.
 
     Raises:
@@ -105,15 +120,18 @@ def measure_delta(
             base = norms.spectral(key)
             norm = spectral_delta_norm(pair.down, pair.up, pair.scale)
             ratio = norm / base.value if base.value else float("inf") if norm else 0.0
-            least = norm / (base.value + base.error) if base.value else ratio
-            spectral_deltas.append(
-                SpectralDelta(module, norm, base.value, ratio, ratio - least if norm else 0.0)
-            )
+            error = ratio - norm / (base.value + base.error) if base.value else 0.0
+            spectral_deltas.append(SpectralDelta(module, norm, base.value, ratio, error))
         deltas.append(module_delta(module, pair.down, pair.up, pair.scale, norms.frobenius(key)))
     norms.save()
     remarks = [*base_remarks(subject.adapter, source), *_scale_remarks(subject.adapter, adapter)]
-    if norms.problem is not None:
-        remarks.append(norms.problem)
+    zeros = [delta.module for delta in deltas if not delta.weight_norm]
+    if zeros:
+        remarks.append(
+            f"warning: {len(zeros)} of {len(deltas)} adapted weights of {subject.transformer} are all zeros ({zeros[0]}), so "
+            "that no ratio can be given; the file may be incomplete: download it again"
+        )
+    remarks += norms.problems
     return DeltaResult(adapter, tuple(deltas), tuple(spectral_deltas), tuple(remarks), norms.measured)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from models.wan.probes.delta import DeltaCaps, DeltaResult
 from models.wan.probes.subject import Subject
@@ -64,14 +64,15 @@ def add_delta_results(report: Report, result: DeltaResult, caps: DeltaCaps, expe
     report.metric(
         "num_base_tensors_read", result.num_read, "the others' norms were known from an earlier time"
     )
-    report.metric("types", {group.group: group_numbers(group) for group in summary.types})
-    report.table("types", [group_row("type", group) for group in summary.types], "Per type")
-    report.table(
-        "blocks", [group_row("block", group) for group in summary.blocks], "Per block", inline_rows=48
+    types = _group_rows("type", summary.types, result, caps)
+    report.metric(
+        "types", {row["type"]: {name: row[name] for name in row if name != "type"} for row in types}
     )
+    report.table("types", types, "Per type")
+    report.table("blocks", _group_rows("block", summary.blocks, result, caps), "Per block", inline_rows=48)
     report.table("modules", _module_rows(result, caps), "Per module, largest ratio first", inline_rows=10)
     if any(delta.block is not None for delta in deltas):
-        report.plot("ratio_per_block", draw(deltas, cap.value), "Ratio per block")
+        report.plot("ratio_per_block", draw(deltas, caps), "Ratio per block")
 
 
 def _add_caps(report: Report, caps: DeltaCaps) -> None:
@@ -104,18 +105,35 @@ def _module_rows(result: DeltaResult, caps: DeltaCaps) -> list[dict[str, Any]]:
     return rows
 
 
-def group_row(kind: str, group: "GroupDelta") -> dict[str, Any]:
-    """One line of blocks.csv or types.csv."""
-    return {kind: group.group} | group_numbers(group)
+def _group_rows(
+    kind: Literal["block", "type"], groups: "Sequence[GroupDelta]", result: DeltaResult, caps: DeltaCaps
+) -> list[dict[str, Any]]:
+    """The lines of blocks.csv or types.csv; `other` is what lies in no block."""
+    spectral = {delta.module: delta.ratio for delta in result.spectral}
+    rows = []
+    for group in groups:
+        members = [delta for delta in result.deltas if group.group == _group_of(kind, delta)]
+        row = {kind: group.group} | {name: value for name, value in asdict(group).items() if name != "group"}
+        row["mean_effective_rank"] = sum(delta.effective_rank for delta in members) / len(members)
+        row["num_weak"] = sum(delta.ratio < caps.weak_ratio for delta in members)
+        if spectral:
+            ratios = [spectral[delta.module] for delta in members]
+            row |= {"mean_spectral_ratio": sum(ratios) / len(ratios), "max_spectral_ratio": max(ratios)}
+        rows.append(row)
+    return rows
 
 
-def group_numbers(group: "GroupDelta") -> dict[str, Any]:
-    """A group's numbers without its name."""
-    return {name: value for name, value in asdict(group).items() if name != "group"}
+def _group_of(kind: Literal["block", "type"], delta: "ModuleDelta") -> str:
+    if kind == "type":
+        return delta.type
+    return "other" if delta.block is None else str(delta.block)
 
 
-def draw(deltas: "Sequence[ModuleDelta]", cap: float) -> "Figure":
-    """Ratio over block, one line per kind of module, with the cap; logarithmic where the values lie far apart."""
+def draw(deltas: "Sequence[ModuleDelta]", caps: DeltaCaps) -> "Figure":
+    """Ratio over block, one line per kind of module, with the caps; logarithmic where the values lie far apart.
+
+    The mean is drawn where it has a cap.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -128,8 +146,14 @@ def draw(deltas: "Sequence[ModuleDelta]", cap: float) -> "Figure":
     for kind, points in sorted(lines.items()):
         blocks, ratios = zip(*sorted(points), strict=True)
         axes.plot(blocks, ratios, marker="o", markersize=4, linewidth=1.2, label=kind)
-    axes.axhline(cap, color="black", linestyle="--", linewidth=1, label=f"cap {cap:g}")
-    shown = [cap, *(ratio for points in lines.values() for _, ratio in points)]
+    levels = [(caps.max_ratio.value, "--", "cap")]
+    if caps.max_mean_ratio is not None:
+        mean = sum(delta.ratio for delta in deltas) / len(deltas)
+        levels += [(caps.max_mean_ratio.value, ":", "cap on mean"), (mean, "-", "mean")]
+    for level, style, name in levels:
+        if level < math.inf:
+            axes.axhline(level, color="black", linestyle=style, linewidth=1, label=f"{name} {level:.3g}")
+    shown = [*(level for level, _, _ in levels), *(ratio for points in lines.values() for _, ratio in points)]
     if min(shown) > 0 and max(shown) > _LOG_SPREAD * min(shown) and max(shown) < math.inf:
         axes.set_yscale("log")
     else:

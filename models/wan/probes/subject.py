@@ -7,10 +7,11 @@ whatever no flag said becomes a remark, so that the report names it.
 import argparse
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
-from models.wan.arch import PUBLISHED, expected_shapes
+from models.wan.arch import PUBLISHED, Shape, expected_shapes
 from models.wan.checkpoint import EXPERT_DIRS
 from models.wan.names import dit_to_diffusers, dit_to_official
 from utils.adapter_runs import find_adapter_file, last_save, newest_adapter_run, run_of_adapter
@@ -18,7 +19,7 @@ from utils.config.load import load_config
 from utils.config.schema import BudgetConfig, Expert, TrainConfig
 from utils.errors import UserError
 from utils.files import combined_fingerprint
-from utils.lora_names import AdapterFile, AdapterPair, kohya_aliases, read_adapter
+from utils.lora_names import SECOND_PREFIX, AdapterFile, AdapterPair, kohya_aliases, read_adapter
 from utils.tensor_source import TensorSource, open_safetensors
 
 OUTPUT_ROOT = Path("output")
@@ -109,8 +110,14 @@ def choose_adapter(args: argparse.Namespace, remarks: list[str]) -> Path:
 
 
 def expert_of_adapter(adapter: Path) -> Expert | None:
-    """The expert that the file's metadata name, if they do: this project writes them, others may not."""
-    value = open_safetensors([adapter]).metadata().get("expert")
+    """The expert that the file is for, if it says so: by its metadata, which this project writes, or by diffusers' names.
+
+    In diffusers `transformer_2` is the low-noise expert. `transformer` says nothing: each expert's own file has it too.
+    """
+    source = open_safetensors([adapter])
+    value = source.metadata().get("expert")
+    if value is None and source.shapes and all(key.startswith(SECOND_PREFIX) for key in source.shapes):
+        return "low_noise"
     return next((expert for expert in get_args(Expert) if expert == value), None)
 
 
@@ -191,10 +198,14 @@ def _variants(module: str, shape: tuple[int, int]) -> str:
     """The published models whose weight of this name has this shape, such as `t2v-a14b, i2v-a14b`."""
     return ", ".join(
         name
-        for name, sizes in PUBLISHED.items()
-        if (found := expected_shapes(sizes).get(f"{module}.weight")) is not None
-        and (found[0], math.prod(found[1:])) == shape
+        for name, shapes in _published_shapes().items()
+        if (found := shapes.get(f"{module}.weight")) is not None and (found[0], math.prod(found[1:])) == shape
     )
+
+
+@cache
+def _published_shapes() -> dict[str, dict[str, Shape]]:
+    return {name: expected_shapes(arch) for name, arch in PUBLISHED.items()}
 
 
 def linear_weights(source: TensorSource) -> dict[str, str]:
