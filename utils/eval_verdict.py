@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError
 from utils.eval_records import EVAL_FILE
 from utils.metrics import read_rows
 from utils.report_summary import Verdict
@@ -49,21 +50,43 @@ def read_effects(run: Path, step: int | None) -> list[EvalEffect]:
     Args:
         run: the run's directory.
         step: of the save; None for the last evaluation there is.
+
+    Raises:
+        UserError: a line is no evaluation.
     """
-    newest: dict[str, dict[str, Any]] = {}
-    for row in read_rows(run / EVAL_FILE):
-        if step is None or row["step"] <= step:
-            newest[row["dataset"]] = row
-    effects = []
-    for name, row in sorted(newest.items()):
-        if "adapter_effect" in row:
-            key, against = "adapter_effect", "adapter off"
-        elif "change" in row:
-            key, against = "change", f"step {row['first_step']}"
-        else:
-            continue  # the first evaluation: there is nothing to hold it against
-        low, high = row[f"{key}_interval"] or (None, None)
-        effects.append(
-            EvalEffect(name, row["step"], row["num_samples"], row["loss"], row[key], low, high, against)
-        )
-    return effects
+    newest: dict[str, EvalEffect | None] = {}
+    for number, row in enumerate(read_rows(run / EVAL_FILE), start=1):
+        try:
+            if step is None or row["step"] <= step:
+                newest[row["dataset"]] = _effect(row)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{run / EVAL_FILE}: line {number} is no evaluation ({type(error).__name__}: {error}); put back the file that "
+                "the run wrote"
+            ) from None
+    return [effect for _, effect in sorted(newest.items()) if effect is not None]
+
+
+def _effect(row: dict[str, Any]) -> EvalEffect | None:
+    """What a row of `eval.jsonl` says; None for the first evaluation, which is held against nothing."""
+    if "adapter_effect" in row:
+        key, against = "adapter_effect", "adapter off"
+    elif "change" in row:
+        key, against = "change", f"step {int(row['first_step'])}"
+    else:
+        return None
+    low, high = row[f"{key}_interval"] or (None, None)
+    return EvalEffect(
+        str(row["dataset"]),
+        int(row["step"]),
+        int(row["num_samples"]),
+        _number(row["loss"]),
+        _number(row[key]),
+        _number(low),
+        _number(high),
+        against,
+    )
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

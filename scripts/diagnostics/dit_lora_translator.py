@@ -14,10 +14,9 @@ from models.wan.checkpoint import open_transformer
 from models.wan.probes.base import arch_of, open_official
 from models.wan.probes.delta import DeltaCaps, DeltaResult, choose_caps, judge_delta, measure_delta
 from models.wan.probes.delta_report import add_delta_inputs, add_delta_results
+from models.wan.probes.logit_flags import add_logit_flags, check_logit_flags
 from models.wan.probes.logit_report import (
     KINDS,
-    MAX_RATIO,
-    MIN_RATIO,
     LogitResult,
     add_logit_results,
     judge_logits,
@@ -25,8 +24,9 @@ from models.wan.probes.logit_report import (
 from models.wan.probes.logit_subject import LogitSubject, measure_logits
 from models.wan.probes.subject import Subject, choose_subject
 from utils.adapter_runs import run_of_adapter
-from utils.errors import UserError
+from utils.eval_records import EVAL_FILE
 from utils.eval_verdict import EvalEffect, read_effects
+from utils.module_paths import type_of
 from utils.probe_cli import add_flags, positive_float, probe_parser, run_probe
 from utils.report import Report, Verdict
 from utils.tensor_source import open_safetensors
@@ -35,8 +35,8 @@ TOOL = "dit_lora_translator"
 QUESTION = "Is this translator acceptable: small, gentle on attention, and better than no adapter on held-out samples?"
 HOW_TO_READ = """\
 - Three parts, one verdict: the whole fails if one part fails, and is inconclusive if one is and none fails.
-- **delta**: how far the adapter moves the weights ([lora_delta_budget](../../../docs/diagnostics/lora_delta_budget.md)).
-- **logits**: whether attention keeps its scale ([attn_logit_probe](../../../docs/diagnostics/attn_logit_probe.md)).
+- **delta**: how far the adapter moves the weights (as `lora_delta_budget`).
+- **logits**: whether attention keeps its scale (as `attn_logit_probe`).
 - **evaluation**: the loss on held-out samples, with the adapter minus without it, each sample with itself. Below 0 is better; the
   interval says whether that is more than chance."""
 NEXT_STEPS: dict[Verdict, str] = {
@@ -73,56 +73,33 @@ def build_parser() -> argparse.ArgumentParser:
         ("max_mean_delta_ratio", "cap on the mean over all modules (default: the run's [budget], else none)"),
     ):
         parser.add_argument(f"--{name}", metavar="X", type=positive_float, help=what)
-    parser.add_argument(
-        "--min_ratio",
-        metavar="X",
-        type=positive_float,
-        default=MIN_RATIO,
-        help="logits (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max_ratio",
-        metavar="X",
-        type=positive_float,
-        default=MAX_RATIO,
-        help="logits (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--samples",
-        metavar="N",
-        type=int,
-        default=2,
-        help="samples of the cache for the logits (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--synthetic",
-        action="store_true",
-        help="logits on random inputs: needs no cache, and seconds on a CPU",
-    )
+    add_logit_flags(parser)
     return parser
 
 
 def probe(args: argparse.Namespace) -> Verdict:
     """Measure all three, write the report, and return the verdict."""
-    if args.samples < 1 or args.min_ratio > args.max_ratio:
-        raise UserError("--samples must be at least 1, and --min_ratio not above --max_ratio")
+    check_logit_flags(args)
     subject = choose_subject(args)
     caps = choose_caps(subject, args.max_delta_ratio, args.max_mean_delta_ratio)
     report = Report(TOOL, QUESTION, args.reports_dir, args.run_tag, args.seed)
     source = open_transformer(subject.transformer)
     delta = measure_delta(subject, source)
     logits, remarks = measure_part_of_logits(subject, delta, args)
-    effects = find_effects(subject)
-    for remark in dict.fromkeys((*subject.remarks, *delta.remarks, *remarks)):
+    effects, about_effects = find_effects(subject)
+    for remark in dict.fromkeys((*subject.remarks, *delta.remarks, *remarks, *about_effects)):
         print(remark)
         report.note(remark)
     parts = [
         Part("delta", *judge_delta(delta.deltas, caps)),
-        Part("logits", *judge_logits(logits, args.min_ratio, args.max_ratio)),
+        judge_part_of_logits(logits, args),
         Part("evaluation", *judge_effects(effects)),
     ]
     verdict, explanation = judge(parts)
     add_delta_inputs(report, subject, source)
+    run = run_of_adapter(subject.adapter)
+    if effects and run is not None:
+        report.add_input("evaluations", run.directory / EVAL_FILE)
     fill(report, args, subject, caps, delta, logits, effects, parts)
     directory = report.write(verdict, explanation, HOW_TO_READ, NEXT_STEPS[verdict])
     for part in parts:
@@ -133,25 +110,43 @@ def probe(args: argparse.Namespace) -> Verdict:
 
 def measure_part_of_logits(
     subject: Subject, delta: DeltaResult, args: argparse.Namespace
-) -> tuple[LogitResult, list[str]]:
-    """Logits of cross-attention, and of self-attention where the adapter touches it, in its blocks; see `attn_logit_probe`."""
-    touches_self = any(".self_attn." in module for module in delta.adapter.modules)
+) -> tuple[LogitResult | None, list[str]]:
+    """Logits of the attentions that the adapter touches, in its blocks (see `attn_logit_probe`); None where it touches none."""
+    touched = {type_of(module) for module in delta.adapter.modules}
+    kinds = tuple(kind for kind in KINDS["both"] if kind in touched)
+    if not kinds:
+        return None, []
     base = open_official(subject.transformer)
     arch = arch_of(subject.transformer, base)
     chosen = LogitSubject(subject.transformer, subject.adapter, None, subject.config_path, subject, ())
-    args.tokens = 256
-    return measure_logits(
-        chosen, base, arch, None, KINDS["both" if touches_self else "cross"], args, (0.1, 0.5, 0.9), say=print
-    )
+    return measure_logits(chosen, base, arch, kinds, args, say=print)
 
 
-def find_effects(subject: Subject) -> list[EvalEffect]:
-    """What the run that the adapter lies in has evaluated at its step; nothing where it lies in none."""
+def judge_part_of_logits(logits: LogitResult | None, args: argparse.Namespace) -> Part:
+    """The verdict on the logits."""
+    if logits is None:
+        return Part(
+            "logits", "inconclusive", "The adapter touches no attention, so there are no logits to judge."
+        )
+    return Part("logits", *judge_logits(logits, args.min_ratio, args.max_ratio))
+
+
+def find_effects(subject: Subject) -> tuple[list[EvalEffect], list[str]]:
+    """What the run that the adapter lies in has evaluated at its step (nothing where it lies in none), and remarks."""
     run = run_of_adapter(subject.adapter)
     if run is None:
-        return []
-    step = open_safetensors([subject.adapter]).metadata().get("step", "")
-    return read_effects(run.directory, int(step) if step.isdigit() else None)
+        return [], []
+    saved = open_safetensors([subject.adapter]).metadata().get("step", "")
+    step = int(saved) if saved.isascii() and saved.isdecimal() else None
+    effects = read_effects(run.directory, step)
+    if step is None and effects:
+        return effects, [f"{subject.adapter} does not name its step, so the run's last evaluation counts"]
+    earlier = [effect for effect in effects if effect.step != step]
+    return effects, [
+        f"warning: the adapter was saved at step {step}, but the last evaluation of {effect.dataset} before was at step "
+        f"{effect.step}"
+        for effect in earlier
+    ]
 
 
 def judge_effects(effects: Sequence[EvalEffect]) -> tuple[Verdict, str]:
@@ -190,7 +185,7 @@ def fill(
     subject: Subject,
     caps: DeltaCaps,
     delta: DeltaResult,
-    logits: LogitResult,
+    logits: LogitResult | None,
     effects: Sequence[EvalEffect],
     parts: Sequence[Part],
 ) -> None:
@@ -198,9 +193,11 @@ def fill(
     lines = [f"- **{part.name}: {part.verdict}.** {part.explanation}" for part in parts]
     report.section("The three parts", "\n".join(lines))
     report.metric("parts", {part.name: part.verdict for part in parts})
-    report.metric("logit_inputs", "random" if args.synthetic else f"{args.samples} cached sample(s)")
+    inputs = "random" if args.synthetic else f"{args.samples} cached sample(s) at {args.quantiles}"
+    report.metric("logit_inputs", "none" if logits is None else inputs)
     add_delta_results(report, delta, caps, subject.expert)
-    add_logit_results(report, logits, args.min_ratio, args.max_ratio)
+    if logits is not None:
+        add_logit_results(report, logits, args.min_ratio, args.max_ratio)
     report.metric("evaluation", {effect.dataset: asdict(effect) for effect in effects})
     if effects:
         rows = [asdict(effect) | {"verdict": effect.verdict} for effect in effects]

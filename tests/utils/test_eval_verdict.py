@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from utils.errors import UserError
 from utils.eval_verdict import EvalEffect, read_effects
 
 
@@ -53,3 +54,20 @@ def test_the_evaluation_of_the_save_s_step_or_the_last_before_it(tmp_path):
     assert [effect.step for effect in read_effects(tmp_path, None)] == [9, 5]
     assert read_effects(tmp_path, 3) == []  # first evaluations alone: nothing to hold them against
     assert read_effects(tmp_path / "nothing", None) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 1}',
+        '{"dataset": "a"}',
+        "[]",
+        '{"step": "x", "dataset": "a"}',
+        '{"step": 1, "dataset": "a", "num_samples": 3, "loss": 1, "adapter_effect": "low", "adapter_effect_interval": null}',
+        '{"step": 1, "dataset": "a", "num_samples": 3, "loss": 1, "adapter_effect": -1, "adapter_effect_interval": [1]}',
+    ],
+)
+def test_a_line_that_is_no_evaluation_is_named(tmp_path, line):
+    (tmp_path / "eval.jsonl").write_text(json.dumps(row(0)) + "\n" + line + "\n")
+    with pytest.raises(UserError, match="eval.jsonl: line 2 is no evaluation"):
+        read_effects(tmp_path, 5)

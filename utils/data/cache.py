@@ -17,6 +17,7 @@ from utils.errors import UserError
 from utils.files import atomic_write_text, disk_errors_as_user_errors
 
 STORE_FORMAT = 2
+FORMAT_FILE = "FORMAT"
 SHARDS_FOLDER = "shards"
 
 
@@ -319,7 +320,7 @@ class CacheStore:
         return None
 
     def _open_format(self) -> None:
-        path = self.root / "FORMAT"
+        path = self.root / FORMAT_FILE
         with disk_errors_as_user_errors(self.root):
             try:
                 self.root.mkdir(parents=True, exist_ok=True)

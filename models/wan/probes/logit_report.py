@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
+from utils.errors import UserError
 from utils.report import Report
 from utils.report_summary import Verdict
 
 if TYPE_CHECKING:
     import torch
-    from matplotlib.figure import Figure
 
     from models.wan.arch import WanArch
     from models.wan.probes.activations_stream import Stream
@@ -104,11 +104,22 @@ class _Collector:
         self._loaded: tuple[int, dict[str, Any]] = (-1, {})
 
     def look(self, block: int, sigma: float, kind: Kind, inputs: "Inputs") -> None:
-        """Measure both models on the same inputs."""
+        """Measure both models on the same inputs.
+
+        Raises:
+            UserError: logits are not finite.
+        """
         from models.wan.probes.logits import lengths_of, spread_of
 
         base, other = self._attentions(block, kind)
-        self._spreads[block, kind, sigma].append((spread_of(base, inputs), spread_of(other, inputs)))
+        spreads = spread_of(base, inputs), spread_of(other, inputs)
+        for spread, whose in zip(spreads, ("the base's", "the changed model's"), strict=True):
+            if not (spread.std_N.isfinite().all() and spread.entropy_N.isfinite().all()):
+                raise UserError(
+                    f"blocks.{block}.{kind}: {whose} logits are not finite: its weights, or the cached samples, hold NaN or "
+                    "infinite values; use other files"
+                )
+        self._spreads[block, kind, sigma].append(spreads)
         self._lengths[block, kind].append((lengths_of(base, inputs), lengths_of(other, inputs)))
 
     def result(self) -> LogitResult:
@@ -231,7 +242,9 @@ def judge_logits(result: LogitResult, min_ratio: float, max_ratio: float) -> tup
 
 
 def add_logit_results(report: Report, result: LogitResult, min_ratio: float, max_ratio: float) -> None:
-    """Numbers, tables and the plot."""
+    """Numbers, tables and plots."""
+    from models.wan.probes.logit_plot import draw_blocks, draw_heads
+
     report.cap("min_logit_ratio", min_ratio, "an attention whose mean ratio is below it fails")
     report.cap("max_logit_ratio", max_ratio, "an attention whose mean ratio is above it fails")
     ratios = [row.mean_std_ratio for row in result.blocks]
@@ -268,9 +281,12 @@ def add_logit_results(report: Report, result: LogitResult, min_ratio: float, max
     )
     report.plot(
         "logit_ratio_per_block",
-        _draw(result, min_ratio, max_ratio),
+        draw_blocks(result.blocks, min_ratio, max_ratio),
         "Spread of the logits, adapted over base",
     )
+    for kind in sorted({row.attention for row in result.blocks}):
+        heads = [row for row in result.heads if row.attention == kind]
+        report.plot(f"logit_ratio_per_head_{kind}", draw_heads(heads), f"The same for each head, {kind}")
 
 
 def _block_rows(heads: Sequence[HeadRow], lengths: Sequence[LengthRow]) -> tuple[BlockRow, ...]:
@@ -300,35 +316,3 @@ def _over(one: float, other: float) -> float:
 def _distance(ratio: float) -> float:
     """How far from 1, up and down alike; what is not a number is farthest."""
     return abs(math.log(ratio)) if ratio > 0 and math.isfinite(ratio) else math.inf
-
-
-def _draw(result: LogitResult, min_ratio: float, max_ratio: float) -> "Figure":
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.axhspan(min_ratio, max_ratio, color="0.92", label="pass band")
-    axes.axhline(1.0, color="0.6", linewidth=0.8)
-    for attention in sorted({row.attention for row in result.blocks}):
-        rows = [row for row in result.blocks if row.attention == attention]
-        blocks = [row.block for row in rows]
-        low = [row.mean_std_ratio - row.min_std_ratio for row in rows]
-        high = [row.max_std_ratio - row.mean_std_ratio for row in rows]
-        means = [row.mean_std_ratio for row in rows]
-        axes.errorbar(
-            blocks,
-            means,
-            yerr=(low, high),
-            marker="o",
-            markersize=4,
-            linewidth=1.2,
-            capsize=2,
-            label=attention,
-        )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("block (bars: from the lowest to the highest head)")
-    axes.set_ylabel("std of logits, adapted / base")
-    axes.grid(True, linewidth=0.3)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from models.wan.arch import WanArch
 from models.wan.probes.base import arch_of, open_official
+from models.wan.probes.logit_flags import blocks_asked_for, parse_quantiles
 from models.wan.probes.logit_report import Kind, LogitResult, Pair, measure_cached, measure_synthetic
 from models.wan.probes.subject import (
     Subject,
@@ -51,7 +52,6 @@ def choose_logit_subject(args: argparse.Namespace) -> LogitSubject:
         )
     if args.adapter is not None:
         raise UserError("--against and --adapter: give one of them, they are two ways to say what to compare")
-    against = choose_transformer(args.against, args.expert, is_asked_for=False)
     config = load_config(args.config).train if args.config is not None else None
     base = args.base
     if base is None:
@@ -59,6 +59,7 @@ def choose_logit_subject(args: argparse.Namespace) -> LogitSubject:
             raise UserError("--against needs --base (or --config), the checkpoint that it is held against")
         base = Path(config.model.transformer_path or config.model.ckpt_path)
     expert = args.expert or (config.model.expert if config else None)
+    against = choose_transformer(args.against, expert, is_asked_for=False)
     return LogitSubject(
         choose_transformer(base, expert, is_asked_for=args.expert is not None),
         None,
@@ -73,10 +74,8 @@ def measure_logits(
     chosen: LogitSubject,
     base: TensorSource,
     arch: WanArch,
-    blocks: Sequence[int] | None,
     kinds: Sequence[Kind],
     args: argparse.Namespace,
-    quantiles: Sequence[float],
     say: Callable[[str], None],
 ) -> tuple[LogitResult, list[str]]:
     """Measure; also returns what a reader should know.
@@ -85,16 +84,15 @@ def measure_logits(
         chosen: what to compare.
         base: opened under official names.
         arch: its sizes.
-        blocks: which; None for those that the adapter touches, or all.
         kinds: which attentions.
-        args: with `synthetic`, `samples`, `tokens`, `seed` and `device`.
-        quantiles: of the noise law, for cached samples.
+        args: with `device`, `seed` and the flags of `logit_flags`; without --blocks those that the adapter touches, or all.
         say: hears of progress.
 
     Raises:
         UserError: the two do not fit each other, or the cache lacks samples.
     """
     device = _device(args.device)
+    blocks: Sequence[int] | None = blocks_asked_for(args, arch.num_layers)
     adapter, remarks = _adapter(chosen, base, kinds)
     other = base
     if chosen.against is not None:
@@ -104,7 +102,13 @@ def measure_logits(
                 f"{chosen.against}: is another model than {chosen.base}; compare two of the same sizes"
             )
     if blocks is None:
-        touched = sorted({index for module in adapter if (index := block_of(module)) is not None})
+        touched = sorted(
+            {
+                index
+                for module in adapter
+                if (index := block_of(module)) is not None and type_of(module) in kinds
+            }
+        )
         blocks = touched if adapter else range(arch.num_layers)
     pair = Pair(base, other, adapter, arch, device)
     if args.synthetic:
@@ -118,7 +122,12 @@ def measure_logits(
         raise UserError("no run says which samples to use; give --config, or --synthetic for random inputs")
     loaded = load_config(chosen.config_path, check_files=True)
     assert loaded.dataset is not None, "load_config with check_files has read it"
-    cached = open_cached(loaded.train, loaded.dataset, arch.variant, quantiles)
+    cached = open_cached(loaded.train, loaded.dataset, arch.variant, parse_quantiles(args.quantiles))
+    if cached.num_left_out:
+        remarks.append(
+            f"{cached.num_left_out} sample(s) of the dataset are not in the cache and are left out (clips that cannot be decoded "
+            "never are; train.py --cache_only makes the others)"
+        )
     dtype: torch.dtype = getattr(torch, loaded.train.model.dtype)
     say(
         f"{min(args.samples, len(cached.samples))} sample(s) at noise levels {', '.join(f'{s:.3f}' for s in cached.sigmas)}"
@@ -155,6 +164,10 @@ def _device(name: str) -> "torch.device":
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: is no device; write cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: there is no GPU that torch can use; write cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: only cpu, cuda and cuda:N are used here")
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: torch can use {torch.cuda.device_count()} GPU(s) here; write cpu, or the number of one"
+        )
     return device

@@ -86,7 +86,7 @@ def load_attention(
             )
         pair = (adapter or {}).get((prefix + name).removesuffix(".weight"))
         if pair is not None and name.endswith(".weight"):
-            tensor = tensor + pair.scale * (pair.up.float() @ pair.down.float())
+            tensor = tensor + pair.scale * (pair.up.float().flatten(1) @ pair.down.float().flatten(1))
         state[name] = tensor.to(device, copy=True)
     source.release()
     attention.load_state_dict(state, strict=True, assign=True)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from models.wan.checkpoint import open_transformer
 from scripts.diagnostics import attn_logit_probe as probe
 from tests.helpers.workspace import make_workspace
+from utils.data.cache import CacheStore
 from utils.report import read_summary
 
 
@@ -160,12 +161,14 @@ def test_only_what_is_asked_for_is_read(tmp_path, tiny_ti2v, monkeypatch):
     ("arguments", "words"),
     [
         (("--blocks", "9"), "there is no block 9"),
-        (("--blocks", "3-1"), "no block or range"),
-        (("--blocks", "x"), "no block or range"),
+        (("--blocks", "3-1"), "no range of blocks"),
+        (("--blocks", "x"), "no range of blocks"),
         (("--quantiles", "0,1"), "between 0 and 1"),
         (("--samples", "0"), "at least 1"),
         (("--min_ratio", "1.2"), "swap them"),
         (("--device", "toaster"), "is no device"),
+        (("--device", "meta"), "only cpu"),
+        (("--device", "cuda:99"), "GPU(s) here"),
         (("--attention", "self"), "choose another --attention"),
     ],
 )
@@ -214,3 +217,112 @@ def test_other_variants_and_layouts(tmp_path, tiny_t2v, capsys):
     (comfy / "config.json").unlink()
     assert run(tmp_path / "bare", *arguments, "--base", comfy / "model.safetensors")[0] == 2
     assert "how many heads" in capsys.readouterr().err
+
+
+def copied_run(trained, target):
+    """The run with its dataset and cache elsewhere, to spoil something there."""
+    shutil.copytree(trained.root, target, symlinks=True)
+    for path in (target / "dataset.toml", *target.rglob("config.toml")):
+        path.write_text(path.read_text().replace(str(trained.root), str(target)))
+    (adapter,) = target.glob("out/*/epoch*/adapter_model.safetensors")
+    return adapter
+
+
+def content(root):
+    return {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_nothing_is_written_where_samples_are_new_or_changed(trained, tmp_path, capsys):
+    """Files with other time stamps and one that was never cached: looked at, left out, and not remembered."""
+    root = tmp_path / "copy"
+    adapter = copied_run(trained, root)
+    shutil.copy(root / "media" / "image_00.txt", root / "media" / "new.txt")
+    picture = next(path for path in (root / "media").glob("image_00.*") if path.suffix != ".txt")
+    shutil.copy(picture, root / "media" / f"new{picture.suffix}")
+    with (root / "media" / f"new{picture.suffix}").open("ab") as file:
+        file.write(b"\0")  # another content, the same picture
+    before = content(root)
+    status, _, summary = run(tmp_path, "--adapter", adapter, "--samples", 50)
+    assert content(root) == before
+    assert status == 0 and any("1 sample(s) of the dataset are not in the cache" in n for n in summary.notes)
+    assert "6 sample(s) at noise levels" in capsys.readouterr().out
+
+
+def test_a_damaged_item_is_named_and_left_where_it_is(trained, tmp_path, capsys):
+    root = tmp_path / "copy"
+    adapter = copied_run(trained, root)
+    store = CacheStore(root / "cache")
+    for key in store.keys("latents"):
+        place = store.place(key)
+        data = bytearray(place.shard.path.read_bytes())
+        data[place.entry.offset + place.entry.length - 1] ^= 1
+        place.shard.path.write_bytes(data)
+    before = content(root)
+    status, directory, _ = run(tmp_path, "--adapter", adapter)
+    assert content(root) == before
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and "--cache_only" in error and not directory.exists()
+
+
+@pytest.mark.parametrize("inputs", ["cached", "synthetic"])
+def test_weights_that_are_not_finite_are_named(trained, tmp_path, capsys, inputs):
+    spoilt = {"blocks.1.cross_attn.q.weight": lambda weight: weight.fill_(float("nan"))}
+    base = changed_copy(trained.checkpoint, tmp_path / "base", spoilt)
+    flags = ["--synthetic"] if inputs == "synthetic" else []
+    status, directory, _ = run(tmp_path, "--adapter", trained.run(), "--base", base, *flags)
+    error = capsys.readouterr().err
+    assert status == 2 and "blocks.1.cross_attn: the base's logits are not finite" in error
+    assert not directory.exists()
+
+
+def test_a_base_in_8_bits_is_taken_at_its_scale(tmp_path, tiny_ti2v):
+    """norm_k times 1.3 on top of an fp8_scaled file; and against the plain file a ratio near 1, not that of the scale."""
+    source = open_transformer(tiny_ti2v)
+    tensors = {name: source.get(name).clone() for name in source.shapes}
+    for name in list(tensors):
+        if name.startswith("blocks.") and tensors[name].dim() == 2:
+            scale = tensors[name].float().abs().max() / 448
+            tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name.removesuffix('.weight')}.scale_weight"] = scale.reshape(1)
+    mark = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    for place, factor in (("plain", 1.0), ("scaled", 1.3)):
+        (tmp_path / place).mkdir()
+        changed = {"blocks.2.cross_attn.norm_k.weight": tensors["blocks.2.cross_attn.norm_k.weight"] * factor}
+        save_file(tensors | mark | changed, tmp_path / place / "model.safetensors")
+        shutil.copy(tiny_ti2v / "config.json", tmp_path / place)
+    files = [tmp_path / place / "model.safetensors" for place in ("plain", "scaled")]
+    _, directory, _ = run(tmp_path / "1", "--base", files[0], "--against", files[1], "--synthetic")
+    for (block, _), row in blocks_of(directory).items():
+        assert row["mean_std_ratio"] == pytest.approx(1.3 if block == 2 else 1.0, abs=1e-5)
+    status, directory, _ = run(tmp_path / "2", "--base", tiny_ti2v, "--against", files[0], "--synthetic")
+    assert status == 0
+    # e4m3 has 3 bits behind the point: the largest distance from 1 measured is 0.004.
+    assert all(row["mean_std_ratio"] == pytest.approx(1, abs=0.02) for row in blocks_of(directory).values())
+
+
+def test_another_checkpoint_is_that_of_the_config_s_expert(tmp_path, tiny_t2v, trained):
+    text = (trained.run() / "config.toml").read_text()
+    text = text.replace(str(trained.checkpoint), str(tiny_t2v))
+    (tmp_path / "c.toml").write_text(text.replace("[model]\n", '[model]\nexpert = "low_noise"\n'))
+    status, _, summary = run(tmp_path, "--config", tmp_path / "c.toml", "--against", tiny_t2v, "--synthetic")
+    assert status == 3, summary
+    assert {entry.path.split("/")[-2] for entry in summary.inputs[1:]} == {"low_noise_model"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
+def test_cached_samples_of_image_to_video_and_both_experts(tmp_path, tiny_i2v, tiny_dataset, expert):
+    """Videos alone, with their first frame as condition, at the noise levels of the expert."""
+    (tmp_path / "work").mkdir()
+    workspace = make_workspace(tmp_path / "work", tiny_i2v, tiny_dataset)
+    named = f"model.expert={expert}"
+    done = workspace.launch(["python"], "dit_lora", "max_steps=2", "optimizer.lr=3e-3", named)
+    assert done.returncode == 0, done.stderr
+    status, directory, summary = run(tmp_path, "--adapter", workspace.run(), "--attention", "both")
+    assert status == 0, summary
+    with (directory / "logit_heads.csv").open(newline="") as file:
+        sigmas = {float(row["sigma"]) for row in csv.DictReader(file)}
+    assert len(sigmas) == 3 and all((sigma >= 0.9) == (expert == "high_noise") for sigma in sigmas)
+    assert all(
+        row["mean_std_ratio"] == 1 for (_, kind), row in blocks_of(directory).items() if kind == "self_attn"
+    )

@@ -4,7 +4,10 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from models.wan.checkpoint import open_transformer
 from scripts.diagnostics import dit_lora_translator as probe
 from tests.helpers.workspace import make_workspace
 from utils.report import read_summary
@@ -85,6 +88,45 @@ def test_the_run_s_own_evaluation_is_read_and_the_run_stays_as_it_is(trained, tm
     found = summary.metrics["evaluation"]["dataset"]
     assert found["effect"] == rows[-1]["adapter_effect"] and found["against"] == "adapter off"
     assert found["step"] == 4 and found["num_samples"] == 6
+    assert "evaluations" in {entry.role for entry in summary.inputs}
+    assert not any("evaluation" in note for note in summary.notes)
+
+
+def test_an_evaluation_of_another_step_counts_and_is_said_to_be_one(trained, tmp_path):
+    copy = with_effect(trained, tmp_path / "copy", -0.1, [-0.2, -0.05])
+    rows = [json.loads(line) for line in (copy / "eval.jsonl").read_text().splitlines()]
+    rows[-1]["step"] = 3
+    (copy / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, _, summary = run(tmp_path, "--adapter", copy, "--synthetic", "--max_delta_ratio", 0.5)
+    assert status == 0
+    assert any("saved at step 4" in note and "was at step 3" in note for note in summary.notes)
+
+
+def test_an_adapter_without_attention_has_no_logits_to_judge(trained, tmp_path):
+    random = torch.Generator().manual_seed(0)
+    base = open_transformer(trained.checkpoint)
+    out_features, in_features = base.shapes["blocks.0.ffn.0.weight"]
+    save_file(
+        {
+            "diffusion_model.blocks.0.ffn.0.lora_A.weight": torch.randn(2, in_features, generator=random),
+            "diffusion_model.blocks.0.ffn.0.lora_B.weight": 1e-3
+            * torch.randn(out_features, 2, generator=random),
+        },
+        tmp_path / "ffn.safetensors",
+    )
+    arguments = ("--adapter", tmp_path / "ffn.safetensors", "--base", trained.checkpoint)
+    status, directory, summary = run(tmp_path, *arguments)
+    assert status == 3 and "touches no attention" in summary.explanation
+    assert summary.metrics["parts"]["logits"] == "inconclusive" and summary.metrics["logit_inputs"] == "none"
+    assert set(summary.metrics["types"]) == {"ffn"} and not (directory / "logit_blocks.csv").exists()
+
+
+def test_blocks_and_noise_levels_of_the_logits_can_be_chosen(trained, tmp_path):
+    flags = ("--blocks", "1,3", "--quantiles", "0.5", "--max_delta_ratio", 0.5)
+    _, directory, summary = run(tmp_path, "--adapter", trained.run(), *flags)
+    lines = (directory / "logit_blocks.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[0] for line in lines] == ["1", "3"]
+    assert summary.metrics["logit_inputs"] == "2 cached sample(s) at 0.5"
 
 
 def test_without_an_evaluation_it_is_inconclusive(trained, tmp_path):
