@@ -106,3 +106,8 @@ def stage_memory(layers: Iterable[LayerMemory], in_flight: int, state_share: flo
     for layer in layers:
         total.add(layer)
     return total.at(in_flight, state_share)
+
+
+def evenly_spread(num_chosen: int, num_blocks: int) -> list[int]:
+    """Which blocks to swap: spread evenly, so that each copy has blocks to hide behind."""
+    return [(2 * index + 1) * num_blocks // (2 * num_chosen) for index in range(num_chosen)]

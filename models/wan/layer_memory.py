@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
-
 from models.wan import activations
 from models.wan.activations import Adapters, Batch, DitPrecision
 from models.wan.arch import WanArch
@@ -14,7 +12,7 @@ from models.wan.component_shapes import Umt5Sizes
 from models.wan.costs import num_adapter_weights, num_weights
 from utils.config.schema import ActivationCheckpointing, TrainConfig
 from utils.memory import LayerMemory
-from utils.optim import state_bytes_per_weight, trainable_dtype
+from utils.number_bytes import bytes_of, state_bytes_per_weight, trained_bytes
 from utils.tensor_source import Shape
 
 _FLOAT32 = 4.0
@@ -73,11 +71,19 @@ class DitMemory:
         self._paths: dict[int, list[str]] = {}
         for index, path in targets:
             self._paths.setdefault(index, []).append(path)
-        compute = _bytes_of(config.model.dtype)
-        self._precision = DitPrecision(compute, _bytes_of(config.model.residual_dtype))
+        compute = bytes_of(config.model.dtype)
+        self._precision = DitPrecision(compute, bytes_of(config.model.residual_dtype))
         samples = config.micro_batch_size_per_gpu
         self._batch = Batch(workload.video_tokens * samples, workload.text_tokens * samples, samples)
         self._text_trains = config.model.train_text_encoder
+
+    @cached_property
+    def _by_block(self) -> dict[int, list[tuple[str, Shape]]]:
+        groups: dict[int, list[tuple[str, Shape]]] = {}
+        for name, shape in self._shapes.items():
+            if name.startswith("blocks."):
+                groups.setdefault(int(name.split(".")[1]), []).append((name, shape))
+        return groups
 
     @cached_property
     def _first_adapted(self) -> float:
@@ -117,9 +123,7 @@ class DitMemory:
         """Bytes of what stays on the device in any case (norms, biases, modulation, scales), and of linear weights."""
         small = large = 0.0
         in_8_bits = self._config.model.transformer_dtype == "float8"
-        for name, shape in self._shapes.items():
-            if not name.startswith(f"blocks.{index}."):
-                continue
+        for name, shape in self._by_block.get(index, []):
             if len(shape) == 2:
                 large += math.prod(shape) * (1 if in_8_bits else self._precision.compute)
                 small += _FLOAT32 * shape[0] if in_8_bits else 0.0
@@ -161,7 +165,7 @@ class TextMemory:
         self, config: TrainConfig, shapes: Mapping[str, Shape], sizes: Umt5Sizes, workload: Workload
     ) -> None:
         self._config, self._shapes, self._sizes = config, shapes, sizes
-        self._compute = _bytes_of(config.model.dtype)
+        self._compute = bytes_of(config.model.dtype)
         samples = config.micro_batch_size_per_gpu
         self._batch = Batch(workload.video_tokens * samples, workload.text_tokens * samples, samples)
 
@@ -181,7 +185,7 @@ class TextMemory:
         weights = self._weights(f"blocks.{index}.", trained=trained)
         if not has_backward:
             return weights
-        stored = trainable_dtype(self._config.optimizer).itemsize if trained else self._compute
+        stored = trained_bytes(self._config.optimizer) if trained else self._compute
         kept = kept_activations(
             self._config.activation_checkpointing,
             everything=activations.umt5_block_saved(
@@ -202,13 +206,9 @@ class TextMemory:
         return _trained(number, self._config)
 
 
-def _bytes_of(dtype: str) -> int:
-    return int(getattr(torch, dtype).itemsize)
-
-
 def _trained(number: float, config: TrainConfig) -> LayerMemory:
     """Trained weights, their gradients (of the same size) and the optimizer's state."""
-    own = float(trainable_dtype(config.optimizer).itemsize)
+    own = float(trained_bytes(config.optimizer))
     state = number * state_bytes_per_weight(config.optimizer)
     return LayerMemory(weights=number * own, gradients=number * own, state=state)
 
