@@ -100,6 +100,27 @@ def dit_block_selected(arch: WanArch, batch: Batch, precision: DitPrecision, ada
     return saved + dit_hidden_bytes(arch, batch, precision)
 
 
+def dit_block_working(arch: WanArch, batch: Batch, precision: DitPrecision, *, has_backward: bool) -> float:
+    """What the operations of one DiT block hold at the largest moment, besides what is saved.
+
+    Forward (what a block without a backward pass has): query and key in float32 while one of them is rotated, or the
+    two sides of the feed-forward's activation function, whichever is more. Backward: the gradients of both sides of that
+    function, and those of the residual stream. Which tensors these are is by the order of operations in `WanBlock`;
+    that they are all is by measurement (tests/models/wan/test_allocation.py).
+    """
+    compute, residual = precision.compute, precision.residual
+    both_sides = 2 * arch.ffn_dim * compute
+    if has_backward:
+        return batch.video_tokens * (both_sides + arch.dim * residual)
+    rotating = arch.dim * (3 * _FLOAT32 + 5 * compute)
+    return batch.video_tokens * max(rotating, both_sides + arch.dim * (residual + 2 * compute))
+
+
+def dit_ends_working(arch: WanArch, batch: Batch) -> float:
+    """The same of the embedding and of the head: two float32 copies of the hidden state."""
+    return batch.video_tokens * arch.dim * 2 * _FLOAT32
+
+
 def dit_hidden_bytes(arch: WanArch, batch: Batch, precision: DitPrecision) -> float:
     """The residual stream between two blocks."""
     return batch.video_tokens * arch.dim * precision.residual

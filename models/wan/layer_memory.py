@@ -98,12 +98,15 @@ class DitMemory:
         weights = _FLOAT32 * num_weights(self._shapes, *_FLOAT32_INPUT)
         weights += self._precision.compute * num_weights(self._shapes, "text_embedding.")
         stored = activations.dit_input_saved(self._arch, self._batch, self._precision, text=self._text_trains)
-        return LayerMemory(weights=weights, stored=stored)
+        working = activations.dit_ends_working(self._arch, self._batch)
+        return LayerMemory(weights=weights, stored=stored, working=working)
 
     def head(self) -> LayerMemory:
         """Norm and projection, and the loss behind them."""
         weights = _FLOAT32 * num_weights(self._shapes, "head.")
-        return LayerMemory(weights=weights, stored=activations.dit_head_saved(self._arch, self._batch))
+        stored = activations.dit_head_saved(self._arch, self._batch)
+        working = activations.dit_ends_working(self._arch, self._batch)
+        return LayerMemory(weights=weights, stored=stored, working=working)
 
     def block(self, index: int, *, is_swapped: bool) -> LayerMemory:
         """One block."""
@@ -135,14 +138,17 @@ class DitMemory:
 
     def _activations(self, index: int, paths: Sequence[str]) -> LayerMemory:
         hidden = self.hidden_wants_gradient(index)
-        if not (hidden or paths or self._text_trains):
-            return LayerMemory()
         config, arch, batch, precision = self._config, self._arch, self._batch, self._precision
+        has_backward = hidden or bool(paths) or self._text_trains
+        working = activations.dit_block_working(arch, batch, precision, has_backward=has_backward)
+        if not has_backward:
+            return LayerMemory(working=working)
         adapter = config.adapter
         adapters = Adapters()
         if adapter is not None:
             adapters = Adapters(paths, adapter.rank, adapter.dropout > 0)
-        return kept_activations(
+        own_input = activations.dit_hidden_bytes(arch, batch, precision)
+        kept = kept_activations(
             config.activation_checkpointing,
             everything=activations.dit_block_saved(
                 arch,
@@ -153,9 +159,13 @@ class DitMemory:
                 text_wants_gradient=self._text_trains,
             ),
             selected=activations.dit_block_selected(arch, batch, precision, adapters),
-            own_input=activations.dit_hidden_bytes(arch, batch, precision),
+            own_input=own_input,
             shared=activations.dit_text_bytes(arch, batch, precision),
         )
+        if config.activation_checkpointing is True and hidden and precision.residual == _FLOAT32:
+            # The recomputed block's first norm keeps the very input that is stored already.
+            kept = replace(kept, rebuilt=kept.rebuilt - own_input)
+        return replace(kept, working=working)
 
 
 class TextMemory:
@@ -197,7 +207,17 @@ class TextMemory:
             * (self._compute if is_first_trained else stored),
             shared=0.0,
         )
-        return replace(weights, **_activations_of(kept))
+        return replace(
+            weights, **_activations_of(kept) | {"working": self._working(index) if trained else 0.0}
+        )
+
+    def _working(self, index: int) -> float:
+        """The gradient of the largest weight before it is added, where autocast cast that weight in both precisions."""
+        own = trained_bytes(self._config.optimizer)
+        largest = max(
+            math.prod(shape) for name, shape in self._shapes.items() if name.startswith(f"blocks.{index}.")
+        )
+        return float(largest * (own + (self._compute if own != self._compute else 0)))
 
     def _weights(self, prefix: str, *, trained: bool) -> LayerMemory:
         number = num_weights(self._shapes, prefix)
@@ -214,4 +234,5 @@ def _trained(number: float, config: TrainConfig) -> LayerMemory:
 
 
 def _activations_of(memory: LayerMemory) -> dict[str, float]:
-    return {name: getattr(memory, name) for name in ("stored", "rebuilt", "shared", "host_stored")}
+    names = ("stored", "rebuilt", "working", "shared", "host_stored")
+    return {name: getattr(memory, name) for name in names}
