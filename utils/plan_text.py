@@ -136,7 +136,7 @@ def _remedy_text(fit: dict[str, Any]) -> str:
 def _compute(document: dict[str, Any]) -> Iterable[str]:
     compute = document["compute"]
     text = (
-        f"compute: {compute['flops_per_step'] / 1e12:,.1f} TFLOPs per step; {_duration(compute['step_seconds'])} per step at "
+        f"compute: {_flops(compute['flops_per_step'])} per step; {_duration(compute['step_seconds'])} per step at "
         f"{compute['tflops_per_gpu']:g} TFLOP/s per GPU (--tflops)"
     )
     if compute["waiting_share"] > 0:
@@ -182,6 +182,13 @@ def _counts(skipped: dict[str, int]) -> str:
 
 def _free(num_bytes: int | None) -> str:
     return "" if num_bytes is None else f", {size_text(num_bytes)} free"
+
+
+def _flops(number: float) -> str:
+    for size, unit in ((1e15, "PFLOPs"), (1e12, "TFLOPs")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 1e9:.3g} GFLOPs"
 
 
 def _toml(value: object) -> str:

@@ -103,17 +103,17 @@ def dit_block_selected(arch: WanArch, batch: Batch, precision: DitPrecision, ada
 def dit_block_working(arch: WanArch, batch: Batch, precision: DitPrecision, *, has_backward: bool) -> float:
     """What the operations of one DiT block hold at the largest moment, besides what is saved.
 
-    Forward (what a block without a backward pass has): query and key in float32 while one of them is rotated, or the
-    two sides of the feed-forward's activation function, whichever is more. Backward: the gradients of both sides of that
-    function, and those of the residual stream. Which tensors these are is by the order of operations in `WanBlock`;
-    that they are all is by measurement (tests/models/wan/test_allocation.py).
+    Which tensors these are follows from the order of operations in `WanBlock`: forward, query and key in float32 while
+    the key is rotated (two products and their sum), or both sides of the feed-forward's activation function. With a
+    backward pass, the gradient of the residual stream, and with it the gradients of both those sides, or at the end of
+    a forward that runs again the feed-forward's output, gated and added. tests/models/wan/test_allocation.py measures.
     """
-    compute, residual = precision.compute, precision.residual
+    compute, residual, dim = precision.compute, precision.residual, arch.dim
     both_sides = 2 * arch.ffn_dim * compute
     if has_backward:
-        return batch.video_tokens * (both_sides + arch.dim * residual)
-    rotating = arch.dim * (3 * _FLOAT32 + 5 * compute)
-    return batch.video_tokens * max(rotating, both_sides + arch.dim * (residual + 2 * compute))
+        return batch.video_tokens * (dim * residual + max(both_sides, dim * (3 * compute + 2 * _FLOAT32)))
+    rotating = dim * (4 * _FLOAT32 + 2 * compute)
+    return batch.video_tokens * max(rotating, both_sides + dim * (residual + 2 * compute))
 
 
 def dit_ends_working(arch: WanArch, batch: Batch) -> float:

@@ -24,7 +24,7 @@ from utils.lora_targets import describe_targets
 from utils.number_bytes import FLOAT32, bytes_of, trained_bytes
 from utils.plan_disk import free_bytes, run_disk
 from utils.plan_fit import GPU_SIZES_GB, Fit
-from utils.stage_plan import StagePlan
+from utils.stage_plan import StagePlan, size_text
 
 FORMAT = 1
 _SECONDS_FOR_FILES = 1.0
@@ -54,6 +54,7 @@ def make_plan_document(loaded: LoadedConfig, num_gpus: int | None, tflops: float
     stages = planner.stages(config, device_bytes)
     trained = _num_trained(model, config)
     missing = [*model.missing, *data_missing(loaded)]
+    disk = _disk_part(loaded, model, data, trained, copies)
     return {
         "format": FORMAT,
         "config": loaded.path,
@@ -76,9 +77,9 @@ def make_plan_document(loaded: LoadedConfig, num_gpus: int | None, tflops: float
         "stages": _stage_parts(planner, config, stages, data),
         "fit": [_fit_part(fit) for fit in fits],
         "compute": _compute_part(config, stages, data, copies, tflops),
-        "disk": _disk_part(loaded, model, data, trained, copies),
+        "disk": disk,
         "missing": [{"key": one.key, "reason": one.reason, "fix": one.fix} for one in missing],
-        "notes": list(model.notes) + _data_notes(data),
+        "notes": [*model.notes, *_data_notes(data), *_disk_notes(disk)],
     }
 
 
@@ -302,6 +303,21 @@ def _data_notes(data: DataPlan) -> list[str]:
             f"{data.not_examined} files of the dataset were not examined for lack of time; counts are scaled up "
             "(scripts/diagnostics/dataset_inspect.py looks into all of them)"
         )
+    return notes
+
+
+def _disk_notes(disk: dict[str, Any]) -> list[str]:
+    """Where a disk has no room for what is known to come. Cache and run may share one."""
+    notes = []
+    wanted = {
+        disk["cache_dir"]: ((disk["cache_latents"] or 0.0) + (disk["cache_text"] or 0.0), disk["cache_free"]),
+        disk["output_dir"]: (disk["checkpoints"] + (disk["exports"] or disk["export"]), disk["output_free"]),
+    }
+    for place, (needed, free) in wanted.items():
+        if free is not None and needed > free:
+            notes.append(
+                f"the disk of {place} has {size_text(free)} free, and {size_text(needed)} are needed"
+            )
     return notes
 
 
