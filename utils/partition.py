@@ -97,6 +97,8 @@ def plan_stages(
                 f"layers (0 .. {num_layers - 1}), in rising order"
             )
         return Partition(bounds, costs)
+    if num_stages == 1:
+        return Partition((0, num_layers), costs)
     if config.partition_method == "uniform":
         return Partition(balanced_bounds((1.0,) * num_layers, num_stages), costs)
     weights = tuple(cost.total for cost in costs)

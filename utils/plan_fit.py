@@ -109,6 +109,7 @@ class _Search:
     def __init__(self, config: TrainConfig, device: float, room: Room, needs: Needs) -> None:
         self._config, self._device, self._room, self._needs = config, device, room, needs
         self._limit = USABLE_SHARE * device
+        self._bucket: str | None = None
         position = _MODES.index(config.activation_checkpointing)
         self._modes: list[Settings] = [
             (),
@@ -132,14 +133,12 @@ class _Search:
         return None
 
     def with_smaller_buckets(self) -> Remedy | None:
-        """The largest bucket that fits, with as few other settings as can be."""
-        smaller = self._room.buckets[1:]
-        for base in self._bases(()):
-            for settings in (base, *(self._least(base))):
-                for bucket in smaller:
-                    found = self._try(settings, bucket)
-                    if found is not None:
-                        return found
+        """The largest bucket that fits, whatever other settings it takes on the same GPUs."""
+        for bucket in self._room.buckets[1:]:
+            self._bucket = bucket
+            found = self.without_more_gpus()
+            if found is not None:
+                return found
         return None
 
     def _bases(self, more: Settings) -> Iterator[Settings]:
@@ -174,7 +173,8 @@ class _Search:
         if all(self._try(settings) is None for settings in self._least(base)):
             return None
         for mode in self._modes:
-            found = self._try(base + mode) if base + mode else None
+            # Without a smaller bucket, nothing changed has been found not to fit.
+            found = self._try(base + mode) if base + mode or self._bucket else None
             if found is not None:
                 return found
         for mode in self._modes:
@@ -212,9 +212,9 @@ class _Search:
                 best, high = found, middle
         return best
 
-    def _try(self, settings: Settings, bucket: str | None = None) -> Remedy | None:
-        needed = self._needs(with_settings(self._config, settings), bucket, self._device)
-        return Remedy(settings, bucket, needed) if needed <= self._limit else None
+    def _try(self, settings: Settings) -> Remedy | None:
+        needed = self._needs(with_settings(self._config, settings), self._bucket, self._device)
+        return Remedy(settings, self._bucket, needed) if needed <= self._limit else None
 
     def _stage_numbers(self) -> list[int]:
         now, gpus = self._config.pipeline_stages, self._room.num_gpus
