@@ -78,14 +78,6 @@ class DitMemory:
         self._text_trains = config.model.train_text_encoder
 
     @cached_property
-    def _by_block(self) -> dict[int, list[tuple[str, Shape]]]:
-        groups: dict[int, list[tuple[str, Shape]]] = {}
-        for name, shape in self._shapes.items():
-            if name.startswith("blocks."):
-                groups.setdefault(int(name.split(".")[1]), []).append((name, shape))
-        return groups
-
-    @cached_property
     def _first_adapted(self) -> float:
         return min(self._paths, default=math.inf)
 
@@ -111,22 +103,27 @@ class DitMemory:
     def block(self, index: int, *, is_swapped: bool) -> LayerMemory:
         """One block."""
         paths = self._paths.get(index, [])
-        frozen = self._frozen(index)
         memory = self._activations(index, paths)
         if self._config.adapter is not None:
             names = [f"blocks.{index}.{path}" for path in paths]
             trained = num_adapter_weights(self._shapes, names, self._config.adapter.rank)
             memory = replace(_trained(trained, self._config), **_activations_of(memory))
-        small, large = frozen
+        small, large = self._frozen
         if is_swapped:
             return replace(memory, weights=memory.weights + small, slot=large, host_weights=large)
         return replace(memory, weights=memory.weights + small + large)
 
-    def _frozen(self, index: int) -> tuple[float, float]:
-        """Bytes of what stays on the device in any case (norms, biases, modulation, scales), and of linear weights."""
+    @cached_property
+    def _frozen(self) -> tuple[float, float]:
+        """Bytes of what stays on the device in any case (norms, biases, modulation, scales), and of linear weights.
+
+        Of one block: `load_arch` has seen that all have the same shapes.
+        """
         small = large = 0.0
         in_8_bits = self._config.model.transformer_dtype == "float8"
-        for name, shape in self._by_block.get(index, []):
+        for name, shape in self._shapes.items():
+            if not name.startswith("blocks.0."):
+                continue
             if len(shape) == 2:
                 large += math.prod(shape) * (1 if in_8_bits else self._precision.compute)
                 small += _FLOAT32 * shape[0] if in_8_bits else 0.0
@@ -190,9 +187,9 @@ class TextMemory:
         stored = 2 * self._batch.text_tokens * self._sizes.d_model * _FLOAT32
         return replace(self._weights("norm.", trained=True), stored=stored)
 
-    def block(self, index: int, *, trained: bool, has_backward: bool, is_first_trained: bool) -> LayerMemory:
+    def block(self, *, trained: bool, has_backward: bool, is_first_trained: bool) -> LayerMemory:
         """One block. Into the first one that trains come states in the compute dtype."""
-        weights = self._weights(f"blocks.{index}.", trained=trained)
+        weights = self._kept(self._of_a_block[0], trained=trained)
         if not has_backward:
             return weights
         stored = trained_bytes(self._config.optimizer) if trained else self._compute
@@ -207,20 +204,24 @@ class TextMemory:
             * (self._compute if is_first_trained else stored),
             shared=0.0,
         )
-        return replace(
-            weights, **_activations_of(kept) | {"working": self._working(index) if trained else 0.0}
-        )
+        return replace(weights, **_activations_of(kept) | {"working": self._working if trained else 0.0})
 
-    def _working(self, index: int) -> float:
+    @cached_property
+    def _of_a_block(self) -> tuple[int, int]:
+        """Weights of one block, and of its largest tensor; `text_encoder_sizes` has seen that all blocks are alike."""
+        sizes = [math.prod(shape) for name, shape in self._shapes.items() if name.startswith("blocks.0.")]
+        return sum(sizes), max(sizes)
+
+    @property
+    def _working(self) -> float:
         """The gradient of the largest weight before it is added, where autocast cast that weight in both precisions."""
         own = trained_bytes(self._config.optimizer)
-        largest = max(
-            math.prod(shape) for name, shape in self._shapes.items() if name.startswith(f"blocks.{index}.")
-        )
-        return float(largest * (own + (self._compute if own != self._compute else 0)))
+        return float(self._of_a_block[1] * (own + (self._compute if own != self._compute else 0)))
 
     def _weights(self, prefix: str, *, trained: bool) -> LayerMemory:
-        number = num_weights(self._shapes, prefix)
+        return self._kept(num_weights(self._shapes, prefix), trained=trained)
+
+    def _kept(self, number: int, *, trained: bool) -> LayerMemory:
         if not trained:
             return LayerMemory(weights=float(number * self._compute))
         return _trained(number, self._config)

@@ -52,7 +52,6 @@ def plan_text_layers(config: TrainConfig, shapes: dict[str, Shape], workload: Wo
                 trains_weights=trained,
                 recompute=layer_memory.recomputed_share(config.activation_checkpointing),
                 memory=memory.block(
-                    index,
                     trained=trained,
                     has_backward=trained or table_trained,
                     is_first_trained=index == first_trained and not (table_trained and index == 0),
