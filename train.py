@@ -9,6 +9,7 @@ import argparse
 from functools import partial
 
 from utils.cli import end_process, run_command
+from utils.plan_cli import add_plan_flags, check_plan_flags, print_plan
 
 NEWEST = ""
 
@@ -59,6 +60,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="KEY[,KEY]",
         help="with --resume_from_checkpoint: go on although these have changed, e.g. optimizer.lr,dataset",
     )
+    add_plan_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show stack traces")
     launcher = parser.add_argument_group("passed by launchers")
     launcher.add_argument("--local_rank", type=int, default=None, help="ignored: LOCAL_RANK says it")
@@ -68,6 +70,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--allow_changed would be ignored: it belongs to --resume_from_checkpoint")
     if arguments.cache_only and arguments.resume_from_checkpoint is not None:
         parser.error("--resume_from_checkpoint would be ignored: --cache_only ends before training")
+    check_plan_flags(parser, arguments)
     return arguments
 
 
@@ -122,10 +125,21 @@ def train(arguments: argparse.Namespace) -> int:
         return 0
 
 
+def plan(arguments: argparse.Namespace) -> int:
+    """Say what the configuration would train, from headers alone."""
+    from models.wan.plan import make_plan_document
+    from utils.config.load import load_config
+
+    loaded = load_config(arguments.config, arguments.set)
+    print_plan(make_plan_document(loaded, arguments.gpus, arguments.tflops), as_json=arguments.json)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = parse_arguments(argv)
-    return run_command(lambda: train(arguments), debug=arguments.debug)
+    body = plan if arguments.plan else train
+    return run_command(lambda: body(arguments), debug=arguments.debug)
 
 
 if __name__ == "__main__":

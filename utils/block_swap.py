@@ -47,11 +47,6 @@ class SwappedTensor:
         return slot[self.offset : self.offset + num_bytes].view(self.dtype).view(self.shape)
 
 
-def evenly_spread(num_chosen: int, num_blocks: int) -> list[int]:
-    """Which blocks to swap: spread evenly, so that each copy has blocks to hide behind."""
-    return [(2 * index + 1) * num_blocks // (2 * num_chosen) for index in range(num_chosen)]
-
-
 class _Home:
     """One block's weights in host memory, as bytes behind each other, in pieces."""
 

@@ -5,7 +5,7 @@ The loop and the engine know models only through this module; any model that imp
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from utils.config.schema import ActivationCheckpointing
 from utils.data.sampler import MicroBatch
 from utils.delta_budget import ModuleDelta
 from utils.memory import NO_MEMORY, LayerMemory
+from utils.planned_layer import PlannedLayer
 from utils.recompute import is_wanted, run_again_later
 
 Wire = tuple[Tensor, ...]
@@ -47,18 +48,9 @@ class PipelineLayer(nn.Module):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A layer that is not built yet.
+    """A layer that is not built yet: the facts of `PlannedLayer`, and how it is built.
 
-    Attributes:
-        name: global name; parameters are called `<name>.<name inside inner>` in checkpoints.
-        build: builds the layer with its weights on the given device; called only by the stage that owns it.
-        forward_flops: multiply-adds times two of one forward pass at the dataset's mean sample.
-        backward_flops: the same of its backward pass where a gradient comes, without what is recomputed. None: as many
-            as forward, and as many again where `trains_weights`.
-        trainable: whether any of its parameters trains.
-        trains_weights: whether its full weights train (not only an adapter), which adds a weight-gradient pass.
-        recompute: share of its forward pass that runs again in the backward pass.
-        memory: what it keeps in memory.
+    `build` makes the layer with its weights on the given device; only the stage that owns it calls it.
     """
 
     name: str
@@ -69,6 +61,12 @@ class LayerSpec:
     recompute: float = 0.0
     memory: LayerMemory = NO_MEMORY
     backward_flops: float | None = None
+
+    @classmethod
+    def of(cls, facts: PlannedLayer, build: Callable[[torch.device], PipelineLayer]) -> "LayerSpec":
+        """A planned layer with the function that builds it."""
+        values = {field.name: getattr(facts, field.name) for field in fields(facts)}
+        return cls(build=build, **values)
 
 
 def global_names(spec_name: str, layer: nn.Module) -> dict[str, nn.Parameter]:

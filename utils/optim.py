@@ -10,22 +10,13 @@ from torch import nn
 
 from utils.config.schema import OptimizerConfig
 from utils.errors import UserError
+from utils.number_bytes import trained_dtype_name
 
 
 def trainable_dtype(config: OptimizerConfig) -> torch.dtype:
     """Storage precision of trained weights: float32, except where the optimizer compensates bfloat16 rounding."""
-    return torch.bfloat16 if config.type == "adamw_kahan" else torch.float32
-
-
-def bytes_per_trained_weight(config: OptimizerConfig) -> float:
-    """Memory of one trained weight: itself, its gradient and the optimizer's state."""
-    weight_and_gradient = {"adamw": 8.0, "adamw8bit": 8.0, "adamw_kahan": 4.0}[config.type]
-    return weight_and_gradient + state_bytes_per_weight(config)
-
-
-def state_bytes_per_weight(config: OptimizerConfig) -> float:
-    """Memory of the optimizer's state for one trained weight: what `zero_stage = 1` divides by the number of copies."""
-    return {"adamw": 8.0, "adamw8bit": 2.0, "adamw_kahan": 6.0}[config.type]
+    dtype: torch.dtype = getattr(torch, trained_dtype_name(config))
+    return dtype
 
 
 def build_optimizer(

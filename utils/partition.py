@@ -9,8 +9,8 @@ from itertools import accumulate, pairwise
 
 from utils.config.schema import TrainConfig
 from utils.errors import UserError
-from utils.layers import LayerSpec
 from utils.memory import RunningMemory
+from utils.planned_layer import LayerFacts
 from utils.schedule import in_flight
 
 # What is left is for transfer buffers, the loss, kernels' own memory and the allocator.
@@ -44,7 +44,7 @@ class Partition:
         return tuple(sum(cost.total for cost in self.layer_costs[a:b]) for a, b in pairwise(self.bounds))
 
 
-def training_costs(specs: Sequence[LayerSpec]) -> tuple[LayerCost, ...]:
+def training_costs(specs: Sequence[LayerFacts]) -> tuple[LayerCost, ...]:
     """FLOPs of one training step in each layer.
 
     Before the first trainable layer only the forward pass runs. From it on, the backward pass is: what the layer
@@ -66,7 +66,7 @@ def training_costs(specs: Sequence[LayerSpec]) -> tuple[LayerCost, ...]:
 
 
 def plan_stages(
-    specs: Sequence[LayerSpec],
+    specs: Sequence[LayerFacts],
     config: TrainConfig,
     device_bytes: float | None = None,
     copies: int = 1,
@@ -97,6 +97,8 @@ def plan_stages(
                 f"layers (0 .. {num_layers - 1}), in rising order"
             )
         return Partition(bounds, costs)
+    if num_stages == 1:
+        return Partition((0, num_layers), costs)
     if config.partition_method == "uniform":
         return Partition(balanced_bounds((1.0,) * num_layers, num_stages), costs)
     weights = tuple(cost.total for cost in costs)
@@ -112,7 +114,9 @@ def state_share(config: TrainConfig, copies: int) -> float:
     return 1 / copies if config.zero_stage else 1.0
 
 
-def _stage_sizes(specs: Sequence[LayerSpec], num_stages: int, num_micro_batches: int, share: float) -> SizeOf:
+def _stage_sizes(
+    specs: Sequence[LayerFacts], num_stages: int, num_micro_batches: int, share: float
+) -> SizeOf:
     """(start, end, stage) -> bytes on the device of a stage that owns these layers."""
     totals: dict[tuple[int, int], RunningMemory] = {}
     for start in range(len(specs)):

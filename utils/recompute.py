@@ -55,7 +55,9 @@ def run_again_later(mode: ActivationCheckpointing, run: Callable[..., Any], wire
         return again(context_fn=partial(create_selective_checkpoint_contexts, _policy))
     if mode == "offload":
         # The hooks are those in force while the checkpoint saves its inputs; inside it, it has its own.
-        with torch.autograd.graph.saved_tensors_hooks(partial(_pack, wire[0]), _unpack):
+        # By its place and not by itself: what is saved keeps the hooks, and they would keep the tensor on the device.
+        own = (wire[0].data_ptr(), wire[0].shape)
+        with torch.autograd.graph.saved_tensors_hooks(partial(_pack, own), _unpack):
             return again()
     return again()
 
@@ -124,10 +126,10 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return _streams[device]
 
 
-def _pack(own: Tensor, tensor: Tensor) -> "Tensor | _Parked":
-    """Park the layer's own input; what else the wire carries is shared with other layers and stays."""
+def _pack(own: tuple[int, torch.Size], tensor: Tensor) -> "Tensor | _Parked":
+    """Park the layer's own input, given by address and shape; what else the wire carries is shared with other layers."""
     global _newest
-    if tensor.data_ptr() != own.data_ptr() or tensor.shape != own.shape:
+    if (tensor.data_ptr(), tensor.shape) != own:
         return tensor
     parked = _Parked(tensor)
     _newest = weakref.ref(parked)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from utils.config.schema import TrainConfig
-from utils.layers import LayerSpec
 from utils.memory import StageMemory, stage_memory
 from utils.partition import USABLE_SHARE, Partition, plan_stages, state_share
+from utils.planned_layer import LayerFacts
 from utils.schedule import StepTiming, in_flight, simulate
 
 _HEAD = ("stage", "layers", "work", "weights", "grad+optim", "in flight", "activations", "device", "host")
@@ -52,7 +52,7 @@ class StagePlan:
 
 
 def make_plan(
-    specs: Sequence[LayerSpec],
+    specs: Sequence[LayerFacts],
     config: TrainConfig,
     device_bytes: float | None,
     copies: int = 1,

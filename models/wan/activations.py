@@ -100,6 +100,27 @@ def dit_block_selected(arch: WanArch, batch: Batch, precision: DitPrecision, ada
     return saved + dit_hidden_bytes(arch, batch, precision)
 
 
+def dit_block_working(arch: WanArch, batch: Batch, precision: DitPrecision, *, has_backward: bool) -> float:
+    """What the operations of one DiT block hold at the largest moment, besides what is saved.
+
+    Which tensors these are follows from the order of operations in `WanBlock`: forward, query and key in float32 while
+    the key is rotated (two products and their sum), or both sides of the feed-forward's activation function. With a
+    backward pass, the gradient of the residual stream, and with it the gradients of both those sides, or at the end of
+    a forward that runs again the feed-forward's output, gated and added. tests/models/wan/test_allocation.py measures.
+    """
+    compute, residual, dim = precision.compute, precision.residual, arch.dim
+    both_sides = 2 * arch.ffn_dim * compute
+    if has_backward:
+        return batch.video_tokens * (dim * residual + max(both_sides, dim * (3 * compute + 2 * _FLOAT32)))
+    rotating = dim * (4 * _FLOAT32 + 2 * compute)
+    return batch.video_tokens * max(rotating, both_sides + dim * (residual + 2 * compute))
+
+
+def dit_ends_working(arch: WanArch, batch: Batch) -> float:
+    """The same of the embedding and of the head: two float32 copies of the hidden state."""
+    return batch.video_tokens * arch.dim * 2 * _FLOAT32
+
+
 def dit_hidden_bytes(arch: WanArch, batch: Batch, precision: DitPrecision) -> float:
     """The residual stream between two blocks."""
     return batch.video_tokens * arch.dim * precision.residual

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.wan.arch import VariantInfo
 from models.wan.caching import EMPTY_CAPTION, WanCache
 from models.wan.layers import Workload
+from models.wan.media import video_tokens
 from models.wan.stages import TextWire
 from models.wan.text_encoder import WanTokenizer, pad_token_ids
 from utils.config.guardrails import mode_of
@@ -199,6 +200,4 @@ class WanBatches:
         return derive_seed(self._config.seed, "micro_batch", names)
 
     def _sample_tokens(self, sample: SampleRecord) -> int:
-        bucket, multiple = sample.bucket, self._variant.pixel_multiple
-        frames = self._variant.latent_frames(bucket.num_frames)
-        return frames * (bucket.width // multiple) * (bucket.height // multiple)
+        return video_tokens(self._variant, sample.bucket)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from models.wan.arch import VariantInfo
 from models.wan.checkpoint import CheckpointPaths
+from models.wan.media import media_rules
 from models.wan.text_encoder import MAX_TEXT_TOKENS, TextEncoder, WanTokenizer
 from models.wan.vae import WanVae, load_vae
 from utils.config.schema import ModelConfig, TrainConfig
-from utils.data.buckets import MediaRules
 from utils.data.cache import CacheStore
 from utils.data.cache_keys import LATENTS, TEXT, latent_parts, make_key, text_parts
 from utils.data.decode import ClipJob, automatic_workers, decoded_clips
@@ -85,16 +85,6 @@ def build_filling(config: TrainConfig, num_processes_here: int, *, skip_bad: boo
     if workers is None:
         workers = automatic_workers(num_processes_here)
     return LatentFilling(config.caching_batch_size, workers, skip_bad)
-
-
-def media_rules(variant: VariantInfo) -> MediaRules:
-    """What clips must look like for this variant."""
-    return MediaRules(
-        fps=variant.fps,
-        pixel_multiple=variant.pixel_multiple,
-        frame_quantum=variant.vae_stride[0],
-        latent_stride=variant.vae_stride[1],
-    )
 
 
 class WanCache:

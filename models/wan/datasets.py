@@ -16,9 +16,9 @@ from models.wan.caching import (
     all_captions,
     build_filling,
     hash_weights,
-    media_rules,
 )
 from models.wan.checkpoint import CheckpointPaths
+from models.wan.media import MEMO_FILE, media_rules, without_images
 from models.wan.text_encoder import MAX_TEXT_TOKENS, WanTokenizer
 from utils.config.schema import DatasetConfig, TrainConfig
 from utils.data.cache import CacheStore
@@ -39,7 +39,6 @@ from utils.errors import UserError
 from utils.shared_progress import SharedProgress
 
 Say = Callable[[str], None]
-MEMO_FILE = "content_hashes.jsonl"
 _MAX_LINES_SHOWN = 10
 _WHERE_ALL_ARE = " (all: dataset.csv in the run directory, or dataset_inspect.py)"
 
@@ -141,22 +140,6 @@ def scan_dataset(
     hashes = hash_weights(paths, memo)
     memo.save()
     return manifest, hashes
-
-
-def without_images(manifest: Manifest, *, allow_empty: bool = False) -> Manifest:
-    """Leave images out: to an image-to-video model an image shows its first frame, which is all of the answer.
-
-    Raises:
-        UserError: nothing is left, unless `allow_empty`.
-    """
-    videos = tuple(sample for sample in manifest.samples if sample.kind == "video")
-    reason = "is an image, and an image-to-video model learns from videos only"
-    images = tuple(
-        SkippedFile(sample.path, reason, "no_bucket") for sample in manifest.samples if sample.kind == "image"
-    )
-    if not videos and not allow_empty:
-        raise UserError(f"the dataset has no video among its {len(images)} usable files: each {reason}")
-    return replace(manifest, samples=videos, skipped=manifest.skipped + images)
 
 
 def without_failures(manifest: Manifest, cache: WanCache, failures: Mapping[str, str]) -> Manifest:

@@ -6,9 +6,10 @@ from itertools import pairwise
 
 from models.wan.arch import VariantInfo
 from models.wan.batches import build_sigma_law
-from models.wan.caching import all_captions, media_rules
+from models.wan.caching import all_captions
 from models.wan.checkpoint import has_tokenizer, locate, read_variant
-from models.wan.datasets import MEMO_FILE, data_fingerprint, without_images
+from models.wan.datasets import data_fingerprint
+from models.wan.media import MEMO_FILE, media_rules, without_images
 from models.wan.text_encoder import WanTokenizer
 from utils.config.schema import DatasetConfig, TrainConfig
 from utils.data.buckets import MediaRules, build_buckets

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
-
 from models.wan import activations
 from models.wan.activations import Adapters, Batch, DitPrecision
 from models.wan.arch import WanArch
@@ -14,7 +12,7 @@ from models.wan.component_shapes import Umt5Sizes
 from models.wan.costs import num_adapter_weights, num_weights
 from utils.config.schema import ActivationCheckpointing, TrainConfig
 from utils.memory import LayerMemory
-from utils.optim import state_bytes_per_weight, trainable_dtype
+from utils.number_bytes import bytes_of, state_bytes_per_weight, trained_bytes
 from utils.tensor_source import Shape
 
 _FLOAT32 = 4.0
@@ -73,8 +71,8 @@ class DitMemory:
         self._paths: dict[int, list[str]] = {}
         for index, path in targets:
             self._paths.setdefault(index, []).append(path)
-        compute = _bytes_of(config.model.dtype)
-        self._precision = DitPrecision(compute, _bytes_of(config.model.residual_dtype))
+        compute = bytes_of(config.model.dtype)
+        self._precision = DitPrecision(compute, bytes_of(config.model.residual_dtype))
         samples = config.micro_batch_size_per_gpu
         self._batch = Batch(workload.video_tokens * samples, workload.text_tokens * samples, samples)
         self._text_trains = config.model.train_text_encoder
@@ -92,33 +90,39 @@ class DitMemory:
         weights = _FLOAT32 * num_weights(self._shapes, *_FLOAT32_INPUT)
         weights += self._precision.compute * num_weights(self._shapes, "text_embedding.")
         stored = activations.dit_input_saved(self._arch, self._batch, self._precision, text=self._text_trains)
-        return LayerMemory(weights=weights, stored=stored)
+        working = activations.dit_ends_working(self._arch, self._batch)
+        return LayerMemory(weights=weights, stored=stored, working=working)
 
     def head(self) -> LayerMemory:
         """Norm and projection, and the loss behind them."""
         weights = _FLOAT32 * num_weights(self._shapes, "head.")
-        return LayerMemory(weights=weights, stored=activations.dit_head_saved(self._arch, self._batch))
+        stored = activations.dit_head_saved(self._arch, self._batch)
+        working = activations.dit_ends_working(self._arch, self._batch)
+        return LayerMemory(weights=weights, stored=stored, working=working)
 
     def block(self, index: int, *, is_swapped: bool) -> LayerMemory:
         """One block."""
         paths = self._paths.get(index, [])
-        frozen = self._frozen(index)
         memory = self._activations(index, paths)
         if self._config.adapter is not None:
             names = [f"blocks.{index}.{path}" for path in paths]
             trained = num_adapter_weights(self._shapes, names, self._config.adapter.rank)
             memory = replace(_trained(trained, self._config), **_activations_of(memory))
-        small, large = frozen
+        small, large = self._frozen
         if is_swapped:
             return replace(memory, weights=memory.weights + small, slot=large, host_weights=large)
         return replace(memory, weights=memory.weights + small + large)
 
-    def _frozen(self, index: int) -> tuple[float, float]:
-        """Bytes of what stays on the device in any case (norms, biases, modulation, scales), and of linear weights."""
+    @cached_property
+    def _frozen(self) -> tuple[float, float]:
+        """Bytes of what stays on the device in any case (norms, biases, modulation, scales), and of linear weights.
+
+        Of one block: `load_arch` has seen that all have the same shapes.
+        """
         small = large = 0.0
         in_8_bits = self._config.model.transformer_dtype == "float8"
         for name, shape in self._shapes.items():
-            if not name.startswith(f"blocks.{index}."):
+            if not name.startswith("blocks.0."):
                 continue
             if len(shape) == 2:
                 large += math.prod(shape) * (1 if in_8_bits else self._precision.compute)
@@ -131,14 +135,17 @@ class DitMemory:
 
     def _activations(self, index: int, paths: Sequence[str]) -> LayerMemory:
         hidden = self.hidden_wants_gradient(index)
-        if not (hidden or paths or self._text_trains):
-            return LayerMemory()
         config, arch, batch, precision = self._config, self._arch, self._batch, self._precision
+        has_backward = hidden or bool(paths) or self._text_trains
+        working = activations.dit_block_working(arch, batch, precision, has_backward=has_backward)
+        if not has_backward:
+            return LayerMemory(working=working)
         adapter = config.adapter
         adapters = Adapters()
         if adapter is not None:
             adapters = Adapters(paths, adapter.rank, adapter.dropout > 0)
-        return kept_activations(
+        own_input = activations.dit_hidden_bytes(arch, batch, precision)
+        kept = kept_activations(
             config.activation_checkpointing,
             everything=activations.dit_block_saved(
                 arch,
@@ -149,9 +156,13 @@ class DitMemory:
                 text_wants_gradient=self._text_trains,
             ),
             selected=activations.dit_block_selected(arch, batch, precision, adapters),
-            own_input=activations.dit_hidden_bytes(arch, batch, precision),
+            own_input=own_input,
             shared=activations.dit_text_bytes(arch, batch, precision),
         )
+        if config.activation_checkpointing is True and hidden and precision.residual == _FLOAT32:
+            # The recomputed block's first norm keeps the very input that is stored already.
+            kept = replace(kept, rebuilt=kept.rebuilt - own_input)
+        return replace(kept, working=working)
 
 
 class TextMemory:
@@ -161,7 +172,7 @@ class TextMemory:
         self, config: TrainConfig, shapes: Mapping[str, Shape], sizes: Umt5Sizes, workload: Workload
     ) -> None:
         self._config, self._shapes, self._sizes = config, shapes, sizes
-        self._compute = _bytes_of(config.model.dtype)
+        self._compute = bytes_of(config.model.dtype)
         samples = config.micro_batch_size_per_gpu
         self._batch = Batch(workload.video_tokens * samples, workload.text_tokens * samples, samples)
 
@@ -176,12 +187,12 @@ class TextMemory:
         stored = 2 * self._batch.text_tokens * self._sizes.d_model * _FLOAT32
         return replace(self._weights("norm.", trained=True), stored=stored)
 
-    def block(self, index: int, *, trained: bool, has_backward: bool, is_first_trained: bool) -> LayerMemory:
+    def block(self, *, trained: bool, has_backward: bool, is_first_trained: bool) -> LayerMemory:
         """One block. Into the first one that trains come states in the compute dtype."""
-        weights = self._weights(f"blocks.{index}.", trained=trained)
+        weights = self._kept(self._of_a_block[0], trained=trained)
         if not has_backward:
             return weights
-        stored = trainable_dtype(self._config.optimizer).itemsize if trained else self._compute
+        stored = trained_bytes(self._config.optimizer) if trained else self._compute
         kept = kept_activations(
             self._config.activation_checkpointing,
             everything=activations.umt5_block_saved(
@@ -193,25 +204,36 @@ class TextMemory:
             * (self._compute if is_first_trained else stored),
             shared=0.0,
         )
-        return replace(weights, **_activations_of(kept))
+        return replace(weights, **_activations_of(kept) | {"working": self._working if trained else 0.0})
+
+    @cached_property
+    def _of_a_block(self) -> tuple[int, int]:
+        """Weights of one block, and of its largest tensor; `text_encoder_sizes` has seen that all blocks are alike."""
+        sizes = [math.prod(shape) for name, shape in self._shapes.items() if name.startswith("blocks.0.")]
+        return sum(sizes), max(sizes)
+
+    @property
+    def _working(self) -> float:
+        """The gradient of the largest weight before it is added, where autocast cast that weight in both precisions."""
+        own = trained_bytes(self._config.optimizer)
+        return float(self._of_a_block[1] * (own + (self._compute if own != self._compute else 0)))
 
     def _weights(self, prefix: str, *, trained: bool) -> LayerMemory:
-        number = num_weights(self._shapes, prefix)
+        return self._kept(num_weights(self._shapes, prefix), trained=trained)
+
+    def _kept(self, number: int, *, trained: bool) -> LayerMemory:
         if not trained:
             return LayerMemory(weights=float(number * self._compute))
         return _trained(number, self._config)
 
 
-def _bytes_of(dtype: str) -> int:
-    return int(getattr(torch, dtype).itemsize)
-
-
 def _trained(number: float, config: TrainConfig) -> LayerMemory:
     """Trained weights, their gradients (of the same size) and the optimizer's state."""
-    own = float(trainable_dtype(config.optimizer).itemsize)
+    own = float(trained_bytes(config.optimizer))
     state = number * state_bytes_per_weight(config.optimizer)
     return LayerMemory(weights=number * own, gradients=number * own, state=state)
 
 
 def _activations_of(memory: LayerMemory) -> dict[str, float]:
-    return {name: getattr(memory, name) for name in ("stored", "rebuilt", "shared", "host_stored")}
+    names = ("stored", "rebuilt", "working", "shared", "host_stored")
+    return {name: getattr(memory, name) for name in names}

@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.wan import costs, layer_memory
 from models.wan.arch import WanArch
 from models.wan.checkpoint import TensorSource, text_encoder_sizes
 from models.wan.layer_memory import Workload
+from models.wan.layer_plan import (
+    TEXT_PREFIX,
+    first_trained_block,
+    plan_dit_layers,
+    plan_text_layers,
+    swapped_blocks,
+)
 from models.wan.names import umt5_to_official
 from models.wan.stages import (
     DitBlockLayer,
@@ -22,19 +28,16 @@ from models.wan.stages import (
 )
 from models.wan.text_encoder import build_umt5_block, build_umt5_norm, umt5_config
 from models.wan.transformer import WanBlock, WanEmbedding, WanHead
-from utils.block_swap import BlockSwap, evenly_spread
+from utils.block_swap import BlockSwap
 from utils.config.schema import TrainConfig
 from utils.frozen_linear import FrozenLinear, move_out, quantise, replace_frozen_linears
 from utils.layers import LayerSpec, PipelineLayer
 from utils.lora import add_lora, parameter_names
 from utils.lora_targets import split_block_path
-from utils.memory import LayerMemory
 from utils.optim import trainable_dtype
+from utils.planned_layer import PlannedLayer
 
 Build = Callable[[torch.device], PipelineLayer]
-TEXT_PREFIX = "text_encoder."
-_TOKENS = f"{TEXT_PREFIX}shared"
-_TEXT_NORM = f"{TEXT_PREFIX}encoder.final_layer_norm"
 
 
 def text_layers(config: TrainConfig, source: TensorSource, workload: Workload) -> list[LayerSpec]:
@@ -43,34 +46,9 @@ def text_layers(config: TrainConfig, source: TensorSource, workload: Workload) -
     Trained weights are stored in the optimizer's precision (float32 but for Kahan), frozen ones in `model.dtype`.
     """
     builder = _TextBuilder(config, source)
-    sizes, table_trained = text_encoder_sizes(source.shapes), config.model.train_token_embedding
-    flops = costs.umt5_block_flops(sizes, workload.text_tokens)
-    memory = layer_memory.TextMemory(config, source.shapes, sizes, workload)
-
-    def spec(name: str, build: Build, trained: bool, kept: LayerMemory, **values: Any) -> LayerSpec:
-        return LayerSpec(name, build, trainable=trained, trains_weights=trained, memory=kept, **values)
-
-    specs = [spec(_TOKENS, builder.tokens, table_trained, memory.table(), forward_flops=0.0)]
-    for index in range(sizes.num_layers):
-        trained = index >= builder.first_trained
-        specs.append(
-            spec(
-                f"{TEXT_PREFIX}encoder.block.{index}",
-                partial(builder.block, index),
-                trained,
-                memory.block(
-                    index,
-                    trained=trained,
-                    has_backward=trained or table_trained,
-                    is_first_trained=index == builder.first_trained and not (table_trained and index == 0),
-                ),
-                forward_flops=flops,
-                backward_flops=costs.umt5_block_backward_flops(sizes, workload.text_tokens, trained=trained),
-                recompute=layer_memory.recomputed_share(config.activation_checkpointing),
-            )
-        )
-    specs.append(spec(_TEXT_NORM, builder.norm, True, memory.norm(), forward_flops=0.0))
-    return specs
+    facts = plan_text_layers(config, source.shapes, workload)
+    blocks = [partial(builder.block, index) for index in range(len(facts) - 2)]
+    return _buildable(facts, [builder.tokens, *blocks, builder.norm])
 
 
 def dit_layers(
@@ -92,30 +70,13 @@ def dit_layers(
         workload: the mean sample.
     """
     builder = _DitBuilder(config, source, arch, targets, initial)
-    tokens = workload.video_tokens
-    block_flops = costs.dit_block_flops(arch, tokens)
-    memory = layer_memory.DitMemory(config, source.shapes, arch, builder.targets, workload)
-    specs = [LayerSpec("", builder.input, costs.dit_input_flops(arch, tokens), memory=memory.input())]
-    for index in range(arch.num_layers):
-        specs.append(
-            LayerSpec(
-                f"blocks.{index}",
-                partial(builder.block, index),
-                block_flops,
-                trainable=any(number == index for number, _ in builder.targets),
-                recompute=layer_memory.recomputed_share(config.activation_checkpointing),
-                memory=memory.block(index, is_swapped=index in builder.swapped),
-                backward_flops=costs.dit_block_backward_flops(
-                    arch,
-                    tokens,
-                    [path for number, path in builder.targets if number == index],
-                    hidden_wants_gradient=memory.hidden_wants_gradient(index),
-                    text_wants_gradient=config.model.train_text_encoder,
-                ),
-            )
-        )
-    specs.append(LayerSpec("head", builder.head, costs.dit_head_flops(arch, tokens), memory=memory.head()))
-    return specs
+    facts = plan_dit_layers(config, source.shapes, arch, targets, workload)
+    blocks = [partial(builder.block, index) for index in range(arch.num_layers)]
+    return _buildable(facts, [builder.input, *blocks, builder.head])
+
+
+def _buildable(facts: Sequence[PlannedLayer], builds: Sequence[Build]) -> list[LayerSpec]:
+    return [LayerSpec.of(one, build) for one, build in zip(facts, builds, strict=True)]
 
 
 class _TextBuilder:
@@ -128,8 +89,7 @@ class _TextBuilder:
         self._recompute = config.activation_checkpointing
         self._compute_dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._trained_dtype = trainable_dtype(config.optimizer)
-        wanted = config.model.text_train_blocks
-        self.first_trained = 0 if wanted == 0 else self._sizes.num_layers - wanted
+        self.first_trained = first_trained_block(config, self._sizes.num_layers)
 
     def tokens(self, device: torch.device) -> PipelineLayer:
         """The token table."""
@@ -184,7 +144,7 @@ class _DitBuilder:
         self._source = source
         self._arch = arch
         self.targets = [split_block_path(target) for target in targets]
-        self.swapped = frozenset(evenly_spread(config.blocks_to_swap, arch.num_layers))
+        self.swapped = swapped_blocks(config, arch)
         self._swap: BlockSwap | None = None
         self._in_8_bits = config.model.transformer_dtype == "float8"
         self._initial = initial

@@ -28,12 +28,16 @@ def preflight(config: TrainConfig) -> list[Problem]:
         return problems
     source = open_transformer(paths.transformer_dir)
     arch = load_arch(paths.config_json, source.shapes)
-    problems += _check_noise_range(config, arch) + _check_swapped_blocks(config, arch)
-    if config.adapter is not None:
-        problems += _check_adapter(config, source)
+    problems += check_dit(config, source, arch)
     if config.model.train_text_encoder and not any(problem.key == "model.llm_path" for problem in problems):
         problems += _check_trained_blocks(config, open_text_encoder(paths.text_encoder))
     return problems
+
+
+def check_dit(config: TrainConfig, source: TensorSource, arch: WanArch) -> list[Problem]:
+    """What of a configuration does not fit this DiT: noise range, blocks to swap, the adapter's targets."""
+    problems = _check_noise_range(config, arch) + _check_swapped_blocks(config, arch)
+    return problems if config.adapter is None else problems + _check_adapter(config, source)
 
 
 def _check_noise_range(config: TrainConfig, arch: WanArch) -> list[Problem]:

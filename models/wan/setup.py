@@ -12,13 +12,13 @@ from models.wan.arch import load_arch
 from models.wan.caching import WanCache, WeightHashes
 from models.wan.checkpoint import CheckpointPaths, find_checkpoint, open_transformer
 from models.wan.datasets import (
-    MEMO_FILE,
     CacheUse,
     Say,
     cache_dataset,
     data_fingerprint,
     scan_dataset,
 )
+from models.wan.media import MEMO_FILE
 from models.wan.model import WanModel
 from models.wan.text_encoder import MAX_TEXT_TOKENS
 from utils.config.dump import config_hash

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from utils import block_swap
-from utils.block_swap import BlockSwap, evenly_spread
+from utils.block_swap import BlockSwap
 from utils.frozen_linear import FrozenLinear, move_out, replace_frozen_linears
+from utils.memory import evenly_spread
 from utils.recompute import run_again_later
 
 CPU = torch.device("cpu")

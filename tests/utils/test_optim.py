@@ -6,15 +6,14 @@ from torch import nn
 
 from utils.config.schema import OptimizerConfig
 from utils.errors import UserError
+from utils.number_bytes import bytes_per_trained_weight, state_bytes_per_weight
 from utils.optim import (
     _make_optimizer,
     build_optimizer,
-    bytes_per_trained_weight,
     group_counters,
     learning_rate,
     restore_group_counters,
     set_learning_rate,
-    state_bytes_per_weight,
     trainable_dtype,
 )
 

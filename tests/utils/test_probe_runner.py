@@ -320,8 +320,6 @@ def test_a_probe_that_has_no_script_is_refused_before_training(place) -> None:
 
 @pytest.mark.parametrize("tool", TRAINING_PROBES)
 def test_each_probe_takes_the_flags_that_it_is_given(tool, run_script) -> None:
-    if not (probe_runner.SCRIPTS_DIR / f"{tool}.py").exists():
-        pytest.skip(f"{tool} is not there yet")
     said = run_script(f"diagnostics/{tool}.py", "--help").stdout
     for flag in ("--config", TRAINING_PROBES[tool].flag, "--run_tag", "--reports_dir"):
         assert flag in said

@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -106,3 +107,17 @@ def test_nothing_is_kept_where_no_gradient_is_wanted():
     assert is_wanted((torch.ones(2),), Counted())
     with torch.no_grad():
         assert not is_wanted((torch.ones(2, requires_grad=True),), Counted())
+
+
+def test_offload_lets_go_of_the_input_on_the_device():
+    """Saved tensors keep the hooks that packed them: a hook that knew the tensor itself kept it alive."""
+    block = nn.Linear(8, 8)
+    wire = (torch.randn(4, 8).requires_grad_() * 1.0,)
+    kept = weakref.ref(wire[0])
+    (out,) = run_again_later("offload", lambda hidden: (block(hidden),), wire)
+    assert kept() is not None
+    del wire
+    gc.collect()
+    assert kept() is None
+    out.sum().backward()
+    assert block.weight.grad is not None

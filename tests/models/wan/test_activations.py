@@ -150,7 +150,7 @@ def test_offload_keeps_them_in_host_memory(mode, planned, monkeypatch):
     parked = []
     pack = recompute._pack
 
-    def counted(own: Tensor, tensor: Tensor):
+    def counted(own, tensor: Tensor):
         kept = pack(own, tensor)
         if kept is not tensor:
             parked.append(float(tensor.nbytes))

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from models.wan.datasets import _say_long_captions, data_fingerprint, without_images
+from models.wan.datasets import _say_long_captions, data_fingerprint
+from models.wan.media import without_images
 from utils.data.buckets import Bucket
 from utils.data.manifest import Manifest, SampleRecord
 from utils.data.masks import LossMask, MaskGrid
