@@ -14,6 +14,7 @@ from typing import get_args
 from models.wan.arch import PUBLISHED, Shape, expected_shapes
 from models.wan.checkpoint import EXPERT_DIRS
 from models.wan.names import dit_to_diffusers, dit_to_official
+from models.wan.probes.base import PREFIXES
 from utils.adapter_runs import find_adapter_file, last_save, newest_adapter_run, run_of_adapter
 from utils.config.load import load_config
 from utils.config.schema import BudgetConfig, Expert, TrainConfig
@@ -25,7 +26,6 @@ from utils.tensor_source import TensorSource, open_safetensors
 OUTPUT_ROOT = Path("output")
 _FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _TEXT_ENCODER_MODULES = ("lora_te", "text_encoder")
-_BASE_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def linear_weights(source: TensorSource) -> dict[str, str]:
     """Official module paths of all weights that a LoRA can adapt, and their names in the files (also diffusers')."""
     keys = {}
     for key, shape in source.shapes.items():
-        prefix = next((prefix for prefix in _BASE_PREFIXES if key.startswith(prefix)), "")
+        prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), "")
         if key.endswith(".weight") and len(shape) >= 2:
             keys[_official(key.removeprefix(prefix).removesuffix(".weight"))] = key
     return keys
