@@ -74,7 +74,7 @@ def test_the_command_needs_neither_torch_nor_deepspeed_nor_three_seconds(real, t
         "sys.exit(status)"
     )
     flags = ["--plan", "--config", TRANSLATOR, "--gpus", "8", "--set", f"model.ckpt_path={real('t2v-a14b')}"]
-    for value in ("model.variant=t2v-a14b", "model.expert=low_noise", f"output_dir={tmp_path}"):
+    for value in ("model.variant=t2v-a14b", "model.expert=low_noise", f"output_dir={tmp_path}/out"):
         flags += ["--set", value]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -168,7 +168,7 @@ def test_a_missing_dataset_is_listed(real, tmp_path):
     overrides = [
         f"model.ckpt_path={real('ti2v-5b')}",
         f"dataset={tmp_path}/none.toml",
-        f"output_dir={tmp_path}",
+        f"output_dir={tmp_path}/out",
     ]
     document = make_plan_document(load_config(TRANSLATOR, overrides), None, 400.0)
     assert document["dataset"]["source"] == "published"

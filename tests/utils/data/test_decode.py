@@ -203,7 +203,7 @@ def test_workers_end_with_a_parent_that_is_killed_or_interrupted(how, clips, tmp
         os.killpg(parent.pid, how)  # as a terminal does: to all of them
     else:
         parent.send_signal(how)
-    _, said = parent.communicate(timeout=30)
+    _, said = parent.communicate(timeout=120)
     assert said.count("KeyboardInterrupt") == (1 if how == signal.SIGINT else 0), said  # of the parent alone
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in below) and time.monotonic() < deadline:
