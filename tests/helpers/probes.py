@@ -70,5 +70,10 @@ def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
 
 
 def own_children() -> Iterator[int]:
-    """Processes that this one has started and that are still there."""
-    return (child.pid for child in psutil.Process(os.getpid()).children(recursive=True))
+    """Processes that this one has started and that are still there; not Python's own, which another test may have begun."""
+    for child in psutil.Process(os.getpid()).children(recursive=True):
+        try:
+            if "multiprocessing.resource_tracker" not in " ".join(child.cmdline()):
+                yield child.pid
+        except psutil.NoSuchProcess:
+            continue

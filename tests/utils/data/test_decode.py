@@ -149,6 +149,8 @@ def test_workers_do_not_load_torch(tmp_path):
 
 
 PARENT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
 import sys, time
 from pathlib import Path
 from utils.data.buckets import MediaRules
