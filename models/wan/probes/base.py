@@ -4,33 +4,37 @@ from pathlib import Path
 
 from models.wan.arch import PUBLISHED, WanArch, expected_shapes, load_arch
 from models.wan.checkpoint import open_transformer
-from models.wan.names import dit_to_official
+from models.wan.probes.namings import find_naming, looks_like, split_prefixes
 from utils.errors import UserError
 from utils.tensor_source import RenamedSource, TensorSource
-
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
 def open_official(path: Path) -> TensorSource:
     """Open a DiT, whatever its layout, and show it under official names.
 
     Raises:
-        UserError: as `open_transformer`, or two tensors have one official name.
+        UserError: as `open_transformer` and `official_names`.
     """
     source = open_transformer(path)
-    names: dict[str, str] = {}
-    is_diffusers = any(".attn2." in name for name in source.shapes)
-    for stored in source.shapes:
-        shown = stored
-        for prefix in PREFIXES:
-            shown = shown.removeprefix(prefix)
-        if is_diffusers:
-            shown = dit_to_official(shown)
-        if names.setdefault(shown, stored) != stored:
-            raise UserError(
-                f"{path}: {stored} and {names[shown]} are one tensor of the model; keep one of them"
-            )
-    return RenamedSource(source, names)
+    return RenamedSource(source, official_names(path, source))
+
+
+def official_names(path: Path, source: TensorSource) -> dict[str, str]:
+    """The stored name of each tensor of the DiT in a source, by its official name; what else is there is left out.
+
+    Args:
+        path: of the source, for messages.
+        source: names with or without a prefix of ComfyUI's, official or diffusers'.
+
+    Raises:
+        UserError: there is no DiT of Wan 2.2.
+    """
+    groups = split_prefixes(source.shapes)
+    found = [find_naming(names, prefix) for prefix, names in groups.items()]
+    naming = next((one for one in found if one.kind == "transformer"), None)
+    if naming is None:
+        raise UserError(f"{path}: is no Wan DiT ({looks_like(list(source.shapes))}); check --base")
+    return naming.official
 
 
 def arch_of(path: Path, source: TensorSource) -> WanArch:

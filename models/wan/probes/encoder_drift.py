@@ -13,18 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models.wan.checkpoint import open_transformer
+from models.wan.probes.base import open_official
 from models.wan.probes.encoder_prompts import GROUPS, Entry, Group, PromptPlan
 from models.wan.probes.encoder_stream import LayerStates
 from utils.errors import UserError
 from utils.text_drift import StateDrift, compare_states
 
-_DIT_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 _TEXT_EMBEDDING = ("text_embedding.0", "text_embedding.2")
-_DIFFUSERS_TEXT_EMBEDDING = (
-    "condition_embedder.text_embedder.linear_1",
-    "condition_embedder.text_embedder.linear_2",
-)
 
 
 @dataclass(frozen=True)
@@ -184,15 +179,16 @@ def load_text_embedding(transformer: Path, text_dim: int) -> Callable[[Tensor], 
     Raises:
         UserError: the file holds no DiT, or one that takes text states of another width.
     """
-    source = open_transformer(transformer)
-    candidates = [
-        tuple(prefix + name for name in names)
-        for names in (_TEXT_EMBEDDING, _DIFFUSERS_TEXT_EMBEDDING)
-        for prefix in _DIT_PREFIXES
+    source = open_official(transformer)
+    names = _TEXT_EMBEDDING
+    missing = [
+        f"{name}.{leaf}"
+        for name in names
+        for leaf in ("weight", "bias")
+        if f"{name}.{leaf}" not in source.shapes
     ]
-    names = next((pair for pair in candidates if f"{pair[0]}.weight" in source.shapes), None)
-    if names is None:
-        raise UserError(f"{transformer}: is no Wan DiT (it has no text_embedding); check --base")
+    if missing:
+        raise UserError(f"{transformer}: has no {missing[0]}, so it is no whole DiT; check --base")
     width = source.shapes[f"{names[0]}.weight"][-1]
     if width != text_dim:
         raise UserError(

@@ -18,13 +18,14 @@ from models.wan.probes.subject import (
     read_fitting_adapter,
 )
 from utils.config.load import load_config
+from utils.devices import choose_device
 from utils.errors import UserError
 from utils.lora_names import AdapterPair
 from utils.module_paths import block_of, type_of
 from utils.tensor_source import TensorSource
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def measure_logits(
     Raises:
         UserError: the two do not fit each other, or the cache lacks samples.
     """
-    device = _device(args.device)
+    device = choose_device(args.device)
     blocks: Sequence[int] | None = blocks_asked_for(args, arch.num_layers)
     adapter, remarks = _adapter(chosen, base, kinds)
     other = base
@@ -155,19 +156,3 @@ def _adapter(
             "--attention"
         )
     return adapter.modules, remarks
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: is no device; write cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: only cpu, cuda and cuda:N are used here")
-    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: torch can use {torch.cuda.device_count()} GPU(s) here; write cpu, or the number of one"
-        )
-    return device

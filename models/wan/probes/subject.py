@@ -13,8 +13,8 @@ from typing import get_args
 
 from models.wan.arch import PUBLISHED, Shape, expected_shapes
 from models.wan.checkpoint import EXPERT_DIRS
-from models.wan.names import dit_to_diffusers, dit_to_official
-from models.wan.probes.base import PREFIXES
+from models.wan.names import dit_to_diffusers
+from models.wan.probes.base import official_names
 from utils.adapter_runs import find_adapter_file, last_save, newest_adapter_run, run_of_adapter
 from utils.config.load import load_config
 from utils.config.schema import BudgetConfig, Expert, TrainConfig
@@ -147,11 +147,12 @@ def read_fitting_adapter(subject: Subject, source: TensorSource) -> tuple[Adapte
         UserError: the base is no DiT or is quantised, or the adapter was made for another one; up to ten mismatches
             are named.
     """
-    base_keys = linear_weights(source)
-    try:
-        diffusers_aliases = {dit_to_diffusers(module): module for module in base_keys}
-    except UserError as error:
-        raise UserError(f"{subject.transformer}: is no Wan DiT ({error}); check --base") from None
+    base_keys = {
+        name.removesuffix(".weight"): stored
+        for name, stored in official_names(subject.transformer, source).items()
+        if name.endswith(".weight") and len(source.shapes[stored]) >= 2
+    }
+    diffusers_aliases = {dit_to_diffusers(module): module for module in base_keys}
     adapter = read_adapter(subject.adapter, diffusers_aliases | kohya_aliases(base_keys))
     mismatches = [
         problem
@@ -206,24 +207,6 @@ def _variants(module: str, shape: tuple[int, int]) -> str:
 @cache
 def _published_shapes() -> dict[str, dict[str, Shape]]:
     return {name: expected_shapes(arch) for name, arch in PUBLISHED.items()}
-
-
-def linear_weights(source: TensorSource) -> dict[str, str]:
-    """Official module paths of all weights that a LoRA can adapt, and their names in the files (also diffusers')."""
-    keys = {}
-    for key, shape in source.shapes.items():
-        prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), "")
-        if key.endswith(".weight") and len(shape) >= 2:
-            keys[_official(key.removeprefix(prefix).removesuffix(".weight"))] = key
-    return keys
-
-
-def _official(module: str) -> str:
-    """The official path of a module under diffusers' name; any other one as it stands."""
-    try:
-        return dit_to_official(module)
-    except UserError:
-        return module
 
 
 def choose_cap(name: str, flag: float | None, config: TrainConfig | None, where: Path | None) -> Cap:

@@ -167,8 +167,8 @@ def test_only_what_is_asked_for_is_read(tmp_path, tiny_ti2v, monkeypatch):
         (("--samples", "0"), "at least 1"),
         (("--min_ratio", "1.2"), "swap them"),
         (("--device", "toaster"), "is no device"),
-        (("--device", "meta"), "only cpu"),
-        (("--device", "cuda:99"), "GPU(s) here"),
+        (("--device", "meta"), "--device meta: is not supported"),
+        (("--device", "cuda:99"), "GPU(s) can be used here"),
         (("--attention", "self"), "choose another --attention"),
     ],
 )
