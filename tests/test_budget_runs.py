@@ -1,7 +1,5 @@
 """Budgets in real runs: through the launcher, over stages and copies, stopped, projected, and resumed."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -97,6 +95,37 @@ def test_a_budget_really_stops_a_launched_run(workspace) -> None:
     assert not (workspace.run() / LATEST).exists() and not list(workspace.run().glob("epoch*"))
 
 
+def test_nothing_above_a_cap_that_stops_is_saved_because_somebody_asks_for_it(
+    workspace, monkeypatch, capsys
+) -> None:
+    """`save_quit` in a step that neither the interval nor a schedule measures."""
+    from utils.stopping import RunControl
+
+    monkeypatch.setattr(RunControl, "wants_checkpoint", property(lambda self: True))
+    overrides = (*LORA, "budget.action=stop", "budget.every_n_steps=100", "checkpoint_every_n_epochs=0")
+    assert workspace.train("dit_lora", *overrides, "budget.max_delta_ratio=1e-6") == 1
+    assert "stopped: step 1: 8 adapted module(s)" in capsys.readouterr().err
+    assert not (workspace.run() / LATEST).exists() and not list(workspace.run().glob("global_step*"))
+
+
+@pytest.mark.long
+def test_a_projection_depends_on_no_precision_and_no_place_of_the_base(workspace) -> None:
+    """The norm is that of the file's weight: in float32 and in bfloat16, in a block's own memory and swapped out."""
+    ratios = {}
+    for name, more in (
+        ("plain", ()),
+        ("swapped", ("blocks_to_swap=3",)),
+        ("float8", ("model.transformer_dtype=float8",)),
+    ):
+        out = f"output_dir={workspace.out / name}"
+        assert workspace.train("dit_lora", *LORA, "budget.every_n_steps=1", "max_steps=1", *more, out) == 0
+        (run,) = (workspace.out / name).iterdir()
+        ratios[name] = read_metrics(run)[0]["max_delta_ratio"]
+        saved = saved_ratios(workspace, run)
+        assert max(saved) == pytest.approx(ratios[name], rel=1e-9)
+    assert ratios["plain"] == ratios["swapped"]
+
+
 def test_the_drift_of_an_encoder_is_measured_and_stops_the_run(workspace) -> None:
     free = workspace.launch(
         TORCHRUN, "encoder_ft", *ENCODER, "budget.max_neutral_drift=1.0", "pipeline_stages=2"
@@ -162,6 +191,15 @@ def test_prompts_of_one_s_own(workspace, capsys) -> None:
     )
     assert workspace.train("encoder_ft", *budget) == 2
     assert "mine.txt" in capsys.readouterr().err
+    (workspace.root / "mine.txt").write_bytes(b"caf\xe9\n")
+    assert workspace.train("encoder_ft", *budget) == 2
+    assert (
+        "not UTF-8" in capsys.readouterr().err and not workspace.cache.exists()
+    )  # before anything is cached
     (workspace.root / "mine.txt").write_text("a blue cube\n")
     assert workspace.train("encoder_ft", *budget) == 0
-    assert json.dumps("neutral_drift")[1:-1] in read_metrics(workspace.run())[-1]
+    assert "neutral_drift" in read_metrics(workspace.run())[-1]
+    (workspace.root / "mine.txt").write_text("a green cube\n")
+    resume = ("--resume_from_checkpoint", str(workspace.run()))
+    assert workspace.train("encoder_ft", *budget, "max_steps=2", flags=resume) == 2
+    assert "neutral_prompts" in capsys.readouterr().err  # it would be held against other prompts than before

@@ -24,7 +24,8 @@ from tests.helpers.probes import (
 from tests.helpers.workspace import ROOT, Workspace, environment, make_workspace
 from utils import probe_runner
 from utils.metrics import read_metrics
-from utils.probe_runner import ProbeOutcome, ProbeRunner, read_outcomes
+from utils.probe_outcomes import ProbeOutcome, read_outcomes
+from utils.probe_runner import ProbeRunner
 from utils.report_summary import read_summary
 
 TOOL = "lora_delta_budget"

@@ -619,7 +619,7 @@ def test_a_loss_that_overflows_while_the_gradient_is_finite_stops_too(workspace,
         losses_B = (velocity - target).square().flatten(1).mean(1)
         return losses_B + (torch.inf - losses_B.detach())
 
-    monkeypatch.setattr("utils.trainer.per_sample_loss", overflowing)
+    monkeypatch.setattr("utils.loss_recorder.per_sample_loss", overflowing)
     assert workspace.train("dit_lora", "max_steps=2") == 1
     said = capsys.readouterr().err
     assert "stopped: step 1: the loss of " in said and "there is no checkpoint yet" in said

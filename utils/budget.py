@@ -125,8 +125,8 @@ class Budget:
         overall = summarise(deltas).overall
         row["max_delta_ratio"] = _plain(overall.max_ratio)
         row["mean_delta_ratio"] = _plain(overall.mean_ratio)
-        if self._config.action != "project":
-            self._problem = self._find_problem(deltas)
+        if self._config.action != "project" or may_project:
+            self._problem = self._find_problem(deltas)  # of `project`: what no factor mends
 
     def _all_deltas(self) -> list[ModuleDelta]:
         """Of all stages, in the order of the modules' names, so that sums over them are the same in every layout."""
@@ -166,19 +166,16 @@ def projection_factors(
 
     First each module above `max_ratio` goes onto it; if the mean is still above `max_mean_ratio`, all modules are scaled by
     one factor, which keeps their relations. The norm is linear in B, so the result lies on the cap, and a second projection
-    has nothing to do. A ratio that is not finite has no factor: no number would mend it.
+    has nothing to do. A ratio that is not finite has no factor, because no number would mend it, and no part in the mean.
     """
-    factors = {
-        delta.module: max_ratio / delta.ratio
-        for delta in deltas
-        if delta.is_over(max_ratio) and math.isfinite(delta.ratio)
-    }
-    if max_mean_ratio is None or not deltas:
+    finite = [delta for delta in deltas if math.isfinite(delta.ratio)]
+    factors = {delta.module: max_ratio / delta.ratio for delta in finite if delta.is_over(max_ratio)}
+    if max_mean_ratio is None or not finite:
         return factors
-    mean = math.fsum(delta.ratio * factors.get(delta.module, 1.0) for delta in deltas) / len(deltas)
-    if not math.isfinite(mean) or mean <= max_mean_ratio * (1 + CAP_TOLERANCE):
+    mean = math.fsum(delta.ratio * factors.get(delta.module, 1.0) for delta in finite) / len(finite)
+    if mean <= max_mean_ratio * (1 + CAP_TOLERANCE):
         return factors
-    return {delta.module: factors.get(delta.module, 1.0) * max_mean_ratio / mean for delta in deltas}
+    return {delta.module: factors.get(delta.module, 1.0) * max_mean_ratio / mean for delta in finite}
 
 
 def _plain(number: float) -> float | None:

@@ -17,10 +17,10 @@ from utils.data.sampler import MicroBatch, Schedulable, Visit, rank_slice
 from utils.distributed import Processes, broadcast_object, gather_objects, on_every_rank, on_main
 from utils.eval_records import EvalRecords, Measured
 from utils.layers import PreparedBatch, TrainableModel
+from utils.loss_recorder import LossRecorder
 from utils.metrics import MetricsWriter
 from utils.pipeline import Pipeline
 from utils.progress import announce
-from utils.trainer import LossRecorder
 
 # Micro-batches of a copy that are read ahead and go through the stages in one pass.
 _MICRO_BATCHES_IN_A_PASS = 16

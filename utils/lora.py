@@ -79,11 +79,6 @@ def parameter_names(module: str) -> tuple[str, str]:
     return f"{module}.lora_A.{_ADAPTER_NAME}.weight", f"{module}.lora_B.{_ADAPTER_NAME}.weight"
 
 
-def base_weight_name(module: str) -> str:
-    """Name of the frozen weight under one adapted module among the model's parameters."""
-    return f"{module}.base_layer.weight"
-
-
 def load_initial_adapter(path: Path, targets: Sequence[str], adapter: AdapterConfig) -> dict[str, Tensor]:
     """Read an adapter to start from: {parameter name: tensor}, its scale folded into B for this run's scale.
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,22 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def append_line(file: FileIO, line: bytes) -> None:
+    """Append to an unbuffered file, whole or not at all: a torn line would hide all that come after it.
+
+    Raises:
+        OSError: the disk is full; the file ends as before.
+    """
+    end = file.tell()
+    try:
+        written = file.write(line)
+        if written != len(line):  # what a disk that is almost full does
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        file.truncate(end)
+        raise
 
 
 class MetricsWriter:
@@ -57,7 +74,7 @@ class MetricsWriter:
         """
         line = json.dumps(row, allow_nan=False) + "\n"
         with disk_errors_as_user_errors(self._path):
-            self._append(line.encode())
+            append_line(self._file, line.encode())
             for key, value in row.items():
                 if isinstance(value, dict):
                     for name, number in value.items():
@@ -74,16 +91,6 @@ class MetricsWriter:
         with disk_errors_as_user_errors(self._path):
             for name, number in scalars.items():
                 self._tensorboard.add_scalar(name, number, step)
-
-    def _append(self, line: bytes) -> None:
-        end = self._file.tell()
-        try:
-            written = self._file.write(line)
-            if written != len(line):  # what a disk that is almost full does
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            self._file.truncate(end)
-            raise
 
     def close(self) -> None:
         """Close both files, with everything on disk."""

@@ -1,5 +1,6 @@
 """Disk space that a run takes: checkpoints, exports, and what of it is free."""
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -24,11 +25,6 @@ class RunDisk:
     checkpoints: float
     export: float
     exports: float | None
-
-    @property
-    def total(self) -> float | None:
-        """All of it."""
-        return None if self.exports is None else self.checkpoints + self.exports
 
 
 def run_disk(
@@ -66,10 +62,16 @@ def free_bytes(path: Path) -> int | None:
 
 
 def _num_exports(config: TrainConfig, steps: int, steps_per_epoch: float) -> int:
-    """Saves by epoch, by step, and the last one, which comes at the end in any case."""
+    """Saves by epoch, by step, and the last one, which comes at the end in any case and may be one by epoch."""
     number = 1
     if config.save_every_n_epochs:
-        number += max(0, -(-int(steps / steps_per_epoch) // config.save_every_n_epochs) - 1)
+        ended = int(
+            steps / steps_per_epoch + 1e-9
+        )  # epoch N ends in the step in which its last micro-batch is seen
+        number += ended // config.save_every_n_epochs
+        ends_with_one = ended > 0 and ended % config.save_every_n_epochs == 0
+        if ends_with_one and math.ceil(ended * steps_per_epoch - 1e-9) == steps:
+            number -= 1
     if config.save_every_n_steps is not None:
         number += steps // config.save_every_n_steps
     return number

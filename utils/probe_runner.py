@@ -13,23 +13,20 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from utils.config.probe_rules import TRAINING_PROBES
 from utils.config.schema import ProbesConfig
 from utils.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, UserError
-from utils.files import atomic_write_text
-from utils.metrics import read_rows
+from utils.probe_outcomes import ProbeOutcome, Result, append_outcome, keep_outcomes
 from utils.report_summary import Summary, read_summary
 from utils.run_dir import CONFIG_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS_DIR = ROOT / "scripts" / "diagnostics"
-PROBES_FILE = "probes.jsonl"
-Result = Literal["pass", "fail", "inconclusive", "error", "timeout", "skipped", "stopped"]
 Say = Callable[[str], None]
 Scalars = Callable[[Mapping[str, float], int], None]
 
@@ -61,32 +58,6 @@ class ProbeJob:
 
     def __str__(self) -> str:
         return f"{self.tool} on {self.directory.name}"
-
-
-@dataclass(frozen=True)
-class ProbeOutcome:
-    """What became of a job.
-
-    Attributes:
-        tool, epoch, step: of the job.
-        result: the report's verdict; or `error` (no verdict: it crashed, or could not read its files), `timeout` (cut
-            off), `skipped` (a newer save took its place), `stopped` (the run ended before it did).
-        explanation: the report's sentence, or what happened.
-        report: its directory; None where there is none.
-        seconds: how long it ran.
-    """
-
-    tool: str
-    epoch: int
-    step: int
-    result: Result
-    explanation: str
-    report: str | None = None
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        place = f" ({self.report})" if self.report else ""
-        return f"{self.tool} on epoch{self.epoch}: {self.result}: {self.explanation.rstrip('.')}{place}"
 
 
 @dataclass(frozen=True)
@@ -143,12 +114,7 @@ class ProbeRunner:
         self._news: list[ProbeOutcome] = []
         self._newest: dict[str, ProbeOutcome] = {}
         self.failed: ProbeOutcome | None = None
-        path = run_dir / PROBES_FILE
-        if path.exists():
-            kept = [row for row in read_outcomes(run_dir) if row["step"] <= step]
-            self._try(
-                "kept", lambda: atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-            )
+        self._try("kept", lambda: keep_outcomes(run_dir, step))
 
     def __enter__(self) -> "ProbeRunner":
         return self
@@ -235,10 +201,12 @@ class ProbeRunner:
         if self._running is not None or not self._waiting:
             return
         job = self._waiting.popleft()
-        report = self._free_report(job)
         supervisor = [sys.executable, "-I", "-S", str(ROOT / "utils" / "probe_supervisor.py")]
         limit = [repr(60 * self._config.timeout_minutes), str(os.getpid())]
         try:
+            report = self._free_report(
+                job
+            )  # where the reports' directory cannot be looked into, this raises too
             process = subprocess.Popen(
                 [*supervisor, *limit, *self._command(job, report.name)],
                 stdin=subprocess.DEVNULL,
@@ -313,7 +281,7 @@ class ProbeRunner:
         if result == "fail" and self.failed is None:
             self.failed = outcome
         self._say(f"{'' if result == 'pass' else 'warning: '}probe {outcome}")
-        self._try("written down", lambda: _append(self._run_dir / PROBES_FILE, asdict(outcome)))
+        self._try("written down", lambda: append_outcome(self._run_dir, outcome))
         numbers = _scalar_metrics(metrics or {})
         if result in _NUMBERS:
             numbers["verdict"] = _NUMBERS[result]
@@ -355,24 +323,6 @@ def probe_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return kept | own
 
 
-def describe_outcomes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Rows of `probes.jsonl` as lines for the summary of a run, by epoch."""
-    ordered = sorted(rows, key=lambda row: (row["epoch"], row["step"]))
-    return [f"probe {ProbeOutcome(**row)}" for row in ordered]
-
-
-def read_outcomes(run_dir: Path) -> list[dict[str, Any]]:
-    """All rows of a run's `probes.jsonl`; what is no such row is passed over."""
-    names = {field.name for field in fields(ProbeOutcome)}
-    rows = read_rows(run_dir / PROBES_FILE)
-    return [row for row in rows if isinstance(row, dict) and row.keys() == names]
-
-
-def _append(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def _parse(told: bytes, *, is_stopped: bool) -> dict[str, Any]:
     try:
         return dict(json.loads(told))
@@ -410,10 +360,3 @@ def _scalar_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
         for name, value in metrics.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
-
-
-def rows_of(outcomes: Sequence[ProbeOutcome]) -> list[dict[str, Any]]:
-    """Outcomes as a row of metrics has them; explanations stand in `probes.jsonl`."""
-    return [
-        {"tool": one.tool, "epoch": one.epoch, "result": one.result, "report": one.report} for one in outcomes
-    ]

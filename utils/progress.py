@@ -30,6 +30,7 @@ class Progress:
         self._start, self._done, self._total = start, start, total
         self._began, self._last_line = time.monotonic(), 0.0
         self._is_shown = False
+        self._held_back: str | None = None  # figures of a line that came too soon after the one before it
         self._bar = self._open_bar() if self._stream.isatty() else None
 
     def _open_bar(self) -> "tqdm[None]":
@@ -58,10 +59,14 @@ class Progress:
             return
         now = time.monotonic()
         if self._done < self._total and now - self._last_line < _PLAIN_LINE_EVERY_SECONDS and self._last_line:
+            self._held_back = shown
             return
+        self._print_line(shown, self._remaining(now))
         self._last_line = now
-        remaining = self._remaining(now)
-        line = f"{self._label} {self._done}/{self._total}  {shown}".rstrip() + remaining
+
+    def _print_line(self, figures: str, remaining: str) -> None:
+        self._held_back = None
+        line = f"{self._label} {self._done}/{self._total}  {figures}".rstrip() + remaining
         print(line, file=self._stream, flush=True)
 
     def reach(self, done: int) -> None:
@@ -78,6 +83,8 @@ class Progress:
         return f"  {tqdm.format_interval(seconds)} left"
 
     def close(self) -> None:
-        """Finish the bar's line."""
+        """Finish the bar's line; elsewhere say how far it came, if that was held back."""
         if self._bar is not None:
             self._bar.close()
+        elif self._held_back is not None:
+            self._print_line(self._held_back, "")

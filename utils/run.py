@@ -15,17 +15,19 @@ from utils.distributed import Processes, gather_objects, limit_waits, on_every_r
 from utils.errors import UserError
 from utils.evaluate import EvalSet, Evaluator
 from utils.layers import TrainableModel
+from utils.loss_recorder import LossRecorder
 from utils.metrics import read_metrics
 from utils.nodes import check_seen
 from utils.optim import build_optimizer
 from utils.pipeline import Pipeline, build_pipeline
-from utils.probe_runner import check_scripts, describe_outcomes, read_outcomes
+from utils.probe_outcomes import describe_outcomes, read_outcomes
+from utils.probe_runner import check_scripts
 from utils.progress import announce
 from utils.resume import Inputs
 from utils.run_dir import CONFIG_FILE, RunDir, create_run_dir, record_config, remove_leftovers
 from utils.run_probes import TrainingProbes
 from utils.stage_plan import describe_plan, make_plan, plan_warnings
-from utils.trainer import LossRecorder, Trainer, initial_state, total_steps
+from utils.trainer import Trainer, initial_state, total_steps
 
 Say = Callable[[str], None]
 

@@ -7,7 +7,8 @@ from utils.config.schema import ProbesConfig
 from utils.distributed import Processes, gather_objects
 from utils.errors import TrainingStoppedError
 from utils.metrics import MetricsWriter
-from utils.probe_runner import ProbeRunner, rows_of
+from utils.probe_outcomes import rows_of
+from utils.probe_runner import ProbeRunner
 from utils.progress import announce
 from utils.stopping import RunControl
 
@@ -25,7 +26,6 @@ class TrainingProbes:
         self._scripts_dir = scripts_dir
         self._runner: ProbeRunner | None = None
         self._control: RunControl | None = None
-        self._has_failed = False
 
     def begin(self, run_dir: Path, step: int, writer: MetricsWriter | None, control: RunControl) -> None:
         """Before the first step of this process, which goes on from `step`; `writer` is rank 0's."""
@@ -64,10 +64,8 @@ class TrainingProbes:
             announce(runner.describe_wait())
         while True:
             is_waiting = runner is not None and runner.wait(_MEET_SECONDS)
-            has_failed = runner is not None and runner.failed is not None
-            answers = gather_objects((is_waiting, control.is_told_to_stop, has_failed))
-            self._has_failed = any(failed for _, _, failed in answers)
-            if not any(waits for waits, _, _ in answers) or any(told for _, told, _ in answers):
+            answers = gather_objects((is_waiting, control.is_told_to_stop))
+            if not any(waits for waits, _ in answers) or any(told for _, told in answers):
                 return
 
     def close(self) -> None:
@@ -81,9 +79,10 @@ class TrainingProbes:
         Raises:
             TrainingStoppedError: one has failed.
         """
-        control = self._control
-        was_stopped = control is not None and control.wants_stop_for_probe
-        if self._config.on_fail != "stop" or not (was_stopped or self._has_failed):
+        if self._config.on_fail != "stop":
+            return
+        # Also what became known beside another reason to stop, or when the last probes were ended.
+        if not any(gather_objects(self._runner is not None and self._runner.failed is not None)):
             return
         failed = self._runner.failed if self._runner is not None else None
         ways = (

@@ -1,18 +1,16 @@
 """Writing a `.safetensors` file tensor by tensor: the header first, then each tensor's bytes as it comes."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from utils.tensor_source import Shape
+from utils.safetensors_header import Shape, tensor_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I64": 8}
 _ALIGNMENT = 8
 
 
@@ -29,7 +27,7 @@ def safetensors_header(
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * BYTES_OF[dtypes[name]]
+        start, end = end, end + tensor_bytes(shape, dtypes[name])
         header[name] = {"dtype": dtypes[name], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)

@@ -1,41 +1,27 @@
 """Named tensors in weight files, read by header and by slice.
 
-Opening a source reads headers only; `get` reads one tensor. `.safetensors` headers are parsed here, without torch and
-with limits, so that tools that need no values need no torch. `.pth` files are read with `weights_only=True` and never
+Opening a source reads headers only (`utils.safetensors_header`), so that tools that need no values need no torch; `get` reads
+one tensor. `.pth` files are read with `weights_only=True` and never
 otherwise: such a file can hold code, and code in a weight file is not run.
 """
 
-import json
 import math
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
+from utils.safetensors_header import SafetensorsHeader, Shape, file_size, read_index, read_safetensors_header
 
 if TYPE_CHECKING:
     import torch
 
-Shape = tuple[int, ...]
-
-# The limit of the safetensors library itself.
-_MAX_HEADER_BYTES = 100_000_000
-_LENGTH_BYTES = 8
 _INDEX_GLOB = "*.safetensors.index.json"
 SCALED_FP8_MARK = "scaled_fp8"
 _WEIGHT_SCALE = ".scale_weight"
 _SCALE_SUFFIXES = (_WEIGHT_SCALE, ".scale_input")
-_DTYPE_BITS = {
-    **dict.fromkeys(("F4",), 4),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-}
 _TORCH_DTYPE_NAMES = {
     "float64": "F64",
     "float32": "F32",
@@ -50,19 +36,6 @@ _TORCH_DTYPE_NAMES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-
-
-@dataclass(frozen=True)
-class SafetensorsHeader:
-    """What the header of one `.safetensors` file says: shapes and dtypes ("BF16", "F32", ...) by name, and metadata.
-
-    `spans` has, by name, where a tensor's bytes begin and end in the file.
-    """
-
-    shapes: dict[str, Shape]
-    dtypes: dict[str, str]
-    metadata: dict[str, str]
-    spans: dict[str, tuple[int, int]]
 
 
 class TensorSource(ABC):
@@ -268,33 +241,6 @@ class _PthSource(TensorSource):
         self._tensors = None
 
 
-def read_safetensors_header(path: Path) -> SafetensorsHeader:
-    """Read and check the header of a `.safetensors` file: 8 bytes of length, JSON, then the data.
-
-    Raises:
-        UserError: the file is missing, truncated, or its header is not one.
-    """
-    path = Path(path)
-    size = _file_size(path)
-    with path.open("rb") as file:
-        length_bytes = file.read(_LENGTH_BYTES)
-        length = int.from_bytes(length_bytes, "little")
-        if len(length_bytes) < _LENGTH_BYTES:
-            raise UserError(f"{path}: truncated, it has only {size} bytes; download or copy it again")
-        if length > _MAX_HEADER_BYTES or length < 2:
-            raise UserError(
-                f"{path}: not a .safetensors file (its header would be {length} bytes long); download it again"
-            )
-        if length > size - _LENGTH_BYTES:
-            raise UserError(f"{path}: truncated inside its header ({size} bytes); download or copy it again")
-        raw = file.read(length)
-    try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: its header is not readable as JSON ({error}); download it again") from None
-    return _check_header(path, entries, _LENGTH_BYTES + length, size)
-
-
 def open_safetensors(paths: Iterable[Path]) -> TensorSource:
     """Open one or more `.safetensors` files as one source. Reads headers only.
 
@@ -326,7 +272,7 @@ def open_sharded(directory: Path) -> TensorSource:
             return open_safetensors(files)
         found = f"{len(files)} .safetensors files and no index" if files else "no .safetensors files"
         raise UserError(f"{directory}: holds {found} ({_INDEX_GLOB}); download the whole directory again")
-    weight_map = _read_index(indices[0])
+    weight_map = read_index(indices[0])
     shards = sorted(set(weight_map.values()))
     absent = [shard for shard in shards if not (directory / shard).is_file()]
     if absent:
@@ -345,7 +291,7 @@ def open_pth(path: Path) -> TensorSource:
         UserError: the file is missing, truncated, damaged, holds code, or is not a dictionary of tensors.
     """
     path = Path(path)
-    _file_size(path)
+    file_size(path)
     if not zipfile.is_zipfile(path):
         raise UserError(
             f"{path}: truncated or not a PyTorch file (its zip directory is missing); download or copy it again"
@@ -395,86 +341,6 @@ def _load_pth(path: Path) -> dict[str, "torch.Tensor"]:
     return loaded
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dictionary. A second entry of one name would hide the first without a word."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
-    return values
-
-
-def _check_header(path: Path, entries: Any, data_start: int, size: int) -> SafetensorsHeader:
-    data_bytes = size - data_start
-    if not isinstance(entries, dict):
-        raise UserError(f"{path}: its header is no list of tensors; it is not a .safetensors file")
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise UserError(f"{path}: the metadata in its header are malformed; write or download it again")
-    shapes, dtypes, spans, end, total = {}, {}, {}, 0, 0
-    for name, entry in entries.items():
-        shape, dtype, (first, stop) = _check_entry(path, name, entry)
-        shapes[name], dtypes[name], spans[name] = shape, dtype, (data_start + first, data_start + stop)
-        end, total = max(end, stop), total + stop - first
-    if end > data_bytes:
-        raise UserError(
-            f"{path}: truncated, its header promises {end:,} bytes of tensors and {data_bytes:,} are there; "
-            "download or copy it again"
-        )
-    if end < data_bytes:
-        raise UserError(
-            f"{path}: {data_bytes - end:,} bytes longer than its header says; download or copy it again"
-        )
-    if total != end:
-        raise UserError(
-            f"{path}: its tensors overlap or leave gaps ({total:,} bytes of tensors in {end:,}); download or copy it again"
-        )
-    texts = {str(key): str(value) for key, value in metadata.items()}
-    return SafetensorsHeader(shapes, dtypes, texts, spans)
-
-
-def _check_entry(path: Path, name: str, entry: Any) -> tuple[Shape, str, tuple[int, int]]:
-    """Shape, dtype, and first and end offset of one header entry, all checked against each other."""
-    if not name.isprintable():  # such as a line break, which would tear every message and table that shows it
-        raise UserError(f"{path}: its header names a tensor {name!r}; download or copy it again")
-    damaged = UserError(f"{path}: the header entry of {name!r} is malformed; download or copy it again")
-    if not isinstance(entry, dict):
-        raise damaged
-    shape, dtype, offsets = entry.get("shape"), entry.get("dtype"), entry.get("data_offsets")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or not isinstance(dtype, str):
-        raise damaged
-    if dtype not in _DTYPE_BITS:
-        raise UserError(
-            f"{path}: {name!r} has the unknown dtype {dtype!r}; update the safetensors library or convert the file"
-        )
-    if offsets[1] - offsets[0] != -(-math.prod(shape) * _DTYPE_BITS[dtype] // 8):
-        raise damaged
-    return tuple(shape), dtype, (offsets[0], offsets[1])
-
-
-def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); download it again") from None
-    weight_map = values.get("weight_map") if isinstance(values, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path}: has no weight_map, so it is not an index of shards; download it again")
-    for name, shard in weight_map.items():
-        if not name.isprintable():
-            raise UserError(f"{path}: names a tensor {name!r}; download it again")
-        # A shard lies beside its index; anything else could point at any file of the machine.
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.isprintable():
-            raise UserError(
-                f"{path}: names the shard {shard!r} for {name}, which is not a plain file name; download it again"
-            )
-    return weight_map
-
-
 def _check_index(index: Path, weight_map: dict[str, str], source: TensorSource) -> None:
     missing = [name for name in weight_map if name not in source.shapes]
     if missing:
@@ -487,18 +353,6 @@ def _check_index(index: Path, weight_map: dict[str, str], source: TensorSource) 
         raise UserError(
             f"{index}: does not list {unlisted[0]}, which is in the shards{_more(unlisted)}; download both again"
         )
-
-
-def _file_size(path: Path) -> int:
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory; give the weight file in it")
-    try:
-        with path.open("rb"):
-            return path.stat().st_size
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
 
 
 def dtype_name(tensor: "torch.Tensor") -> str:

@@ -20,25 +20,18 @@ from utils.data.prefetch import ReadAhead
 from utils.data.sampler import BatchPlan, MicroBatch, rank_slice
 from utils.distributed import Processes, gather_objects, is_shared, on_every_rank, on_main
 from utils.errors import TrainingStoppedError, UserError
-from utils.flow_matching import NUM_SIGMA_BINS, per_sample_loss, sigma_bin
 from utils.layers import PreparedBatch, TrainableModel
+from utils.loss_recorder import LossRecorder, loss_by_bin
 from utils.metrics import MetricsWriter
 from utils.optim import learning_rate, set_learning_rate
 from utils.pipeline import NonFiniteGradientsError, Pipeline
 from utils.progress import Progress, announce
 from utils.run_probes import TrainingProbes
 from utils.saver import export_trained
+from utils.saves import DueSaves, due_saves
 from utils.stopping import RequestFlags, RunControl
 
 _NUM_WRITE_FLAGS = len(WriteFlags._fields)
-
-
-@dataclass(frozen=True)
-class _Record:
-    losses_B: Tensor
-    sigma_B: Tensor
-    weight_B: Tensor
-    sample_index_B: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,49 +41,6 @@ class _StepData:
     batches: Sequence[MicroBatch]
     num_samples: int
     prepared: Sequence[PreparedBatch]
-
-
-class LossRecorder:
-    """The loss function of the last stage; remembers each sample's loss for the metrics of the step."""
-
-    def __init__(self) -> None:
-        self._records: list[_Record] = []
-
-    def __call__(self, velocity_BCFHW: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
-        """Sum of weight * mean squared error over the micro-batch, a scalar."""
-        target_BCFHW, sigma_B, weight_B, sample_index_B, *mask_BHW = labels
-        losses_B = per_sample_loss(velocity_BCFHW, target_BCFHW, *mask_BHW)
-        self._records.append(_Record(losses_B.detach(), sigma_B, weight_B, sample_index_B))
-        return (losses_B * weight_B).sum()
-
-    def clear(self) -> None:
-        """Forget the last step."""
-        self._records.clear()
-
-    def totals(self) -> np.ndarray:
-        """Sums and counts over samples with weight: [loss, count, loss per sigma bin..., count per bin...], float64."""
-        totals = np.zeros(2 + 2 * NUM_SIGMA_BINS)
-        for record in self._records:
-            counted = record.weight_B.cpu() > 0
-            losses = record.losses_B.cpu().double().numpy()[counted.numpy()]
-            bins = sigma_bin(record.sigma_B.cpu()).numpy()[counted.numpy()]
-            totals[0] += losses.sum()
-            totals[1] += len(losses)
-            np.add.at(totals, 2 + bins, losses)
-            np.add.at(totals, 2 + NUM_SIGMA_BINS + bins, 1.0)
-        return totals
-
-    def sample_losses(self) -> list[float]:
-        """Each sample's loss, in the order in which they came."""
-        return [loss for record in self._records for loss in record.losses_B.tolist()]
-
-    def non_finite_samples(self) -> list[int]:
-        """Indices of samples of this step whose loss is not finite."""
-        found: list[int] = []
-        for record in self._records:
-            bad = ~torch.isfinite(record.losses_B.cpu())
-            found += record.sample_index_B.cpu()[bad].tolist()
-        return found
 
 
 class Evaluation(Protocol):
@@ -168,9 +118,10 @@ class Trainer:
             while state.step < self.total_steps and self.stopped_by is None:
                 before = state
                 state, row = self._step(before, ahead)
-                due = self._saves_due(state, before)
+                due = due_saves(self._config, self._plan, state, before, self.total_steps)
                 if self._budget is not None:
-                    self._budget.measure(row, is_last=state.step == self.total_steps, saves=due.any)
+                    saves = due.any or self._control.wants_checkpoint
+                    self._budget.measure(row, is_last=state.step == self.total_steps, saves=saves)
                     self._recorder.clear()  # neutral prompts went through the stages too
                 if self._probes is not None:
                     self._probes.after_step(row)
@@ -243,7 +194,7 @@ class Trainer:
             "step": state.step,
             "epoch": batches[-1].epoch + 1,
             "loss": loss,
-            "loss_by_timestep": _loss_by_bin(totals),
+            "loss_by_timestep": loss_by_bin(totals),
             "lr": lr,
             "grad_norm": self._pipeline.gradient_norm,
             "samples_seen": state.samples_seen,
@@ -328,25 +279,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ saving
 
-    def _saves_due(self, state: LoopState, before: LoopState) -> "_DueSaves":
-        config, step = self._config, state.step
-        at_end = step == self.total_steps
-        completed = self._plan.epoch_of(state.micro_batches_seen)
-        ended = completed > self._plan.epoch_of(before.micro_batches_seen)
-        number = completed if ended else completed + 1
-
-        def every(interval: int | None, count: int) -> bool:
-            return interval is not None and interval > 0 and count % interval == 0
-
-        by_epoch = ended and every(config.checkpoint_every_n_epochs, number)
-        return _DueSaves(
-            epoch=number,
-            of_epoch=(ended and every(config.save_every_n_epochs, number)) or at_end,
-            of_step=every(config.save_every_n_steps, step),
-            checkpoint=by_epoch or every(config.checkpoint_every_n_steps, step) or at_end,
-        )
-
-    def _save(self, state: LoopState, due: "_DueSaves") -> None:
+    def _save(self, state: LoopState, due: DueSaves) -> None:
         if due.of_epoch:
             self._export(f"epoch{due.epoch}", state, due.epoch)
             if self._probes is not None:
@@ -370,21 +303,6 @@ class Trainer:
         export_trained(self._pipeline, self._run_dir / name, export, metadata)
 
 
-@dataclass(frozen=True)
-class _DueSaves:
-    """What is saved after a step: the adapter or encoder under its epoch's or its step's name, a checkpoint."""
-
-    epoch: int
-    of_epoch: bool
-    of_step: bool
-    checkpoint: bool
-
-    @property
-    def any(self) -> bool:
-        """Whether anything is."""
-        return self.of_epoch or self.of_step or self.checkpoint
-
-
 def total_steps(config: TrainConfig, plan: BatchPlan, state: LoopState) -> int:
     """Optimizer steps of the whole run, seen from `state`: `max_steps` where given, else until `epochs` are seen whole."""
     if config.max_steps is not None:
@@ -396,15 +314,3 @@ def total_steps(config: TrainConfig, plan: BatchPlan, state: LoopState) -> int:
 def initial_state(micro_batches_per_step: int) -> LoopState:
     """State of a run that has not begun."""
     return LoopState(step=0, samples_seen=0, micro_batches_per_step=micro_batches_per_step, train_seconds=0.0)
-
-
-def _loss_by_bin(totals: np.ndarray) -> dict[str, float]:
-    """Mean loss of each tenth of the noise range that the step visited."""
-    sums, counts = totals[2 : 2 + NUM_SIGMA_BINS], totals[2 + NUM_SIGMA_BINS :]
-    return {
-        f"{index / NUM_SIGMA_BINS:.1f}-{(index + 1) / NUM_SIGMA_BINS:.1f}": float(
-            np.float32(sums[index] / counts[index])
-        )
-        for index in range(NUM_SIGMA_BINS)
-        if counts[index] > 0
-    }

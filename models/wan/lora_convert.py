@@ -1,13 +1,14 @@
 """From one LoRA file to another: read under any names, write under those of one program, read again and compared."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from models.wan.arch import PUBLISHED, expected_shapes
-from models.wan.lora_dialects import PEFT_CONFIG_NAME, Dialect, folded, to_dialect
+from models.wan.lora_dialects import PEFT_CONFIG_NAME, Dialect, DialectFile, folded, to_dialect
 from models.wan.names import dit_to_diffusers
 from utils.adapter_runs import ADAPTER_NAME
 from utils.errors import UserError
-from utils.files import atomic_directory, atomic_path
+from utils.files import atomic_directory, atomic_path, disk_errors_as_user_errors
 from utils.lora_names import AdapterFile, kohya_aliases, read_adapter
 
 
@@ -42,20 +43,20 @@ def convert_lora(source: Path, dialect: Dialect, target: Path) -> list[str]:
     if dialect != "peft" and target.suffix != ".safetensors":
         raise UserError(f"{target}: the file to write must end in .safetensors; mend --out")
     written = to_dialect(adapter.modules, dialect)
-
-    def write(path: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_file(written.tensors, path, metadata=adapter.metadata or None)
-
-    if written.peft_config is None:
-        with atomic_path(target) as temporary:
-            write(temporary)
-    else:
-        with atomic_directory(target) as temporary:
-            write(temporary / ADAPTER_NAME)
-            (temporary / PEFT_CONFIG_NAME).write_text(written.peft_config, encoding="utf-8")
-    _check_equal(adapter, read_wan_adapter(target))
+    with disk_errors_as_user_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Compared before it has its name: what is found under that is right.
+        with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as staging:
+            made = Path(staging) / "adapter"
+            _write(made, written, adapter.metadata)
+            _check_equal(adapter, read_wan_adapter(made))
+            if written.peft_config is None:
+                with atomic_path(target) as temporary:
+                    (made / ADAPTER_NAME).replace(temporary)
+            else:
+                with atomic_directory(target) as temporary:
+                    for path in made.iterdir():
+                        path.replace(temporary / path.name)
     ranks = sorted({pair.rank for pair in adapter.modules.values()})
     scales = sorted({pair.scale for pair in adapter.modules.values()})
     lines = [
@@ -66,6 +67,15 @@ def convert_lora(source: Path, dialect: Dialect, target: Path) -> list[str]:
             f"scale {', '.join(f'{scale:g}' for scale in scales)} is folded into B; alpha is the rank now"
         )
     return lines
+
+
+def _write(directory: Path, written: DialectFile, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    directory.mkdir()
+    save_file(written.tensors, directory / ADAPTER_NAME, metadata=metadata or None)
+    if written.peft_config is not None:
+        (directory / PEFT_CONFIG_NAME).write_text(written.peft_config, encoding="utf-8")
 
 
 def _check_equal(before: AdapterFile, after: AdapterFile) -> None:

@@ -12,6 +12,7 @@ from models.wan.probes.subject import Subject, base_remarks, read_fitting_adapte
 from utils.errors import UserError
 from utils.files import atomic_directory, atomic_path, combined_fingerprint
 from utils.lora_names import AdapterFile
+from utils.safetensors_header import tensor_bytes
 from utils.safetensors_stream import SafetensorsStream
 from utils.tensor_source import SCALED_FP8_MARK, TensorSource, open_safetensors, open_sharded
 
@@ -97,8 +98,10 @@ def _write_shards(
         document["weight_map"] = {
             name: file for name, file in document["weight_map"].items() if name in plan.source.shapes
         }
-        size = sum((directory / path.name).stat().st_size for path in plan.source.files)
-        document["metadata"] = {"total_size": size}
+        written = plan.source.shapes.items()
+        document["metadata"] = {
+            "total_size": sum(tensor_bytes(shape, plan.dtypes[name]) for name, shape in written)
+        }
         (directory / index.name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if (base / "config.json").is_file():
         shutil.copyfile(base / "config.json", directory / "config.json")
@@ -130,7 +133,9 @@ def _merged(name: str, plan: _Plan) -> "Tensor":
         reason = (
             "holds NaN or infinite values" if not tensor.isfinite().all() else f"leaves the range of {wanted}"
         )
-        raise UserError(f"{plan.source.files[0]}: {name} {reason}; choose another --dtype or base")
+        place = plan.source.location(name)
+        where = plan.source.files[0] if place is None else place[0]
+        raise UserError(f"{where}: {name} {reason}; choose another --dtype or base")
     return result
 
 

@@ -22,7 +22,6 @@ from utils.delta_budget import ModuleDelta, module_delta, weight_norm
 from utils.layers import LayerSpec, PreparedBatch
 from utils.lora import (
     adapters_off,
-    base_weight_name,
     load_initial_adapter,
     parameter_names,
     save_adapter,
@@ -120,11 +119,10 @@ class WanModel:
             if adapter is None or down_name not in parameters:
                 continue
             if target not in self._base_norms:  # the base never changes
-                # Where it is stored in 8 bits or elsewhere, the file's: the budget is on the true weight.
-                weight = parameters.get(base_weight_name(target))
-                self._base_norms[target] = weight_norm(
-                    self.base.get(f"{target}.weight") if weight is None else weight
-                )
+                # The file's, whatever precision and place the weight has here: ratios depend on no layout, and are those
+                # that lora_delta_budget reports.
+                self._base_norms[target] = weight_norm(self.base.get(f"{target}.weight"))
+                self.base.release()
             down, up, norm = parameters[down_name], parameters[up_name], self._base_norms[target]
             deltas.append(module_delta(target, down, up, scale_of(adapter), norm))
         return deltas

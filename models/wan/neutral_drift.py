@@ -40,7 +40,7 @@ class NeutralDrift:
         """
         self._arch = arch
         tokenizer = WanTokenizer(tokenizer_dir)
-        prompts = neutral_prompts(None if prompts_file is None else Path(prompts_file))
+        prompts = neutral_prompts(prompts_file)
         ids = sorted((tokenizer(prompt) for prompt in prompts), key=len)
         self._passes = [
             ids[start : start + _PROMPTS_IN_A_PASS] for start in range(0, len(ids), _PROMPTS_IN_A_PASS)

@@ -15,7 +15,7 @@ NEGATIVE_PROMPT = (
 ALWAYS_NEUTRAL = (EMPTY_PROMPT, NEGATIVE_PROMPT)
 
 
-def neutral_prompts(path: Path | None = None) -> tuple[str, ...]:
+def neutral_prompts(path: str | Path | None = None) -> tuple[str, ...]:
     """The empty prompt, Wan's negative prompt, and those of a file: by default `configs/prompts/neutral.txt`.
 
     Raises:

@@ -20,6 +20,7 @@ from models.wan.datasets import (
 )
 from models.wan.media import MEMO_FILE
 from models.wan.model import WanModel
+from models.wan.prompts import neutral_prompts
 from models.wan.text_encoder import MAX_TEXT_TOKENS
 from utils.config.dump import config_hash
 from utils.config.schema import LoadedConfig
@@ -90,6 +91,11 @@ def prepare_data(
     if model.batches.caption_aug is not None:
         fingerprints["the keywords"] = model.batches.caption_aug.keywords_digest
         descriptions["the keywords"] = "a list of keywords"
+    budget = config.train.budget
+    if budget is not None and budget.max_neutral_drift is not None:
+        prompts = on_main(lambda: neutral_prompts(budget.neutral_prompts))
+        fingerprints["the neutral prompts"] = xxhash.xxh3_128_hexdigest(json.dumps(prompts).encode())
+        descriptions["the neutral prompts"] = f"{len(prompts)} prompts"
     return PreparedData(manifest, plan, hashes, cached.root, fingerprints, descriptions)
 
 

@@ -27,11 +27,12 @@ from utils.config.schema import AdapterConfig, BudgetConfig, ModelConfig, Optimi
 from utils.distributed import Processes, init_processes
 from utils.layers import LayerSpec, PreparedBatch, global_names, table_names
 from utils.lora_targets import linear_modules, resolve_targets
+from utils.loss_recorder import LossRecorder
 from utils.optim import build_optimizer
 from utils.pipeline import Pipeline, build_pipeline
 from utils.stage_plan import StagePlan, make_plan
 from utils.timing import take_turns
-from utils.trainer import LossRecorder, initial_state
+from utils.trainer import initial_state
 
 Clock = Callable[[], float]
 WARM_UP = 2

@@ -114,6 +114,23 @@ def test_a_ratio_that_no_factor_mends_is_left_alone():
     assert projection_factors([], 0.05, 0.01) == {}
 
 
+def test_what_no_factor_mends_is_warned_about_and_hides_nothing_of_the_others():
+    """A base weight of zeros makes a ratio infinite: the others are still put on the caps, and somebody is told."""
+    broken = ModuleDelta("m", 1, 1.0, 1.0, 0.0, math.inf, 1.0)
+    others = Adapters([0.04, 0.04])
+    assert projection_factors([broken, *others.deltas(others.parameters)], 0.05, 0.02) == pytest.approx(
+        {"m0": 0.5, "m1": 0.5}, rel=1e-5
+    )
+    said = []
+    model = SimpleNamespace(
+        deltas=lambda parameters: [broken], scale_adapters=lambda parameters, factors: None, parameters={}
+    )
+    budget = watch(model, said, action="project", max_delta_ratio=0.05, every_n_steps=1)
+    assert measured(budget)["projected_modules"] == 0
+    budget.act(1, lambda: "")
+    assert len(said) == 1 and "m with inf" in said[0]
+
+
 def test_what_is_exported_is_on_the_cap_and_what_is_trained_stays():
     model = Adapters([0.2])
     budget = watch(model, action="project", max_delta_ratio=0.05, every_n_steps=50)

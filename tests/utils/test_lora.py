@@ -13,7 +13,6 @@ from utils.lora import (
     ADAPTER_WEIGHTS,
     adapters_off,
     add_lora,
-    base_weight_name,
     load_initial_adapter,
     parameter_names,
     save_adapter,
@@ -93,7 +92,6 @@ def test_a_step_changes_the_output_and_only_the_adapters():
 
 def test_only_the_named_layers_are_wrapped():
     block = adapted_block(["cross_attn.k"])
-    assert base_weight_name("cross_attn.k") in dict(block.named_parameters())
     wrapped = {name for name, module in block.named_modules() if hasattr(module, "base_layer")}
     assert wrapped == {"cross_attn.k"}
 

@@ -1,5 +1,6 @@
 """The queue of probes after saves: order, bounds, outcomes, and that nothing a probe does gets out of it."""
 
+import io
 import json
 import time
 from pathlib import Path
@@ -20,14 +21,9 @@ from utils import probe_runner
 from utils.config.probe_rules import TRAINING_PROBES
 from utils.config.schema import ProbesConfig
 from utils.errors import UserError
-from utils.probe_runner import (
-    PROBES_FILE,
-    ProbeRunner,
-    check_scripts,
-    describe_outcomes,
-    probe_environment,
-    read_outcomes,
-)
+from utils.metrics import append_line
+from utils.probe_outcomes import PROBES_FILE, ProbeOutcome, append_outcome, describe_outcomes, read_outcomes
+from utils.probe_runner import ProbeRunner, check_scripts, probe_environment
 from utils.report_summary import read_summary
 
 TOOL = "lora_delta_budget"
@@ -247,10 +243,10 @@ def test_a_run_that_goes_on_keeps_the_outcomes_up_to_its_checkpoint(place) -> No
 
 
 def test_a_disk_that_is_full_is_a_warning(place, monkeypatch) -> None:
-    def full(path: Path, row: object) -> None:
+    def full(run_dir: Path, outcome: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(probe_runner, "_append", full)
+    monkeypatch.setattr(probe_runner, "append_outcome", full)
     write_probe(place.scripts, REPORTING)
     with place.runner() as runner:
         runner.saved(place.save(1), 1, 10, at_end=False)
@@ -309,6 +305,29 @@ def test_the_environment_has_no_launcher_and_no_gpu(place) -> None:
         runner.saved(place.save(1), 1, 10, at_end=False)
         runner.wait(30)
     assert not json.loads((place.run / "environment").read_text()).keys() & set(launchers)
+
+
+def test_a_torn_line_hides_no_later_outcome(tmp_path, monkeypatch) -> None:
+    outcome = ProbeOutcome(TOOL, 1, 1, "pass", "fine")
+    append_outcome(tmp_path, outcome)
+
+    class Full(io.FileIO):
+        def write(self, data):
+            return super().write(data[:10])  # what a disk that is almost full takes
+
+    with Full(tmp_path / PROBES_FILE, "ab") as file, pytest.raises(OSError, match="No space"):
+        append_line(file, b'{"tool": "x"}\n')
+    append_outcome(tmp_path, ProbeOutcome(TOOL, 2, 2, "fail", "not fine"))
+    assert [row["epoch"] for row in read_outcomes(tmp_path)] == [1, 2]
+
+
+def test_a_reports_directory_that_cannot_be_looked_into_is_an_error_of_the_probe_alone(place) -> None:
+    config = ProbesConfig(run=(TOOL,), reports_dir=str(place.reports / ("x" * 300)))
+    said: list[str] = []
+    with ProbeRunner(config, place.run, 0, said.append, scripts_dir=place.scripts) as runner:
+        runner.saved(place.run / "epoch1", 1, 5, at_end=False)
+        (outcome,) = runner.poll()
+    assert outcome.result == "error" and "could not be started" in outcome.explanation
 
 
 def test_a_probe_that_has_no_script_is_refused_before_training(place) -> None:

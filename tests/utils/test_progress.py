@@ -101,3 +101,19 @@ def test_an_announcement_does_not_tear_the_bar(columns, monkeypatch) -> None:
         bar.close()
 
     assert "warning: over the budget" in [line.strip() for line in seen_on_terminal(use, 24, columns)]
+
+
+def test_what_was_held_back_is_said_at_the_end() -> None:
+    """Stopped before the end: the last line says how far it came, also where it came soon after the one before."""
+    stream = io.StringIO()
+    bar = Progress("caching", 4, stream=stream)
+    bar.reach(0)
+    bar.advance(2, loss="0.5")
+    assert stream.getvalue() == "caching 0/4\n"
+    bar.close()
+    assert stream.getvalue() == "caching 0/4\ncaching 2/4  loss 0.5\n"
+    whole = io.StringIO()
+    bar = Progress("caching", 2, stream=whole)
+    bar.advance(2)
+    bar.close()
+    assert whole.getvalue() == "caching 2/2\n"

@@ -29,8 +29,8 @@ from utils.config.schema import (
 )
 from utils.layers import LayerSpec, PreparedBatch, global_names, table_names
 from utils.lora_targets import linear_modules, resolve_targets
+from utils.loss_recorder import LossRecorder
 from utils.optim import build_optimizer
-from utils.trainer import LossRecorder
 
 NUM_STEPS = 3
 EVALUATE_AFTER_STEP = 1

@@ -12,7 +12,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command does bef
 from train import main
 from utils import probe_runner
 from utils.cli import end_process
-from utils.probe_runner import ProbeOutcome, ProbeRunner
+from utils.probe_outcomes import ProbeOutcome
+from utils.probe_runner import ProbeRunner
 
 poll = ProbeRunner.poll
 

@@ -6,8 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from utils.config.keywords import read_keywords
-from utils.config.schema import AdapterConfig, BudgetConfig, DatasetConfig, ModelConfig, Problem
+from utils.config.schema import AdapterConfig, BudgetConfig, DatasetConfig, ModelConfig, ProbesConfig, Problem
 from utils.errors import UserError
+from utils.prompt_files import read_prompt_file
 
 
 def can_be_seen(path: str) -> bool:
@@ -66,10 +67,20 @@ def _check_can_be_made(key: str, path: str) -> list[Problem]:
 
 
 def check_budget_paths(budget: BudgetConfig) -> list[Problem]:
-    """The file of neutral prompts exists."""
+    """The file of neutral prompts can be read."""
     if budget.neutral_prompts is None:
         return []
-    return list(_check_exists("budget.neutral_prompts", budget.neutral_prompts, only_file=True))
+    try:
+        read_prompt_file(budget.neutral_prompts)
+    except UserError as error:
+        fix = "name a UTF-8 text file with one prompt per line; its path is relative to the working directory"
+        return [Problem("budget.neutral_prompts", str(error), fix)]
+    return []
+
+
+def check_probe_paths(probes: ProbesConfig) -> list[Problem]:
+    """`probes.reports_dir` exists and is writable, or can be made; nothing is made."""
+    return _check_can_be_made("probes.reports_dir", probes.reports_dir)
 
 
 def _check_exists(key: str, path: str, only_file: bool = False) -> list[Problem]:

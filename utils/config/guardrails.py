@@ -14,7 +14,7 @@ from utils.config.eval_rules import EVAL_RULES
 from utils.config.introspect import keys_of
 from utils.config.probe_rules import PROBE_RULES
 from utils.config.rules import Rule
-from utils.config.schema import ModelConfig, Problem, TrainConfig
+from utils.config.schema import BudgetConfig, ModelConfig, Problem, TrainConfig
 from utils.config.target_rules import TARGET_RULES, check_targets
 
 __all__ = ["RULES", "Mode", "check_targets", "mode_of"]
@@ -102,9 +102,11 @@ def check_budget_fits_mode(config: TrainConfig) -> list[Problem]:
                 "write e.g. max_neutral_drift = 0.05, or take [budget] out",
             )
         )
-    if budget.max_mean_delta_ratio is not None:
-        reason = "would be ignored: in encoder_ft there is no adapter"
-        problems.append(Problem("budget.max_mean_delta_ratio", reason, "take it out"))
+    defaults = keys_of(BudgetConfig)
+    for key in ("max_delta_ratio", "max_mean_delta_ratio"):
+        if getattr(budget, key) != defaults[key].default:
+            reason = "would be ignored: in encoder_ft there is no adapter"
+            problems.append(Problem(f"budget.{key}", reason, "take it out"))
     if budget.action == "project":
         reason = "is 'project', but an encoder's drift is no length that weights could be scaled back to"
         problems.append(Problem("budget.action", reason, 'write action = "stop" or "warn"'))

@@ -20,6 +20,7 @@ from utils.config.file_checks import (
     check_dataset_paths,
     check_model_paths,
     check_output_path,
+    check_probe_paths,
 )
 from utils.config.guardrails import RULES
 from utils.config.overrides import FLAG, Overridden, apply_overrides
@@ -158,6 +159,8 @@ def _check_files(parsed: Parsed[TrainConfig], faulty: set[str], preflight: Prefl
         problems += check_adapter_paths(config.adapter)
     if config.budget is not None:
         problems += check_budget_paths(config.budget)
+    if config.probes is not None:
+        problems += check_probe_paths(config.probes)
     if "model" in parsed.invalid:
         return problems
     problems += check_model_paths(config.model)

@@ -315,6 +315,11 @@ def found_in_dataset(table) -> list[Problem]:
             "budget.max_mean_delta_ratio",
             "there is no adapter",
         ),
+        (
+            encoder_ft(budget={"max_neutral_drift": 0.1, "max_delta_ratio": 0.2}),
+            "budget.max_delta_ratio",
+            "there is no adapter",
+        ),
         (dit_lora(eval_every_n_steps=10), "eval_every_n_steps", "there are no eval_datasets"),
         (dit_lora(eval_before_first_step=False), "eval_before_first_step", "there are no eval_datasets"),
         (
