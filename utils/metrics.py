@@ -62,9 +62,9 @@ class MetricsWriter:
         kept = [row for row in read_metrics(run_dir) if row["step"] < first_step]
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._path = path
-        self._file = path.open("ab", buffering=0)
         with disk_errors_as_user_errors(path):
             self._tensorboard = SummaryWriter(str(run_dir), purge_step=first_step)
+        self._file = path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
         """Write one step; the line has left this process when this returns, so that a kill does not lose it.

@@ -204,9 +204,8 @@ class ProbeRunner:
         supervisor = [sys.executable, "-I", "-S", str(ROOT / "utils" / "probe_supervisor.py")]
         limit = [repr(60 * self._config.timeout_minutes), str(os.getpid())]
         try:
-            report = self._free_report(
-                job
-            )  # where the reports' directory cannot be looked into, this raises too
+            # Raises too where the reports' directory cannot be looked into.
+            report = self._free_report(job)
             process = subprocess.Popen(
                 [*supervisor, *limit, *self._command(job, report.name)],
                 stdin=subprocess.DEVNULL,
@@ -233,10 +232,8 @@ class ProbeRunner:
     def _free_report(self, job: ProbeJob) -> Path:
         """`<run>_epochN`; a number behind it where an earlier process of the run has probed that epoch."""
         folder = Path(self._config.reports_dir) / job.tool
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", self._run_dir.absolute().name)[-_MAX_TAG_CHARACTERS:].lstrip(
-            ".-"
-        )
-        tag = stem = f"{name or 'run'}_epoch{job.epoch}"
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", self._run_dir.absolute().name)[-_MAX_TAG_CHARACTERS:]
+        tag = stem = f"{name.lstrip('.-') or 'run'}_epoch{job.epoch}"
         number = 2
         while (folder / tag).exists():
             tag, number = f"{stem}-{number}", number + 1

@@ -322,6 +322,7 @@ def test_a_torn_line_hides_no_later_outcome(tmp_path, monkeypatch) -> None:
 
 
 def test_a_reports_directory_that_cannot_be_looked_into_is_an_error_of_the_probe_alone(place) -> None:
+    place.reports.mkdir()
     config = ProbesConfig(run=(TOOL,), reports_dir=str(place.reports / ("x" * 300)))
     said: list[str] = []
     with ProbeRunner(config, place.run, 0, said.append, scripts_dir=place.scripts) as runner:
