@@ -21,6 +21,7 @@ from utils.errors import (
     EXIT_UNEXPECTED,
     EXIT_USER_ERROR,
     UserError,
+    as_user_error,
 )
 from utils.report_summary import Verdict
 
@@ -131,6 +132,10 @@ def run_probe(
         _show(args.debug, f"error: {error}")
         return EXIT_USER_ERROR
     except Exception as error:
+        mendable = as_user_error(error) if isinstance(error, OSError) else None
+        if mendable is not None:
+            _show(args.debug, f"error: {mendable}")
+            return EXIT_USER_ERROR
         hint = "" if args.debug else " (--debug shows the trace)"
         _show(args.debug, f"unexpected error: {type(error).__name__}: {' '.join(str(error).split())}{hint}")
         return EXIT_UNEXPECTED
