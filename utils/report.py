@@ -29,7 +29,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-__all__ = ["InputFile", "Report", "Summary", "Verdict", "read_summary", "refuse_training_run", "utc_run_tag"]
+__all__ = [
+    "InputFile",
+    "Report",
+    "Summary",
+    "Verdict",
+    "check_writable",
+    "read_summary",
+    "refuse_training_run",
+    "utc_run_tag",
+]
 
 REPORT_NAME = "report.md"
 INDEX_NAME = "INDEX.md"
@@ -80,7 +89,7 @@ class Report:
             raise UserError(
                 f"{self.directory}: exists already and is never overwritten; choose another --run_tag"
             )
-        _check_writable(self.directory)
+        check_writable(self.directory, "--reports_dir")
         self.seed = seed
         self._metrics: dict[str, Any] = {}
         self._meanings: dict[str, str] = {}
@@ -258,14 +267,16 @@ def _check_place(reports_dir: Path) -> None:
     refuse_training_run(reports_dir, "--reports_dir")
 
 
-def _check_writable(directory: Path) -> None:
-    """Refuse a directory that could not be made."""
-    there = next(folder for folder in directory.absolute().parents if folder.exists())
+def check_writable(path: Path, flag: str) -> None:
+    """Refuse a file or directory that could not be made, before anything is measured.
+
+    Raises:
+        UserError: what `path`, which `flag` names, would be made in is no directory, or not writable.
+    """
+    there = next(folder for folder in path.absolute().parents if folder.exists())
     by_effective_user = os.access in os.supports_effective_ids
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK, effective_ids=by_effective_user):
-        raise UserError(
-            f"{directory}: {there} is not writable; choose another --reports_dir or mend its rights"
-        )
+        raise UserError(f"{path}: {there} is not writable; choose another {flag} or mend its rights")
 
 
 def refuse_training_run(path: Path, flag: str) -> None:
