@@ -109,7 +109,8 @@ def probe(args: argparse.Namespace) -> Verdict:
     for side in sides:
         found_problems, found_remarks = look_at_experts(side)
         problems += found_problems
-        remarks += [*side.remarks, *found_remarks, *part_remarks(side)]
+        remarks += [*side.remarks, *found_remarks]
+    remarks += part_remarks(sides)
     diffs = compare(*sides) if len(sides) == 2 else []
     targets = write_targets(args, sides[0], report) if args.targets else []
     verdict, explanation = judge(sides, problems, diffs, targets)
@@ -142,18 +143,18 @@ def part_problems(side: Checkpoint) -> list[str]:
     return [f"{part.path}: {problem}" for part in side.parts for problem in part.problems]
 
 
-def part_remarks(side: Checkpoint) -> list[str]:
-    """What each part's header says beside the numbers."""
+def part_remarks(sides: Sequence[Checkpoint]) -> list[str]:
+    """What each part's header says beside the numbers, each under the part's name in the tables."""
     remarks = []
-    for part in side.parts:
-        remarks += [f"{part.path.name}: {remark}" for remark in part.remarks]
+    for name, part in named_parts(sides):
+        remarks += [f"{name}: {remark}" for remark in part.remarks]
         if part.kind == "transformer" and part.expert_basis.startswith("nothing"):
-            remarks.append(f"{part.path.name}: which expert it is: told by {part.expert_basis}")
+            remarks.append(f"{name}: which expert it is: told by {part.expert_basis}")
         if part.adapter is not None and part.adapter.targets:
-            remarks.append(f"{part.path.name}: targets: {'; '.join(part.adapter.targets)}")
+            remarks.append(f"{name}: targets: {'; '.join(part.adapter.targets)}")
         if part.metadata:
             known = ", ".join(f"{key} {value}" for key, value in part.metadata.items())
-            remarks.append(f"{part.path.name}: metadata: {known}")
+            remarks.append(f"{name}: metadata: {known}")
     return remarks
 
 
