@@ -17,7 +17,7 @@ from utils.config.load import load_config
 from utils.config.schema import LoadedConfig
 from utils.devices import choose_device
 from utils.newest_run import newest_run_config
-from utils.probe_cli import add_flags, probe_parser, run_probe
+from utils.probe_cli import add_flags, path_of, probe_parser, run_probe
 from utils.report import Report, Verdict
 from utils.saved_runs import find_saved_file
 
@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--text_encoder",
         metavar="FILE_OR_DIR",
-        type=Path,
+        type=path_of,
         help="another UMT5 than the config names: a weight file, the directory it is in, or a run",
     )
     parser.add_argument(

@@ -30,7 +30,7 @@ from utils.config.schema import Expert
 from utils.errors import UserError
 from utils.files import atomic_write_text
 from utils.newest_run import newest_run_config
-from utils.probe_cli import add_flags, probe_parser, run_probe
+from utils.probe_cli import add_flags, path_of, probe_parser, run_probe
 from utils.report import Report, Verdict, check_writable, refuse_training_run
 
 TOOL = "weights_inspect"
@@ -71,11 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
         "checkpoints",
         metavar="CKPT",
         nargs="*",
-        type=Path,
+        type=path_of,
         help="file or directory; with a second one, they are compared",
     )
     add_flags(parser, "config", "base")
-    parser.add_argument("--against", metavar="CKPT", type=Path, help="the same as a second CKPT")
+    parser.add_argument("--against", metavar="CKPT", type=path_of, help="the same as a second CKPT")
     parser.add_argument(
         "--expert",
         choices=get_args(Expert),
@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         metavar="FILE",
-        type=Path,
+        type=path_of,
         help=f"with --targets: write the list there too, not only {TARGETS_FILE} of the report",
     )
     return parser
