@@ -257,10 +257,9 @@ def train_spiece() -> bytes:
     return model.getvalue()
 
 
-def write_tokenizer(directory: Path) -> None:
-    """Train a tokenizer and write it as `transformers` does for T5: the SentencePiece model and its fast twin."""
+def write_tokenizer(directory: Path, spiece: bytes) -> None:
+    """Write a tokenizer as `transformers` does for T5: the SentencePiece model and its fast twin."""
     directory.mkdir(parents=True)
-    spiece = train_spiece()
     (directory / "spiece.model").write_bytes(spiece)
     proto = sentencepiece_model_pb2.ModelProto.FromString(spiece)  # type: ignore[attr-defined]
     sentinels = [f"<extra_id_{number}>" for number in range(NUM_SENTINELS)]
@@ -325,7 +324,7 @@ def make_checkpoint(variant: str, out: Path, seed: int, num_layers: int) -> None
             write_dit(directory, arch, seed, "dit", NUM_SHARDS[variant])
         torch.save(umt5_weights(seed), directory / TEXT_ENCODER_FILE)
         torch.save(vae_weights(tiny_vae_sizes(info), seed), directory / f"Wan{info.vae_kind}_VAE.pth")
-        write_tokenizer(directory / "google" / "umt5-xxl")
+        write_tokenizer(directory / "google" / "umt5-xxl", train_spiece())
         write_json(
             directory / "configuration.json", {"framework": "Pytorch", "task": "text-to-video-synthesis"}
         )

@@ -132,6 +132,13 @@ def load_umt5(
     return model.eval().requires_grad_(False)
 
 
+def build_umt5(sizes: Umt5Sizes, dropout: float = 0.0) -> nn.Module:
+    """`transformers`' UMT5EncoderModel of these sizes with the library's random weights, to be trained."""
+    from transformers import UMT5EncoderModel
+
+    return UMT5EncoderModel(umt5_config(sizes, dropout=dropout))
+
+
 class TextEncoder:
     """Encodes captions for the cache."""
 

@@ -159,6 +159,13 @@ def load_vae(path: Path, dtype: torch.dtype, device: torch.device) -> WanVae:
     return WanVae(module.eval().requires_grad_(False), sizes.kind, dtype, device)
 
 
+def build_vae(sizes: VaeSizes) -> Any:
+    """An AutoencoderKLWan of these sizes with the library's random weights, as a module that can be trained."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(**_diffusers_config(sizes))
+
+
 def _diffusers_config(sizes: VaeSizes) -> dict[str, Any]:
     """Constructor arguments of AutoencoderKLWan, as in the `vae/config.json` of the published diffusers repositories."""
     stats = LATENT_STATS[sizes.kind]
