@@ -5,6 +5,11 @@ that the whole of training can be run and tested on a laptop's CPU. The result i
 same arguments.
 
     python scripts/make_tiny_wan.py --variant ti2v-5b --out checkpoints/tiny-ti2v-5b
+
+With --trained the weights are not random: they are those of the tiny Wan that `make tiny-world` trained, a T2V-A14B that
+draws coloured shapes as it is told (docs/tiny_world.md).
+
+    python scripts/make_tiny_wan.py --trained --out checkpoints/tiny-trained
 """
 
 import argparse
@@ -202,10 +207,9 @@ def vae_weights(sizes: VaeSizes, seed: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-def write_dit(directory: Path, arch: WanArch, seed: int, component: str, num_shards: int) -> None:
+def write_dit(directory: Path, arch: WanArch, weights: dict[str, torch.Tensor], num_shards: int) -> None:
     """Write `config.json`, the shards and their index, as they are published."""
     directory.mkdir(exist_ok=True)
-    weights = dit_weights(arch, seed, component)
     total_bytes = sum(tensor.nbytes for tensor in weights.values())
     weight_map: dict[str, str] = {}
     shards: list[dict[str, torch.Tensor]] = [{} for _ in range(num_shards)]
@@ -319,9 +323,9 @@ def make_checkpoint(variant: str, out: Path, seed: int, num_layers: int) -> None
     with atomic_directory(out) as directory:
         if info.has_experts:
             for expert in ("high_noise_model", "low_noise_model"):
-                write_dit(directory / expert, arch, seed, expert, NUM_SHARDS[variant])
+                write_dit(directory / expert, arch, dit_weights(arch, seed, expert), NUM_SHARDS[variant])
         else:
-            write_dit(directory, arch, seed, "dit", NUM_SHARDS[variant])
+            write_dit(directory, arch, dit_weights(arch, seed, "dit"), NUM_SHARDS[variant])
         torch.save(umt5_weights(seed), directory / TEXT_ENCODER_FILE)
         torch.save(vae_weights(tiny_vae_sizes(info), seed), directory / f"Wan{info.vae_kind}_VAE.pth")
         write_tokenizer(directory / "google" / "umt5-xxl", train_spiece())
@@ -330,13 +334,31 @@ def make_checkpoint(variant: str, out: Path, seed: int, num_layers: int) -> None
         )
 
 
+def make_trained(out: Path) -> str:
+    """Write the trained tiny Wan, and return in words what it is.
+
+    Raises:
+        UserError: as `make_checkpoint`, or the trained weights are not in this copy of the repository.
+    """
+    # Scripts are run by their path, and then only their own directory is looked into.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from scripts.tiny_world.asset import ASSET, write_official
+
+    arch = write_official(ASSET, out)
+    return f"t2v-a14b, dim {arch.dim}, {arch.num_layers} blocks, trained on the tiny world"
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n    ")[0], formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--variant", required=True, choices=sorted(VARIANTS), help="which published model to imitate"
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--variant", choices=sorted(VARIANTS), help="which published model to imitate")
+    kind.add_argument(
+        "--trained",
+        action="store_true",
+        help="the trained T2V-A14B of the tiny world; it has one seed and depth",
     )
     parser.add_argument(
         "--out", required=True, type=Path, help="directory to make; must not exist, or be empty"
@@ -353,15 +375,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the checkpoint and say what was written."""
     arguments = parse_arguments(argv)
     try:
-        make_checkpoint(arguments.variant, arguments.out, arguments.seed, arguments.layers)
+        if arguments.trained:
+            what = make_trained(arguments.out)
+        else:
+            make_checkpoint(arguments.variant, arguments.out, arguments.seed, arguments.layers)
+            arch = tiny_arch(VARIANTS[arguments.variant], arguments.layers)
+            what = f"{arguments.variant}, dim {arch.dim}, {arch.num_layers} blocks, seed {arguments.seed}"
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     files = sorted(path for path in arguments.out.rglob("*") if path.is_file())
-    arch = tiny_arch(VARIANTS[arguments.variant], arguments.layers)
-    print(
-        f"{arguments.out}: {arguments.variant}, dim {arch.dim}, {arch.num_layers} blocks, seed {arguments.seed}"
-    )
+    print(f"{arguments.out}: {what}")
     for path in files:
         print(f"  {path.stat().st_size:>10,} B  {path.relative_to(arguments.out)}")
     print(f"  {sum(path.stat().st_size for path in files):>10,} B  in all")

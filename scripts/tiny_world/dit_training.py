@@ -1,8 +1,7 @@
-"""Training the tiny world's text encoder and DiT together, from nothing, on latents of pictures and clips."""
+"""Training the tiny world's text encoder and DiT together, from nothing, on latents of pictures."""
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from scripts.tiny_world.compact import velocity
 from scripts.tiny_world.loop import Draws, Schedule, train
 from scripts.tiny_world.tokens import Tokens
 from scripts.tiny_world.vae_training import to_video
-from scripts.tiny_world.world import Scene, draw_scene, render, render_clip
+from scripts.tiny_world.world import Scene, draw_scene, render
 from utils.flow_matching import NUM_TRAIN_TIMESTEPS, add_noise, per_sample_loss, velocity_target
 from utils.rng import generator, seeded_globally
 
@@ -39,11 +38,9 @@ ARCH = WanArch(
     eps=1e-6,
     text_dim=UMT5.d_model,
 )
-JOINT = Schedule(num_steps=4000, lr=1.5e-3, betas=(0.9, 0.98), ema=0.999)
-NUM_PICTURES, NUM_CLIPS = 6144, 2560
-PICTURE_BATCH, CLIP_BATCH = 64, 40
-# Two of five steps see clips.
-CLIP_STEPS = (1, 3)
+JOINT = Schedule(num_steps=3500, lr=1.5e-3, betas=(0.9, 0.98), ema=0.999)
+NUM_PICTURES = 6144
+BATCH = 64
 # Of the grammar's words, at each visit: so many are spelled, so that a new word is made of pieces with a meaning.
 SPELLED_SHARE = 0.1
 # Noise levels are uniform, then shifted as sampling shifts them: at so few tokens, shapes are decided early.
@@ -51,14 +48,6 @@ SHIFT = 2.0
 # Two of three steps see only captions of at most so many tokens: a batch is as long as its longest.
 SHORT_TOKENS = 14
 _ENCODE_BATCH = 32
-
-
-@dataclass(frozen=True)
-class Coded:
-    """Scenes and their normalised latents, [N, C, F, H, W]."""
-
-    scenes: Sequence[Scene]
-    latents_NCFHW: Tensor
 
 
 def new_dit(seed: int) -> WanTransformer:
@@ -85,40 +74,35 @@ def new_umt5(seed: int) -> nn.Module:
         return build_umt5(UMT5)
 
 
-def code_world(vae: WanVae, seed: int, say: Callable[[str], None]) -> tuple[Coded, Coded]:
-    """Draw and encode the pictures and the clips of training."""
-    kinds = []
-    for kind, count in (("pictures", NUM_PICTURES), ("clips", NUM_CLIPS)):
-        draws = random.Random(f"{seed}/{kind}")
-        scenes = [draw_scene(draws, motion="still" if kind == "pictures" else None) for _ in range(count)]
-        latents = []
-        for start in range(0, count, _ENCODE_BATCH):
-            part = scenes[start : start + _ENCODE_BATCH]
-            drawn = [render(scene)[None] if kind == "pictures" else render_clip(scene) for scene in part]
-            latents.append(vae.encode(to_video(np.stack(drawn))))
-        kinds.append(Coded(scenes, torch.cat(latents)))
-        say(f"{count} {kind} encoded: latents {list(kinds[-1].latents_NCFHW.shape[1:])}")
-    return kinds[0], kinds[1]
+def code_pictures(vae: WanVae, seed: int) -> tuple[list[Scene], Tensor]:
+    """Draw and encode the pictures of training: scenes, and their normalised latents [N, C, 1, H, W]."""
+    draws = random.Random(f"{seed}/pictures")
+    scenes = [draw_scene(draws, motion="still") for _ in range(NUM_PICTURES)]
+    latents = []
+    for start in range(0, NUM_PICTURES, _ENCODE_BATCH):
+        drawn = [render(scene)[None] for scene in scenes[start : start + _ENCODE_BATCH]]
+        latents.append(vae.encode(to_video(np.stack(drawn))))
+    return scenes, torch.cat(latents)
 
 
 def train_joint(
-    pictures: Coded, clips: Coded, tokens: Tokens, seed: int, work: Path, say: Callable[[str], None]
+    vae: WanVae, tokens: Tokens, seed: int, work: Path, say: Callable[[str], None]
 ) -> tuple[nn.Module, WanTransformer, float]:
     """Train a text encoder and a DiT; returns both, with their running means as weights, and the last mean loss."""
     umt5, dit = new_umt5(seed), new_dit(seed)
+    scenes, latents_NCFHW = code_pictures(vae, seed)
+    say(f"{len(scenes)} pictures coded")
     parameters = {f"umt5.{name}": value for name, value in umt5.named_parameters()}
     parameters |= {f"dit.{name}": value for name, value in dit.named_parameters()}
 
     def loss_of(step: int, draws: Draws) -> Tensor:
-        is_clip = step % 5 in CLIP_STEPS
-        data, batch = (clips, CLIP_BATCH) if is_clip else (pictures, PICTURE_BATCH)
-        chosen = [draws.scenes.randrange(len(data.scenes)) for _ in range(batch)]
+        chosen = [draws.scenes.randrange(len(scenes)) for _ in range(BATCH)]
         limit = SHORT_TOKENS if step % 3 else None
-        ids = [_caption_ids(tokens, data.scenes[index], is_clip, draws.scenes, limit) for index in chosen]
+        ids = [_caption_ids(tokens, scenes[index], draws.scenes, limit) for index in chosen]
         text_BLD, lens_B = encode_ids(umt5, ids)
-        latents = data.latents_NCFHW[chosen]
+        latents = latents_NCFHW[chosen]
         noise = torch.randn(latents.shape, generator=draws.noise)
-        sigma_B = _levels(batch, draws.noise)
+        sigma_B = _levels(BATCH, draws.noise)
         noisy = add_noise(latents, noise, sigma_B.view(-1, 1, 1, 1, 1))
         answer = velocity(dit, noisy, (sigma_B * NUM_TRAIN_TIMESTEPS)[:, None], text_BLD, lens_B)
         return per_sample_loss(answer, velocity_target(latents, noise)).mean()
@@ -127,12 +111,10 @@ def train_joint(
     return umt5.eval(), dit.eval(), loss
 
 
-def _caption_ids(
-    tokens: Tokens, scene: Scene, is_clip: bool, generator: random.Random, limit: int | None
-) -> Sequence[int]:
+def _caption_ids(tokens: Tokens, scene: Scene, generator: random.Random, limit: int | None) -> Sequence[int]:
     """Token ids of a training caption of a scene, drawn again until it is short enough."""
     while True:
-        caption = training_caption(generator, scene, is_clip)
+        caption = training_caption(generator, scene, is_clip=False)
         ids = tokens.spelled(caption, generator, SPELLED_SHARE)
         if limit is None or len(ids) <= limit:
             return ids

@@ -1,4 +1,4 @@
-"""Training the tiny world's VAE: first on pictures, then on clips without changing a picture's latents.
+"""Training the tiny world's VAE: on pictures, then its decoder alone, then on clips without changing a picture's latents.
 
 Wan's VAE codes a first frame as a picture: its convolutions see nothing before it, so only their last temporal tap
 counts, and pictures train as two-dimensional convolutions. Then the older taps, zero until then, and the convolutions
@@ -7,7 +7,8 @@ that halve and double the frame rate are trained alone on clips; pictures never 
 
 import random
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from models.wan.names import vae_to_diffusers
 from models.wan.vae import LATENT_STATS, build_vae
 from scripts.tiny_world.loop import Draws, Schedule, train
 from scripts.tiny_world.world import (
-    NUM_FRAMES,
     RADIUS,
     SHAPES,
     SIZE,
@@ -35,8 +35,12 @@ from utils.rng import generator
 
 SIZES = VaeSizes("2.1", base_dim=8, decoder_base_dim=8)
 PICTURES = Schedule(num_steps=1000, lr=2e-3, betas=(0.9, 0.95))
+DECODER = Schedule(num_steps=1500, lr=2e-3, betas=(0.9, 0.95))
 CLIPS = Schedule(num_steps=200, lr=2e-3, betas=(0.9, 0.95))
 PICTURE_BATCH = 32
+DECODER_BATCH = 16
+# Of the latents' deviation: what the DiT makes is not exact.
+DECODER_NOISE = 0.05
 CLIP_BATCH = 8
 CROP = 32
 KL_WEIGHT = 2e-3
@@ -68,35 +72,81 @@ def new_vae(seed: int) -> Any:
     return vae
 
 
-def train_vae(seed: int, work: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
-    """Train a VAE from nothing; returns float32 weights under official names, with latents of the published statistics."""
+def train_coder(seed: int, work: Path, say: Callable[[str], None]) -> Any:
+    """The first part: encoder and decoder on pictures. After it a picture's latents are final."""
     vae = new_vae(seed)
-    everything = dict(vae.named_parameters())
-    of_clips = {name: value for name, value in everything.items() if "time_conv" in name}
-    of_pictures = {name: value for name, value in everything.items() if name not in of_clips}
     train(
-        "vae_pictures", of_pictures, PICTURES, lambda step, draws: _picture_loss(vae, step, draws), seed, work, say
-    )
-    convolutions = {
-        name: value for name, value in of_pictures.items() if value.ndim == 5 and value.shape[2] > 1
-    }
-    for value in everything.values():
-        value.requires_grad_(False)
-    for value in (of_clips | convolutions).values():
-        value.requires_grad_(True)
-    for value in convolutions.values():
-        value.register_hook(_without_last_tap)
-    train(
-        "vae_clips",
-        of_clips | convolutions,
-        CLIPS,
-        lambda step, draws: _clip_loss(vae, draws),
+        "vae_pictures",
+        _parameters(vae, lambda name: "time_conv" not in name),
+        PICTURES,
+        lambda step, draws: _picture_loss(vae, step, draws),
         seed,
         work,
         say,
     )
-    state = official_state(vae)
-    return with_published_statistics(state, *measure_latents(vae, seed))
+    return vae
+
+
+def train_decoder(vae: Any, seed: int, work: Path, say: Callable[[str], None]) -> None:
+    """The second part: the decoder alone, on the posterior's mean, which is what the DiT learns to make."""
+    of_pictures = _parameters(
+        vae, lambda name: name.startswith(("decoder.", "post_quant_conv.")) and "time_conv" not in name
+    )
+    std_C = measure_latents(vae, seed)[1]
+    with trained_alone(vae, of_pictures):
+        train(
+            "vae_decoder",
+            of_pictures,
+            DECODER,
+            lambda _, draws: _decoder_loss(vae, std_C, draws),
+            seed,
+            work,
+            say,
+        )
+
+
+def train_clips(vae: Any, seed: int, work: Path, say: Callable[[str], None]) -> None:
+    """The third part: what clips alone use."""
+    of_clips = _parameters(vae, lambda name: "time_conv" in name)
+    convolutions = {
+        name: value
+        for name, value in vae.named_parameters()
+        if value.ndim == 5 and value.shape[2] > 1 and name not in of_clips
+    }
+    hooks = [value.register_hook(_without_last_tap) for value in convolutions.values()]
+    with trained_alone(vae, of_clips | convolutions):
+        train(
+            "vae_clips",
+            of_clips | convolutions,
+            CLIPS,
+            lambda _, draws: _clip_loss(vae, draws),
+            seed,
+            work,
+            say,
+        )
+    for hook in hooks:
+        hook.remove()
+
+
+def finished(vae: Any, seed: int) -> dict[str, Tensor]:
+    """float32 weights under official names, with latents of the published statistics."""
+    return with_published_statistics(official_state(vae), *measure_latents(vae, seed))
+
+
+@contextmanager
+def trained_alone(vae: Any, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Only these parameters get gradients inside; all of them do behind."""
+    for value in vae.parameters():
+        value.requires_grad_(False)
+    for value in parameters.values():
+        value.requires_grad_(True)
+    yield
+    for value in vae.parameters():
+        value.requires_grad_(True)
+
+
+def _parameters(vae: Any, wanted: Callable[[str], bool]) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in vae.named_parameters() if wanted(name)}
 
 
 def official_state(vae: Any) -> dict[str, Tensor]:
@@ -106,9 +156,7 @@ def official_state(vae: Any) -> dict[str, Tensor]:
     return {official: state[renamed].detach().clone() for official, renamed in names.items()}
 
 
-def with_published_statistics(
-    state: dict[str, Tensor], mean_C: Tensor, std_C: Tensor
-) -> dict[str, Tensor]:
+def with_published_statistics(state: dict[str, Tensor], mean_C: Tensor, std_C: Tensor) -> dict[str, Tensor]:
     """The same VAE with latents that have the published mean and deviation in each channel.
 
     The affine map of each channel goes into the 1x1x1 convolutions behind the encoder and before the decoder, so that
@@ -132,13 +180,13 @@ def with_published_statistics(
 
 
 @torch.no_grad()
-def measure_latents(vae: Any, seed: int, count: int = 256) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel of the posterior's mean, over both latent frames of the world's clips."""
+def measure_latents(vae: Any, seed: int, count: int = 512) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel of the posterior's mean, over the world's pictures."""
     scenes = random.Random(f"{seed}/latents")
     latents = []
-    for _ in range(count // 16):
-        clips = np.stack([render_clip(draw_scene(scenes)) for _ in range(16)])
-        latents.append(encode_clips(vae, to_video(clips)).chunk(2, dim=1)[0])
+    for _ in range(count // 32):
+        pictures = np.stack([render(draw_scene(scenes, motion="still"))[None] for _ in range(32)])
+        latents.append(encode_clips(vae, to_video(pictures)).chunk(2, dim=1)[0])
     latents_BCFHW = torch.cat(latents)
     return latents_BCFHW.mean(dim=(0, 2, 3, 4)), latents_BCFHW.std(dim=(0, 2, 3, 4))
 
@@ -175,10 +223,20 @@ def _picture_loss(vae: Any, step: int, draws: Draws) -> Tensor:
     pictures = np.stack([_training_picture(draws.scenes, index) for index in range(PICTURE_BATCH)])
     video = to_video(pictures[:, None])
     # Without caches nothing of time is touched: what the library does with a first frame.
-    posterior = vae.quant_conv(vae.encoder(video)).chunk(2, dim=1)
-    latents, kl = _sample(*posterior, draws.noise)
+    mean, logvar = vae.quant_conv(vae.encoder(video)).chunk(2, dim=1)
+    latents, kl = _sample(mean, logvar, draws.noise)
     decoded = vae.decoder(vae.post_quant_conv(latents), first_chunk=True)
     return _distance(decoded, video) + KL_WEIGHT * min(1.0, step / KL_RAMP) * kl
+
+
+def _decoder_loss(vae: Any, std_C: Tensor, draws: Draws) -> Tensor:
+    pictures = np.stack([render(draw_scene(draws.scenes, motion="still")) for _ in range(DECODER_BATCH)])
+    video = to_video(pictures[:, None])
+    with torch.no_grad():
+        latents = vae.quant_conv(vae.encoder(video)).chunk(2, dim=1)[0]
+        noise = torch.randn(latents.shape, generator=draws.noise) * std_C.view(1, -1, 1, 1, 1)
+    decoded = vae.decoder(vae.post_quant_conv(latents + DECODER_NOISE * noise), first_chunk=True)
+    return _distance(decoded, video)
 
 
 def _clip_loss(vae: Any, draws: Draws) -> Tensor:

@@ -1,0 +1,38 @@
+"""The short README beside the asset, made from what was measured."""
+
+from pathlib import Path
+from typing import Any
+
+_HEAD = """# A trained tiny Wan
+
+A T2V-A14B with one expert, a few blocks deep, trained on coloured shapes (docs/tiny_world.md). Made by
+
+    {command}
+
+with seed {seed}; this file and `quality.json` are written by the same command. `python scripts/make_tiny_wan.py --trained
+--out DIR` turns it into a checkpoint in the official layout.
+
+| file | holds |
+| --- | --- |
+| `dit.safetensors`, `config.json` | the DiT, official names, bfloat16 |
+| `text_encoder.safetensors` | the UMT5 encoder, official names, bfloat16 |
+| `vae.safetensors` | the VAE of the Wan 2.1 kind, official names, bfloat16 |
+| `quality.json` | what was measured, how, and the files' SHA-256 |
+
+Drawn with {num_steps} Euler steps, shift {shift:g}, guidance {guidance:g} against the empty caption; templates that
+training never saw; read by the checker. A picture is right when both colour and shape are.
+
+| templates | both right | colour | shape | n |
+| --- | --- | --- | --- | --- |
+"""
+
+
+def write_readme(directory: Path, quality: dict[str, Any]) -> None:
+    """Write README.md."""
+    rows = [
+        f"| {name} | {shares['both_right']:.1%} | {shares['colour_right']:.1%} | {shares['shape_right']:.1%} "
+        f"| {shares['n']} |"
+        for name, shares in quality["results"].items()
+    ]
+    head = _HEAD.format(command=quality["command"], seed=quality["seed"], **quality["drawing"])
+    (directory / "README.md").write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
