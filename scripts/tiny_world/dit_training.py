@@ -38,7 +38,7 @@ ARCH = WanArch(
     eps=1e-6,
     text_dim=UMT5.d_model,
 )
-JOINT = Schedule(num_steps=3500, lr=1.5e-3, betas=(0.9, 0.98), ema=0.999)
+JOINT = Schedule(num_steps=5500, lr=1.5e-3, betas=(0.9, 0.98), ema=0.999)
 NUM_PICTURES = 6144
 BATCH = 64
 # Of the grammar's words, at each visit: so many are spelled, so that a new word is made of pieces with a meaning.

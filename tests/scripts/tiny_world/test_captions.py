@@ -65,9 +65,7 @@ def test_captions_say_what_is_shown_or_less():
 def test_a_clip_is_said_to_move():
     assert set(MOTION_CLAUSES) == set(MOTIONS)
     generator = random.Random(2)
-    said = {
-        training_caption(generator, draw_scene(generator, motion="up"), is_clip=True) for _ in range(200)
-    }
+    said = {training_caption(generator, draw_scene(generator, motion="up"), is_clip=True) for _ in range(200)}
     assert any(caption.endswith(("moves up", "moving up")) for caption in said)
     assert not any("down" in caption or "left" in caption for caption in said)
 

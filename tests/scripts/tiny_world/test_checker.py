@@ -11,7 +11,9 @@ from scripts.tiny_world.world import COLOURS, RADIUS, SHAPES, SIZE, draw_scene, 
 def superellipse(exponent: float, radius: float, x: float, y: float) -> np.ndarray:
     """A red |x|^n + |y|^n <= r^n on a dark ground: 2 is a circle, many a square."""
     places = (np.arange(SIZE * 8) + 0.5) / 8
-    inside = (abs(places[None] - x) / radius) ** exponent + (abs(places[:, None] - y) / radius) ** exponent <= 1
+    inside = (abs(places[None] - x) / radius) ** exponent + (
+        abs(places[:, None] - y) / radius
+    ) ** exponent <= 1
     alpha = inside.reshape(SIZE, 8, SIZE, 8).mean((1, 3))[:, :, None]
     return np.rint(alpha * np.array(COLOURS["red"]) + (1 - alpha) * 40).astype(np.uint8)
 

@@ -22,9 +22,7 @@ def scenes(seed: int, count: int, **given: str) -> list:
 
 
 def test_a_seed_says_every_pixel_and_another_one_others():
-    first, again, other = (
-        np.stack([render_clip(scene) for scene in scenes(seed, 5)]) for seed in (0, 0, 1)
-    )
+    first, again, other = (np.stack([render_clip(scene) for scene in scenes(seed, 5)]) for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
