@@ -10,7 +10,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install smoke test test-long chaos bench bench-gpu lint format
+.PHONY: install smoke test test-long chaos bench bench-gpu tiny-world lint format
 
 install: $(INSTALLED)
 
@@ -46,6 +46,10 @@ bench-gpu: $(INSTALLED)
 # 25 runs killed with SIGKILL, most of them inside a save, and resumed.
 chaos: $(INSTALLED)
 	$(BIN)/python scripts/chaos.py
+
+# The trained tiny Wan of tests/assets/tiny_wan/, from nothing: docs/tiny_world.md. One thread, whatever the machine has.
+tiny-world: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.tiny_world.build
 
 lint: $(INSTALLED)
 	$(BIN)/black --check --quiet .

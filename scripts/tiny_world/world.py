@@ -69,8 +69,12 @@ def draw_scene(
     shape: str | None = None,
     motion: str | None = None,
     num_frames: int = NUM_FRAMES,
+    spread: float = 0.5,
 ) -> Scene:
-    """A random scene; what is given is kept. The shape stays inside the picture in all `num_frames` frames."""
+    """A random scene; what is given is kept. The shape stays inside the picture in all `num_frames` frames.
+
+    In the middle of a clip its centre is at most `spread` from the picture's, along each axis.
+    """
     colour = colour or generator.choice(tuple(COLOURS))
     shape = shape or generator.choice(SHAPES)
     motion = motion or generator.choice(tuple(MOTIONS))
@@ -79,8 +83,8 @@ def draw_scene(
     reach = step * (num_frames - 1) / 2
     dx, dy = MOTIONS[motion]
     x, y = (
-        generator.uniform(radius + MARGIN + abs(d) * reach, 1 - radius - MARGIN - abs(d) * reach)
-        for d in (dx, dy)
+        generator.uniform(max(lowest, 0.5 - spread), min(1 - lowest, 0.5 + spread))
+        for lowest in (radius + MARGIN + abs(d) * reach for d in (dx, dy))
     )
     red, green, blue = (value + generator.randint(-COLOUR_JITTER, COLOUR_JITTER) for value in COLOURS[colour])
     grey = generator.randint(*GROUNDS[ground])
