@@ -10,8 +10,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from models.wan.sample_job import SampleJob, Where
+    from utils.progress import Progress
 
 _SUFFIXES = (".png", ".mp4")
 
@@ -38,15 +38,27 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", required=True, type=config_file, metavar="TOML", help="a training config, or a run's directory"
+        "--config",
+        required=True,
+        type=config_file,
+        metavar="TOML",
+        help="a training config, or a run's directory",
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the config (repeatable)"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a value of the config (repeatable)",
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to draw")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
     parser.add_argument(
-        "--out", required=True, type=path_of, metavar="FILE", help=".png (one frame) or .mp4; replaced if it is there"
+        "--out",
+        required=True,
+        type=path_of,
+        metavar="FILE",
+        help=".png (one frame) or .mp4; replaced if it is there",
     )
     parser.add_argument(
         "--adapter",
@@ -70,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help='modules of the adapters to leave out, as a glob such as "cross_attn.v" or "blocks.3.*" (repeatable)',
     )
-    parser.add_argument("--text_encoder", type=path_of, metavar="F", help="a tuned UMT5: weight file, its directory, or a run")
+    parser.add_argument(
+        "--text_encoder", type=path_of, metavar="F", help="a tuned UMT5: weight file, its directory, or a run"
+    )
     add_sampling_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     return parser
@@ -88,7 +102,9 @@ def build_job(args: argparse.Namespace) -> "SampleJob":
     variant = read_variant(config.model)
     settings = settings_from(args, variant, one_frame=suffix == ".png")
     if suffix == ".png" and settings.num_frames != 1:
-        raise UserError(f"--out {args.out}: a .png holds one frame, not {settings.num_frames}; write .mp4 or --frames 1")
+        raise UserError(
+            f"--out {args.out}: a .png holds one frame, not {settings.num_frames}; write .mp4 or --frames 1"
+        )
 
     from models.wan.sample_adapters import choose_adapters
     from models.wan.sample_job import SampleJob, Variation, check_job
@@ -144,37 +160,55 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     job = build_job(args)
     stages = job.config.pipeline_stages
     if stages > 1 and "WORLD_SIZE" not in os.environ:
-        print(f"pipeline_stages = {stages}: starting as many processes (--set pipeline_stages=1 stays in one)", flush=True)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(stages)]
+        print(
+            f"pipeline_stages = {stages}: starting as many processes (--set pipeline_stages=1 stays in one)",
+            flush=True,
+        )
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(stages),
+        ]
         return subprocess.run([*launcher, str(Path(__file__).resolve()), *argv], check=False).returncode
 
     from models.wan.sample_job import Where
     from utils.devices import choose_device
     from utils.progress import Progress, announce
 
-    where = Where(choose_device("cpu" if stages > 1 else device_name(args.device)), say=announce)
-    progress = Progress("sampling", job.settings.steps)
     if stages == 1:
-        draw(job, replace(where, on_progress=lambda done, total: progress.reach(done)), args.out)
+        progress = Progress("sampling", job.settings.steps)
+        where = Where(choose_device(device_name(args.device)), None, announce, _reaching(progress))
+        draw(job, where, args.out)
         progress.close()
         return 0
+    if args.device is not None:
+        raise UserError(
+            "--device: each of several stages has its own; leave it out, or add --set pipeline_stages=1"
+        )
 
     from utils import distributed
 
     with distributed.process_group(job.config.timeout_minutes) as processes:
         if processes.world_size != stages:
-            error = UserError(f"pipeline_stages = {stages}, but {processes.world_size} processes were started; start {stages}")
+            error = UserError(
+                f"pipeline_stages = {stages}, but {processes.world_size} processes were started; start {stages}"
+            )
             error.on_every_rank = True
             raise error
-        say = announce if processes.is_main else lambda text: None
-        staged = Where(processes.device, processes, say)
-        if processes.is_main:
-            staged = replace(staged, on_progress=lambda done, total: progress.reach(done))
-        distributed.on_every_rank(lambda: None)
-        draw(job, staged, args.out)
-        if processes.is_main:
-            progress.close()
+        if not processes.is_main:
+            draw(job, Where(processes.device, processes), args.out)
+            return 0
+        progress = Progress("sampling", job.settings.steps)
+        draw(job, Where(processes.device, processes, announce, _reaching(progress)), args.out)
+        progress.close()
         return 0
+
+
+def _reaching(progress: "Progress") -> Callable[[int, int], None]:
+    return lambda done, total: progress.reach(done)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

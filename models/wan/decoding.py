@@ -17,7 +17,10 @@ _CPU_WORDS = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator
 
 
 def decode_latents(
-    vae: WanVae, latents_BCFHW: Tensor, tiling: Tiling = "auto", say: Callable[[str], None] = lambda text: None
+    vae: WanVae,
+    latents_BCFHW: Tensor,
+    tiling: Tiling = "auto",
+    say: Callable[[str], None] = lambda text: None,
 ) -> Tensor:
     """Videos of normalised latents, on the CPU: [B, 3, 4 * (F - 1) + 1, H * stride, W * stride] in [-1, 1], one by one.
 
@@ -39,7 +42,9 @@ def decode_latents(
                 videos.append(video)
                 continue
             if tiling == "never":
-                raise UserError(f"{_too_large(one)}; decode with --tiling auto, or ask for fewer frames or a smaller size")
+                raise UserError(
+                    f"{_too_large(one)}; decode with --tiling auto, or ask for fewer frames or a smaller size"
+                )
             free_memory(vae.device)
             say(
                 f"warning: {_too_large(one)}, so it is decoded in tiles, which differ a little from the whole "
@@ -74,7 +79,9 @@ def _in_tiles(vae: WanVae, latents: Tensor) -> Tensor:
 
 def _too_large(latents: Tensor) -> str:
     frames, height, width = latents.shape[2:]
-    return f"there is not enough memory to decode {frames} x {height} x {width} latents (frames, height, width)"
+    return (
+        f"there is not enough memory to decode {frames} x {height} x {width} latents (frames, height, width)"
+    )
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

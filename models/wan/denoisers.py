@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from models.wan.arch import WanArch, load_arch
 from models.wan.checkpoint import find_checkpoint, open_transformer
-from models.wan.layers import dit_layers
 from models.wan.layer_memory import Workload
+from models.wan.layers import dit_layers
 from models.wan.stages import TextWire
 from utils.config.schema import ModelConfig, TrainConfig
 from utils.distributed import Processes, on_every_rank
@@ -30,7 +30,9 @@ class OpenDit(Protocol):
 
     layers: dict[str, nn.Module]
 
-    def velocities(self, latents_BCFHW: Tensor, timesteps_BT: Tensor, texts_BLD: Sequence[Tensor]) -> list[Tensor]:
+    def velocities(
+        self, latents_BCFHW: Tensor, timesteps_BT: Tensor, texts_BLD: Sequence[Tensor]
+    ) -> list[Tensor]:
         """See `models.wan.sampling.Denoiser`."""
         ...
 
@@ -43,7 +45,11 @@ def sampling_config(config: TrainConfig, model: ModelConfig) -> TrainConfig:
 
 @contextmanager
 def open_dit(
-    config: TrainConfig, model: ModelConfig, num_tokens: int, device: torch.device, processes: Processes | None
+    config: TrainConfig,
+    model: ModelConfig,
+    num_tokens: int,
+    device: torch.device,
+    processes: Processes | None,
 ) -> Iterator[OpenDit]:
     """Load a DiT for the body, and let its memory go after it.
 
@@ -89,7 +95,9 @@ def transformer_path(model: ModelConfig) -> Path:
 
 def _wire(latents_BCFHW: Tensor, timesteps_BT: Tensor, text_BLD: Tensor) -> TextWire:
     lens_B = torch.full((text_BLD.shape[0],), text_BLD.shape[1], device=text_BLD.device)
-    seed = torch.zeros(1, dtype=torch.int64, device=text_BLD.device)  # names dropout masks, of which there are none
+    seed = torch.zeros(
+        1, dtype=torch.int64, device=text_BLD.device
+    )  # names dropout masks, of which there are none
     return TextWire(text_BLD, lens_B, latents_BCFHW, timesteps_BT, seed)
 
 
@@ -103,7 +111,9 @@ class _LayeredDit:
         }
         self._row = nn.Sequential(*built)
 
-    def velocities(self, latents_BCFHW: Tensor, timesteps_BT: Tensor, texts_BLD: Sequence[Tensor]) -> list[Tensor]:
+    def velocities(
+        self, latents_BCFHW: Tensor, timesteps_BT: Tensor, texts_BLD: Sequence[Tensor]
+    ) -> list[Tensor]:
         """One pass for each text."""
         return [self._row(_wire(latents_BCFHW, timesteps_BT, text)) for text in texts_BLD]
 
@@ -133,7 +143,9 @@ class _StagedDit:
         )
         self._last = processes.world_size - 1
 
-    def velocities(self, latents_BCFHW: Tensor, timesteps_BT: Tensor, texts_BLD: Sequence[Tensor]) -> list[Tensor]:
+    def velocities(
+        self, latents_BCFHW: Tensor, timesteps_BT: Tensor, texts_BLD: Sequence[Tensor]
+    ) -> list[Tensor]:
         """Each text is a micro-batch, so that stages work at the same time; the last one tells all what came out."""
         nothing = (torch.zeros(1),)
         batches = [

@@ -80,7 +80,9 @@ def _choose(variant: VariantInfo, flag: str, text: str, expert: Expert | None) -
             f"{flag} {file}: does not say for which expert of {variant.name} it is; write --adapter_high or --adapter_low"
         )
     if None not in (expert, saved_for) and expert != saved_for:
-        raise UserError(f"{flag} {file}: is an adapter of the {saved_for} expert; write it behind the other flag")
+        raise UserError(
+            f"{flag} {file}: is an adapter of the {saved_for} expert; write it behind the other flag"
+        )
     return AdapterChoice(file, weight, expert or saved_for)
 
 
@@ -110,7 +112,9 @@ def load_adapters(
         file, _ = read_fitting_adapter(Subject(choice.path, transformer, None, None, expert, ()), source)
         kept = {module: pair for module, pair in file.modules.items() if not _is_excluded(module, exclude)}
         if not kept:
-            raise UserError(f"--adapter_exclude {' '.join(exclude)}: leaves nothing of {file.path}; name fewer modules")
+            raise UserError(
+                f"--adapter_exclude {' '.join(exclude)}: leaves nothing of {file.path}; name fewer modules"
+            )
         adapters.append(WeightedAdapter(kept, choice.weight))
     return adapters
 
@@ -125,7 +129,9 @@ def check_exclude(exclude: Sequence[str], modules: Mapping[Path, Sequence[str]])
     for pattern in exclude:
         if not any(_is_excluded(module, (pattern,)) for module in everything):
             known = ", ".join(sorted({_within_block(module) for module in everything}))
-            raise UserError(f'--adapter_exclude "{pattern}": matches no module of the adapters; they have {known or "none"}')
+            raise UserError(
+                f'--adapter_exclude "{pattern}": matches no module of the adapters; they have {known or "none"}'
+            )
 
 
 def _is_excluded(module: str, patterns: Sequence[str]) -> bool:

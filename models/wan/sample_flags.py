@@ -46,19 +46,28 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--negative_prompt", default=NEGATIVE_PROMPT, metavar="TEXT", help="default: Wan's own, in Chinese"
     )
-    group.add_argument("--image", type=path_of, metavar="FILE", help="the first frame: i2v-a14b needs one, ti2v-5b takes one")
+    group.add_argument(
+        "--image", type=path_of, metavar="FILE", help="the first frame: i2v-a14b needs one, ti2v-5b takes one"
+    )
     group.add_argument(
         "--expert",
         choices=get_args(Expert),
         help="A14B: make all steps with this expert alone, as where a checkpoint holds no other",
     )
     group.add_argument(
-        "--tiling", choices=TILINGS, default="auto", help="decode in tiles: auto, once memory does not suffice (default)"
+        "--tiling",
+        choices=TILINGS,
+        default="auto",
+        help="decode in tiles: auto, once memory does not suffice (default)",
     )
-    group.add_argument("--device", default=None, metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    group.add_argument(
+        "--device", default=None, metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU if there is one)"
+    )
 
 
-def settings_from(args: argparse.Namespace, variant: VariantInfo, *, one_frame: bool = False) -> SamplingSettings:
+def settings_from(
+    args: argparse.Namespace, variant: VariantInfo, *, one_frame: bool = False
+) -> SamplingSettings:
     """The settings that flags ask for, on top of the official ones.
 
     Args:
@@ -70,12 +79,12 @@ def settings_from(args: argparse.Namespace, variant: VariantInfo, *, one_frame: 
         UserError: the variant cannot make that.
     """
     settings = official_settings(variant)
+    image_size = None if args.image is None else _image_size(args.image)
     if args.size is not None:
         settings = replace(settings, width=args.size[0], height=args.size[1])
-    elif args.image is not None:
-        from utils.data.images import load_image
-
-        settings = replace(settings, **dict(zip(("width", "height"), size_for_image(settings, *load_image(args.image).size), strict=True)))
+    elif image_size is not None:
+        width, height = size_for_image(settings, *image_size)
+        settings = replace(settings, width=width, height=height)
     if args.frames is not None or one_frame:
         settings = replace(settings, num_frames=1 if args.frames is None else args.frames)
     if args.guidance is not None and args.guidance_low is None:
@@ -92,6 +101,13 @@ def settings_from(args: argparse.Namespace, variant: VariantInfo, *, one_frame: 
     if args.expert is not None and not variant.has_experts:
         raise UserError(f"--expert {args.expert}: {variant.name} has no experts; leave it out")
     return settings
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image that is whole."""
+    from utils.data.images import load_image
+
+    return load_image(path).size
 
 
 def device_name(name: str | None) -> str:
@@ -111,11 +127,17 @@ def tuned_encoder(path: Path | None) -> Path | None:
 def describe(settings: SamplingSettings) -> str:
     """The settings in a line."""
     low = settings.guidance_low_noise
-    guidance = f"{settings.guidance:g}" if low is None else f"{settings.guidance:g} (high noise) and {low:g} (low noise)"
-    frames = "1 frame" if settings.num_frames == 1 else f"{settings.num_frames} frames at {settings.variant.fps}/s"
+    guidance = (
+        f"{settings.guidance:g}"
+        if low is None
+        else f"{settings.guidance:g} (high noise) and {low:g} (low noise)"
+    )
+    frames = (
+        "1 frame" if settings.num_frames == 1 else f"{settings.num_frames} frames at {settings.variant.fps}/s"
+    )
     return (
         f"{settings.variant.name}, {settings.width}x{settings.height} px, {frames}; {settings.solver}, {settings.steps} "
-        f"steps, shift {settings.shift:g}, guidance {guidance}"
+        f"step{'s' if settings.steps != 1 else ''}, shift {settings.shift:g}, guidance {guidance}"
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from utils.errors import UserError
 
 Say = Callable[[str], None]
 _ENCODED_TOGETHER = 16
+_SHOWN_OF_CUT = 160
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,15 @@ def check_job(job: SampleJob) -> None:
             loaded = load_adapters(own, phase, paths.transformer_dir, source)
             modules |= {choice.path: list(one.modules) for choice, one in zip(own, loaded, strict=True)}
     unused = {
-        choice.path for variation in job.variations for choice in variation.adapters if choice.path not in modules
+        choice.path
+        for variation in job.variations
+        for choice in variation.adapters
+        if choice.path not in modules
     }
     if unused:
-        raise UserError(f"{min(unused)}: is for the other expert, and --expert {job.expert} draws alone; leave one out")
+        raise UserError(
+            f"{min(unused)}: is for the other expert, and --expert {job.expert} draws alone; leave one out"
+        )
     check_exclude(job.adapter_exclude, modules)
     if job.adapter_exclude:
         for phase in job.phases:
@@ -150,9 +157,7 @@ def sample(job: SampleJob, where: Where) -> list[Tensor]:
     """
     negatives, texts = _encode(job, where)
     condition = _condition(job, where)
-    batches = [
-        slice(start, start + job.batch_size) for start in range(0, len(job.prompts), job.batch_size)
-    ]
+    batches = [slice(start, start + job.batch_size) for start in range(0, len(job.prompts), job.batch_size)]
     trajectories = [
         [
             Trajectory(
@@ -230,7 +235,9 @@ def _states(job: SampleJob, text_encoder: Path | None, where: Where) -> list[Ten
     paths = find_checkpoint(model)
     tokenizer = WanTokenizer(paths.tokenizer_dir)
     if text_encoder is None or text_encoder == job.variations[0].text_encoder:
-        warn_of_cut_prompts(tokenizer, (*dict.fromkeys((*job.prompts, job.negative_prompt)),), job.show_prompts, where.say)
+        warn_of_cut_prompts(
+            tokenizer, (*dict.fromkeys((*job.prompts, job.negative_prompt)),), job.show_prompts, where.say
+        )
     encoder = TextEncoder(
         text_encoder or paths.text_encoder,
         tokenizer,
@@ -253,11 +260,17 @@ def warn_of_cut_prompts(tokenizer: WanTokenizer, prompts: Sequence[str], show: b
     for number, prompt in enumerate(prompts, start=1):
         count = tokenizer.count(prompt)
         if count > MAX_TEXT_TOKENS:
-            cut = f': "{tokenizer.cut_off(prompt)}"' if show else ""
+            cut = f': "{_shortened(tokenizer.cut_off(prompt))}"' if show else ""
             say(
                 f"warning: prompt {number} has {count} tokens, and Wan reads {MAX_TEXT_TOKENS}; its end, "
                 f"{count - MAX_TEXT_TOKENS} tokens, is not seen{cut}"
             )
+
+
+def _shortened(text: str) -> str:
+    """Both ends of a long text: where it is cut, and where it stops."""
+    half = _SHOWN_OF_CUT // 2
+    return text if len(text) <= _SHOWN_OF_CUT else f"{text[:half]} ... {text[-half:]}"
 
 
 def _condition(job: SampleJob, where: Where) -> Tensor | None:
@@ -269,7 +282,7 @@ def _condition(job: SampleJob, where: Where) -> Tensor | None:
     def encode() -> list[Tensor]:
         model, settings = job.model(job.phases[0]), job.settings
         bucket = Bucket(settings.width, settings.height, 1)
-        frame_CFHW = scale_frames(fit_to_bucket(load_image(image), 1.0, bucket)[None])
+        frame_CFHW = scale_frames(np.array(fit_to_bucket(load_image(image), 1.0, bucket)[None]))
         vae = load_vae(find_checkpoint(model).vae, getattr(torch, model.vae_dtype), where.device)
         if settings.variant.model_type == "i2v":
             video = torch.zeros(1, 3, settings.num_frames, settings.height, settings.width)
@@ -283,4 +296,3 @@ def _condition(job: SampleJob, where: Where) -> Tensor | None:
         return [condition]
 
     return where.on_main(encode)[0]
-

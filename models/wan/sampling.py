@@ -26,7 +26,9 @@ OnStep = Callable[[], None]
 class Denoiser(Protocol):
     """What predicts velocities for sampling."""
 
-    def velocities(self, latents_BCFHW: Tensor, timesteps_BT: Tensor, texts_BLD: Sequence[Tensor]) -> list[Tensor]:
+    def velocities(
+        self, latents_BCFHW: Tensor, timesteps_BT: Tensor, texts_BLD: Sequence[Tensor]
+    ) -> list[Tensor]:
         """The velocity of the same noisy latents under each of several texts, float32, on the device of the latents."""
         ...
 
@@ -37,7 +39,9 @@ class ModuleDenoiser:
     def __init__(self, module: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         self._module = module
 
-    def velocities(self, latents_BCFHW: Tensor, timesteps_BT: Tensor, texts_BLD: Sequence[Tensor]) -> list[Tensor]:
+    def velocities(
+        self, latents_BCFHW: Tensor, timesteps_BT: Tensor, texts_BLD: Sequence[Tensor]
+    ) -> list[Tensor]:
         """One pass for each text."""
         return [self._module(latents_BCFHW, timesteps_BT, text).float() for text in texts_BLD]
 
@@ -45,7 +49,10 @@ class ModuleDenoiser:
 def draw_noise(seeds: Sequence[int], settings: SamplingSettings) -> Tensor:
     """Noise of each seed, [B, C, F, H, W] float32. Drawn on the CPU, so that a seed means the same everywhere."""
     return torch.stack(
-        [torch.randn(settings.latent_shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
+        [
+            torch.randn(settings.latent_shape, generator=torch.Generator("cpu").manual_seed(seed))
+            for seed in seeds
+        ]
     )
 
 
@@ -73,7 +80,9 @@ class Trajectory:
             raise ValueError("guidance needs negative_states; those of the empty prompt will do")
         is_conditioned = condition_BCFHW is not None
         if is_conditioned != (settings.variant.model_type == "i2v") and settings.variant.model_type != "ti2v":
-            raise ValueError(f"{settings.variant.name}: a condition is {'given' if is_conditioned else 'missing'}")
+            raise ValueError(
+                f"{settings.variant.name}: a condition is {'given' if is_conditioned else 'missing'}"
+            )
         self._settings = settings
         self._solver = build_solver(settings.solver, settings.steps, settings.shift)
         self.latents_BCFHW = draw_noise(seeds, settings).to(device)
@@ -96,7 +105,9 @@ class Trajectory:
         return self._solver.timesteps[self._solver.done]
 
     @torch.no_grad()
-    def advance(self, denoiser: Denoiser, on_step: OnStep | None = None, expert: Expert | None = None) -> None:
+    def advance(
+        self, denoiser: Denoiser, on_step: OnStep | None = None, expert: Expert | None = None
+    ) -> None:
         """Make all the steps that are left, or those of one expert, as far as they come next."""
         while self.steps_left and (expert is None or self._settings.expert_at(self.next_timestep) == expert):
             timestep = self.next_timestep

@@ -125,7 +125,9 @@ def check_settings(settings: SamplingSettings, *, has_image: bool) -> None:
             f"{variant.name} takes no first frame; leave --image out, or sample ti2v-5b or i2v-a14b"
         )
     if has_image and settings.num_frames == 1:
-        raise UserError("with --image the first frame is given, so there is nothing to make of 1 frame; ask for 5")
+        raise UserError(
+            "with --image the first frame is given, so there is nothing to make of 1 frame; ask for 5"
+        )
     if settings.steps < 1 or settings.steps > NUM_TRAIN_TIMESTEPS:
         raise UserError(f"--steps {settings.steps}: write a number from 1 to {NUM_TRAIN_TIMESTEPS}")
     for flag, value in (
