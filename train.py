@@ -98,6 +98,8 @@ def train(arguments: argparse.Namespace) -> int:
     with distributed.process_group(config.train.timeout_minutes) as processes:
         runs.check_world_size(config.train, processes.world_size)
         say = runs.speaker(processes)
+        for note in config.notes:
+            say(f"note: {note}")
         paths = distributed.on_every_rank(lambda: find_checkpoint(config.train.model))
         model = distributed.on_every_rank(lambda: WanModel(config.train, paths))
         check_nodes(config, model, paths, processes)

@@ -79,7 +79,7 @@ def make_plan_document(loaded: LoadedConfig, num_gpus: int | None, tflops: float
         "compute": _compute_part(config, stages, data, copies, tflops),
         "disk": disk,
         "missing": [{"key": one.key, "reason": one.reason, "fix": one.fix} for one in missing],
-        "notes": [*model.notes, *_data_notes(data), *_disk_notes(disk)],
+        "notes": [*map(str, loaded.notes), *model.notes, *_data_notes(data), *_disk_notes(disk)],
     }
 
 

@@ -1,7 +1,7 @@
 """Loading a training TOML and its dataset TOML: one call, one report of everything that is wrong.
 
-Checking in order: syntax, overrides, the schema, the guardrails, the dataset TOML, and, where asked, files and
-headers. Only a syntax error of the training TOML ends it early. After this nothing reads TOML, and nothing edits the
+Checking in order: syntax, overrides, what another trainer calls by other names, the schema, the guardrails, the dataset
+TOML, and, where asked, files and headers. Only a syntax error of the training TOML ends it early. After this nothing reads TOML, and nothing edits the
 configuration.
 """
 
@@ -22,6 +22,7 @@ from utils.config.file_checks import (
     check_output_path,
     check_probe_paths,
 )
+from utils.config.foreign import check_clip_mode, translate_dataset, translate_training
 from utils.config.guardrails import RULES
 from utils.config.overrides import FLAG, Overridden, apply_overrides
 from utils.config.parse import Parsed, parse_table
@@ -70,16 +71,30 @@ def load_config(
     if unreadable is not None:
         raise ConfigError(path, [unreadable])
     overridden = apply_overrides(table, overrides)
-    parsed = parse_table(TrainConfig, overridden.table, file=path, others={"the dataset TOML": DatasetConfig})
+    foreign = translate_training(overridden.table, path)
+    parsed = foreign.completed(
+        parse_table(TrainConfig, foreign.table, file=path, others={"the dataset TOML": DatasetConfig})
+    )
     dataset = _load_named_dataset("dataset", parsed.draft.dataset, parsed, path, check_files)
     evals = [
         _load_named_dataset(f"eval_datasets[{index}].config", named.config, parsed, path, check_files)
         for index, named in enumerate(parsed.draft.eval_datasets)
     ]
     problems = [*overridden.problems, *parsed.problems, *run_rules(RULES, parsed.draft, parsed.invalid, path)]
+    notes = list(foreign.notes)
     for found in filter(None, (dataset, *evals)):
         # One dataset TOML may be named twice, as what is trained and as what is evaluated.
         problems += [problem for problem in found.problems if problem not in problems]
+        notes += [note for note in found.notes if note not in notes]
+    named = zip(
+        (parsed.draft.dataset, *(one.config for one in parsed.draft.eval_datasets)),
+        (dataset, *evals),
+        strict=True,
+    )
+    about_clips, is_refused = check_clip_mode(
+        foreign.clip_mode, [(name, found.draft) for name, found in named if found is not None], path
+    )
+    (problems if is_refused else notes).extend(about_clips)
     if check_files:
         in_files = _check_files(parsed, {problem.key for problem in problems}, preflight)
         problems += [replace(problem, file=problem.file or path) for problem in in_files]
@@ -92,6 +107,7 @@ def load_config(
         parsed.draft.dataset,
         tuple(overrides),
         tuple(found.value for found in evals if found is not None and found.value is not None),
+        tuple(_name_flag(note, overridden, path) for note in notes),
     )
 
 
@@ -140,11 +156,14 @@ def _parse_dataset(path: str, check_files: bool) -> Parsed[DatasetConfig]:
     table, unreadable = _read_toml(path)
     if unreadable is not None:
         return _unreadable_dataset(unreadable)
-    parsed = parse_table(DatasetConfig, table, file=path, others={"the training TOML": TrainConfig})
+    foreign = translate_dataset(table, path)
+    parsed = foreign.completed(
+        parse_table(DatasetConfig, foreign.table, file=path, others={"the training TOML": TrainConfig})
+    )
     problems = [*parsed.problems, *run_rules(DATASET_RULES, parsed.draft, parsed.invalid, path)]
     if check_files and not parsed.invalid:
         problems += [replace(found, file=path) for found in check_dataset_paths(parsed.draft)]
-    return Parsed(parsed.draft, tuple(problems), parsed.invalid)
+    return replace(parsed, problems=tuple(problems))
 
 
 def _unreadable_dataset(problem: Problem) -> Parsed[DatasetConfig]:
