@@ -5,19 +5,17 @@ becomes a note; one whose silent loss would change the training is a problem lik
 table afterwards, so nothing complains about it twice.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 from utils.config.convert import show
-from utils.config.foreign_keys import ANY_VALUE, DATASET_KEYS, TRAINING_KEYS, ForeignKey
+from utils.config.foreign_keys import DATASET_KEYS, TRAINING_KEYS
+from utils.config.foreign_reader import CLIP_MODE, ForeignReader, Translated
+from utils.config.foreign_remarks import remarks_on_dataset, remarks_on_training
 from utils.config.introspect import keys_of
-from utils.config.parse import Parsed
 from utils.config.schema import DatasetConfig, Problem
 
-CLIP_MODE = "video_clip_mode"
 _SWITCHES = ("cache_text_embeddings", "train_text_encoder", "freeze_transformer")
 _OTHER_FLOAT8 = ("float8_e5m2", "nf4")
 # diffusion-pipe takes the names of optimizers in any case; others it looks up in a library of optimizers.
@@ -33,32 +31,9 @@ _OTHER_OPTIMIZERS = (
 )
 
 
-@dataclass(frozen=True)
-class Translated:
-    """A table in our words, what there is to say about it, and the keys of ours that a problem stands for.
-
-    `clip_mode` is `video_clip_mode` where the training TOML has it; the caller holds it against the dataset TOML.
-    """
-
-    table: dict[str, Any]
-    notes: tuple[Problem, ...]
-    problems: tuple[Problem, ...]
-    invalid: frozenset[str]
-    clip_mode: Any = None
-
-    def completed(self, parsed: Parsed[Any]) -> Parsed[Any]:
-        """What the schema found in `table`, with what was found here before it."""
-        return replace(
-            parsed,
-            problems=(*self.problems, *parsed.problems),
-            invalid=parsed.invalid | self.invalid,
-            notes=self.notes,
-        )
-
-
 def translate_training(table: Mapping[str, Any], file: str = "") -> Translated:
     """A training TOML's table in our words. `file` is where it comes from, for the messages."""
-    reader = _Reader(table, file)
+    reader = ForeignReader(table, file)
     reader.drop_foreign(TRAINING_KEYS)
     for step in (
         _read_optimizer,
@@ -70,12 +45,19 @@ def translate_training(table: Mapping[str, Any], file: str = "") -> Translated:
         _read_switches,
     ):
         step(reader)
+    if reader.has_said_something:
+        for remark in remarks_on_training(table):
+            reader.note(*remark)
     return reader.result(clip_mode=reader.table.pop(CLIP_MODE, None))
 
 
-def translate_dataset(table: Mapping[str, Any], file: str = "") -> Translated:
-    """A dataset TOML's table in our words. `file` is where it comes from, for the messages."""
-    reader = _Reader(table, file)
+def translate_dataset(table: Mapping[str, Any], file: str = "", came_along: bool = False) -> Translated:
+    """A dataset TOML's table in our words. `file` is where it comes from, for the messages.
+
+    With `came_along` the training TOML that names it came from diffusion-pipe, so that keys which both have, and which do
+    not mean quite the same, get a note too.
+    """
+    reader = ForeignReader(table, file)
     reader.drop_foreign(DATASET_KEYS)
     for _, prefix, level in reader.tables_at(("directory[]",), with_top=True):
         _read_pairs(
@@ -83,6 +65,9 @@ def translate_dataset(table: Mapping[str, Any], file: str = "") -> Translated:
         )
         _read_pairs(reader, level, prefix, "ar_buckets", lambda w, h: round(w / h, 3), "width / height")
     _read_empty_captions(reader)
+    if came_along:
+        for remark in remarks_on_dataset(table):
+            reader.note(*remark)
     return reader.result()
 
 
@@ -109,79 +94,7 @@ def check_clip_mode(
     return [Problem(CLIP_MODE, said, "", file)], False
 
 
-class _Reader:
-    """One document while it is translated."""
-
-    def __init__(self, table: Mapping[str, Any], file: str) -> None:
-        self.table: dict[str, Any] = copy.deepcopy(dict(table))
-        self._file = file
-        self._notes: dict[tuple[str, str], list[str]] = {}
-        self._problems: list[Problem] = []
-        self._invalid: set[str] = set()
-
-    def result(self, clip_mode: Any = None) -> Translated:
-        # Keys with one reason share a line.
-        notes = tuple(
-            Problem(", ".join(dict.fromkeys(keys)), reason, fix, self._file)
-            for (reason, fix), keys in self._notes.items()
-        )
-        return Translated(self.table, notes, tuple(self._problems), frozenset(self._invalid), clip_mode)
-
-    def section(self, name: str) -> dict[str, Any]:
-        """A table of the document; an empty one where it is missing or no table."""
-        found = self.table.get(name)
-        return found if isinstance(found, dict) else {}
-
-    def note(self, key: str, reason: str, fix: str = "") -> None:
-        self._notes.setdefault((reason, fix), []).append(key)
-
-    def refuse(self, key: str, reason: str, fix: str, stands_for: str | None = None) -> None:
-        """Report a problem; `stands_for` is the key of ours whose value is not usable for it."""
-        self._problems.append(Problem(key, reason, fix, self._file))
-        if stands_for is not None:
-            self.disregard(stands_for)
-
-    def disregard(self, *keys: str) -> None:
-        """Rules that read these keys of ours stay silent."""
-        self._invalid.update(keys)
-
-    def tables_at(
-        self, parents: Iterable[str], with_top: bool = False
-    ) -> Iterable[tuple[str, str, dict[str, Any]]]:
-        """The tables of the document: name with `[]`, what precedes a key in messages, and the table."""
-        if with_top:
-            yield "", "", self.table
-        for parent in parents:
-            found = self.table.get(parent.removesuffix("[]"))
-            if isinstance(found, dict) and not parent.endswith("[]"):
-                yield parent, f"{parent}.", found
-            elif isinstance(found, list) and parent.endswith("[]"):
-                for index, one in enumerate(found):
-                    if isinstance(one, dict):
-                        yield parent, f"{parent[:-2]}[{index}].", one
-
-    def drop_foreign(self, keys: Iterable[ForeignKey]) -> None:
-        """Take every key of `keys` out of the document and say what it means here."""
-        known = {key.key: key for key in keys}
-        parents = dict.fromkeys(name.rpartition(".")[0] for name in known if "." in name)
-        for parent, prefix, table in self.tables_at(parents, with_top=True):
-            for name in list(table):
-                key = known.get(f"{parent}.{name}" if parent else name)
-                if key is None:
-                    continue
-                if key.is_idle(table.pop(name)):
-                    # Nothing need be done about a value that says nothing.
-                    fix = key.fix if key.idle is ANY_VALUE else ""
-                    self.note(f"{prefix}{name}", f"has no effect here: {key.here}", fix)
-                else:
-                    self.refuse(f"{prefix}{name}", f"does not exist here: {key.here}", key.fix)
-        for parent in parents:
-            # A section of theirs alone is gone with its keys.
-            if self.table.get(parent) == {} and parent == "monitoring":
-                del self.table[parent]
-
-
-def _read_optimizer(reader: _Reader) -> None:
+def _read_optimizer(reader: ForeignReader) -> None:
     """optimizer.type in their spelling, and the precision of what is trained, which here follows from it."""
     optimizer, adapter, model = (reader.section(name) for name in ("optimizer", "adapter", "model"))
     written = optimizer.get("type")
@@ -213,7 +126,7 @@ def _read_optimizer(reader: _Reader) -> None:
         reader.note("save_dtype", f"has no effect here: {kept} is the precision that is saved anyway")
 
 
-def _read_adapter_dtype(reader: _Reader, adapter: dict[str, Any], kept: str) -> None:
+def _read_adapter_dtype(reader: ForeignReader, adapter: dict[str, Any], kept: str) -> None:
     """adapter.dtype: the same where the optimizer keeps that precision, refused where it keeps another."""
     written = adapter.pop("dtype", None)
     if written is None:
@@ -230,7 +143,7 @@ def _read_adapter_dtype(reader: _Reader, adapter: dict[str, Any], kept: str) -> 
     reader.refuse("adapter.dtype", reason, fix)
 
 
-def _read_adapter_type(reader: _Reader) -> None:
+def _read_adapter_type(reader: ForeignReader) -> None:
     """adapter.type: LoKr is no adapter here."""
     adapter = reader.section("adapter")
     if adapter.get("type") != "lokr":
@@ -247,15 +160,13 @@ def _read_adapter_type(reader: _Reader) -> None:
         del adapter["rank"]
 
 
-def _read_transformer_dtype(reader: _Reader) -> None:
+def _read_transformer_dtype(reader: ForeignReader) -> None:
     """model.transformer_dtype: e4m3 by either of its names; the precision of the model itself says nothing."""
     model = reader.section("model")
     written = model.get("transformer_dtype")
     if written == "float8_e4m3fn":
         model["transformer_dtype"] = "float8"
-        reader.note(
-            "model.transformer_dtype", '"float8_e4m3fn" is "float8" here, with one scale per output channel'
-        )
+        reader.note("model.transformer_dtype", '"float8_e4m3fn" is "float8" here')
     elif written is not None and written == model.get("dtype", "bfloat16"):
         del model["transformer_dtype"]
         reader.note("model.transformer_dtype", "has no effect here: it is model.dtype where it is not set")
@@ -266,7 +177,7 @@ def _read_transformer_dtype(reader: _Reader) -> None:
         reader.refuse("model.transformer_dtype", reason, fix, "model.transformer_dtype")
 
 
-def _read_partition(reader: _Reader) -> None:
+def _read_partition(reader: ForeignReader) -> None:
     """partition_method: their default balances by numbers of weights, ours by work and memory."""
     if reader.table.get("partition_method") == "parameters":
         reader.table["partition_method"] = "cost"
@@ -276,14 +187,14 @@ def _read_partition(reader: _Reader) -> None:
         )
 
 
-def _read_checkpointing(reader: _Reader) -> None:
+def _read_checkpointing(reader: ForeignReader) -> None:
     """activation_checkpointing: the variant that keeps the blocks' inputs in host memory has another name here."""
     if reader.table.get("activation_checkpointing") == "unsloth":
         reader.table["activation_checkpointing"] = "offload"
         reader.note("activation_checkpointing", '"unsloth" is "offload" here, and means the same')
 
 
-def _read_batch_sizes(reader: _Reader) -> None:
+def _read_batch_sizes(reader: ForeignReader) -> None:
     """Micro-batches have one size, whatever the resolution, for images as for videos."""
     table = reader.table
     for name in ("micro_batch_size_per_gpu", "eval_micro_batch_size_per_gpu"):
@@ -307,7 +218,7 @@ def _read_batch_sizes(reader: _Reader) -> None:
         reader.refuse("image_micro_batch_size_per_gpu", f"does not exist here: {here}", "take it out")
 
 
-def _read_switches(reader: _Reader) -> None:
+def _read_switches(reader: ForeignReader) -> None:
     """The three switches of the mode: diffusion-pipe has none of them together, so one line says all that is to be added."""
     model = reader.table.get("model")
     if not isinstance(model, dict) or any(name in model for name in _SWITCHES):
@@ -324,7 +235,7 @@ def _read_switches(reader: _Reader) -> None:
 
 
 def _read_pairs(
-    reader: _Reader,
+    reader: ForeignReader,
     table: dict[str, Any],
     prefix: str,
     name: str,
@@ -351,7 +262,7 @@ def _is_pair(pair: Any) -> bool:
     )
 
 
-def _read_empty_captions(reader: _Reader) -> None:
+def _read_empty_captions(reader: ForeignReader) -> None:
     """skip_empty_caption: missing_caption here, for the whole dataset."""
     table = reader.table
     written = table.pop("skip_empty_caption", None)

@@ -8,6 +8,7 @@ configuration.
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,16 @@ def load_config(
     parsed = foreign.completed(
         parse_table(TrainConfig, foreign.table, file=path, others={"the dataset TOML": DatasetConfig})
     )
-    dataset = _load_named_dataset("dataset", parsed.draft.dataset, parsed, path, check_files)
+    read = partial(
+        _load_named_dataset,
+        parsed=parsed,
+        path=path,
+        must_exist=check_files,
+        came_along=foreign.came_from_elsewhere,
+    )
+    dataset = read("dataset", parsed.draft.dataset)
     evals = [
-        _load_named_dataset(f"eval_datasets[{index}].config", named.config, parsed, path, check_files)
+        read(f"eval_datasets[{index}].config", named.config)
         for index, named in enumerate(parsed.draft.eval_datasets)
     ]
     problems = [*overridden.problems, *parsed.problems, *run_rules(RULES, parsed.draft, parsed.invalid, path)]
@@ -139,24 +147,24 @@ def _read_toml(path: str) -> tuple[dict[str, Any], Problem | None]:
 
 
 def _load_named_dataset(
-    key: str, named: str, parsed: Parsed[TrainConfig], path: str, must_exist: bool
+    key: str, named: str, *, parsed: Parsed[TrainConfig], path: str, must_exist: bool, came_along: bool
 ) -> Parsed[DatasetConfig] | None:
     """The dataset TOML that a key of the training TOML names; None where that is unusable or the file may be missing."""
     if key in parsed.invalid:
         return None
     if can_be_seen(named):
-        return _parse_dataset(named, must_exist)
+        return _parse_dataset(named, must_exist, came_along)
     if not must_exist:
         return None
     fix = "mend the path; it is relative to the working directory"
     return _unreadable_dataset(Problem(key, f'"{named}" does not exist', fix, path))
 
 
-def _parse_dataset(path: str, check_files: bool) -> Parsed[DatasetConfig]:
+def _parse_dataset(path: str, check_files: bool, came_along: bool = False) -> Parsed[DatasetConfig]:
     table, unreadable = _read_toml(path)
     if unreadable is not None:
         return _unreadable_dataset(unreadable)
-    foreign = translate_dataset(table, path)
+    foreign = translate_dataset(table, path, came_along)
     parsed = foreign.completed(
         parse_table(DatasetConfig, foreign.table, file=path, others={"the training TOML": TrainConfig})
     )

@@ -27,10 +27,14 @@ TRAINING: dict[str, Any] = {
         "train_text_encoder": False,
         "freeze_transformer": True,
     },
-    "adapter": {},
-    "optimizer": {"lr": 1e-5},
+    "adapter": {"include": ["cross_attn.{k,v}"]},
+    "optimizer": {"lr": 1e-5, "betas": [0.9, 0.99]},
 }
-DATASET: dict[str, Any] = {"directory": [{"path": "media"}]}
+DATASET: dict[str, Any] = {
+    "enable_ar_bucket": True,
+    "frame_buckets": [1, 33],
+    "directory": [{"path": "media"}],
+}
 SWITCHES = ("cache_text_embeddings", "train_text_encoder", "freeze_transformer")
 
 
@@ -117,8 +121,7 @@ def test_each_key_of_the_examples_is_taken_as_it_is_meant_or_told_about(row, hom
         assert plain(get(record, row.key)) == value_of(row.value)
     else:
         assert row.outcome == "note"
-        (note,) = loaded.notes
-        assert (note.file, note.key) == (file, row.key)
+        assert {(note.file, note.key) for note in loaded.notes} == {(file, row.key)}
     if row.ours:
         key, _, value = row.ours.partition("=")
         assert get(record, key) == value_of(value)
@@ -159,7 +162,9 @@ def test_a_whole_example_lacks_only_the_three_switches(home) -> None:
     # Keys with one reason share a line.
     (about_wandb,) = (note for note in loaded.notes if "wandb" in note.key)
     assert len(about_wandb.key.split(", ")) == 4
-    assert len(loaded.notes) == 14
+    remarks = {"adapter.include", "max_steps", "model.transformer_dtype"}
+    assert {note.key for note in loaded.notes} >= remarks
+    assert len(loaded.notes) == 14 + len(remarks)
 
 
 def test_the_example_for_little_memory_says_what_it_needs_at_once(home) -> None:
@@ -224,6 +229,29 @@ def test_a_clip_mode_is_held_against_every_directory(home) -> None:
     assert problem.fix == 'move video_clip_mode = "single_middle" there'
     _, (problem,) = load({**TRAINING, "video_clip_mode": "single_middle"}, same)
     assert "eval.toml says" in problem.reason
+
+
+def test_a_shared_key_with_another_meaning_is_told_where_the_file_came_from_there(home) -> None:
+    own = copy.deepcopy(TRAINING)
+    del own["adapter"]["include"], own["optimizer"]["betas"]
+    own |= {"epochs": 2, "max_steps": 5}
+    directory = {"path": "media", "mask_path": "masks", "frame_buckets": [33]}
+    dataset = {"resolutions": [256, 512], "directory": [directory]}
+    loaded, _ = load(own, dataset)
+    assert loaded is not None and loaded.notes == ()
+    for sign in ({"steps_per_print": 1}, {"video_clip_mode": "single_beginning"}):
+        loaded, _ = load({**own, **sign}, dataset)
+        assert loaded is not None
+        assert {note.key for note in loaded.notes} - set(sign) == {
+            "adapter.include",
+            "max_steps",
+            "optimizer.betas",
+            "resolutions",
+            "enable_ar_bucket",
+            "frame_buckets",
+            "directory[0].mask_path",
+            "directory[0].frame_buckets",
+        }
 
 
 def test_the_precision_of_an_adapter_follows_from_the_optimizer(home) -> None:
