@@ -14,7 +14,7 @@ from utils.config.foreign_keys import DATASET_KEYS, TRAINING_KEYS
 from utils.config.foreign_reader import CLIP_MODE, ForeignReader, Translated
 from utils.config.foreign_remarks import remarks_on_dataset, remarks_on_training
 from utils.config.introspect import keys_of
-from utils.config.schema import DatasetConfig, Problem
+from utils.config.schema import DatasetConfig, Problem, TrainConfig
 
 _SWITCHES = ("cache_text_embeddings", "train_text_encoder", "freeze_transformer")
 _OTHER_FLOAT8 = ("float8_e5m2", "nf4")
@@ -46,6 +46,7 @@ def translate_training(table: Mapping[str, Any], file: str = "") -> Translated:
     ):
         step(reader)
     if reader.has_said_something:
+        _read_idle_evaluation(reader)
         for remark in remarks_on_training(table):
             reader.note(*remark)
     return reader.result(clip_mode=reader.table.pop(CLIP_MODE, None))
@@ -232,6 +233,16 @@ def _read_switches(reader: ForeignReader) -> None:
     # In their place, so that nothing else is said about them.
     model |= {"cache_text_embeddings": True, "train_text_encoder": False, "freeze_transformer": True}
     reader.disregard(*(f"model.{name}" for name in _SWITCHES))
+
+
+def _read_idle_evaluation(reader: ForeignReader) -> None:
+    """Keys about evaluations without a dataset to evaluate: their examples have them, and here a rule refuses them."""
+    if reader.table.get("eval_datasets"):
+        return
+    for name, key in keys_of(TrainConfig).items():
+        if name.startswith("eval_") and name in reader.table and reader.table[name] != key.default:
+            del reader.table[name]
+            reader.note(name, "has no effect here: there are no eval_datasets")
 
 
 def _read_pairs(

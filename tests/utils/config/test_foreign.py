@@ -178,10 +178,20 @@ def test_the_example_for_little_memory_says_what_it_needs_at_once(home) -> None:
         "optimizer.type",
         "adapter.dtype",
         "cache_shuffle_num",
-        # Ours to begin with: without eval_datasets nothing would read them.
-        "eval_every_n_steps",
-        "eval_micro_batch_size_per_gpu",
     }
+
+
+def test_an_example_may_say_how_to_evaluate_nothing(home) -> None:
+    document = copy.deepcopy(TRAINING) | {"eval_micro_batch_size_per_gpu": 1, "eval_before_first_step": False}
+    del document["eval_datasets"]
+    _, problems = load(document, DATASET)
+    assert {problem.key for problem in problems} == {
+        "eval_micro_batch_size_per_gpu",
+        "eval_before_first_step",
+    }
+    loaded, _ = load({**document, "steps_per_print": 1}, DATASET)
+    assert loaded is not None
+    assert "eval_before_first_step, eval_micro_batch_size_per_gpu" in [note.key for note in loaded.notes]
 
 
 def test_the_loaded_configuration_is_all_in_our_words(home) -> None:
