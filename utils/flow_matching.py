@@ -4,7 +4,6 @@ Words: sigma in (0, 1] is the noise level (1 = pure noise), timestep = 1000 * si
 noisy = (1 - sigma) * latents + sigma * noise, target velocity = noise - latents.
 """
 
-import torch
 from torch import Tensor
 
 from utils.sigma_law import NUM_SIGMA_BINS, NUM_TRAIN_TIMESTEPS, SigmaLaw
