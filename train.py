@@ -122,11 +122,11 @@ def train(arguments: argparse.Namespace) -> int:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Say what the configuration would train, from headers alone."""
-    from models.wan.plan import make_plan_document
+    from models.wan.plan_pair import plan_document
     from utils.config.load import load_config
 
     loaded = load_config(arguments.config, arguments.set)
-    print_plan(make_plan_document(loaded, arguments.gpus, arguments.tflops), as_json=arguments.json)
+    print_plan(plan_document(loaded, arguments.gpus, arguments.tflops), as_json=arguments.json)
     return 0
 
 

@@ -328,11 +328,12 @@ class Pipeline:
         groups = [one for one in held if isinstance(one, dist.ProcessGroup)]
         engine.destroy()
         self.parameters = {}
+        # Hooks on tensors refer to the engine from where the garbage collector does not see them.
+        engine.__dict__.clear()
         del self.engine, engine, held
         p2p._groups, p2p._grid = None, None
         for group in dict.fromkeys(groups):
             dist.destroy_process_group(group)
-        # The engine and its hooks refer to each other.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

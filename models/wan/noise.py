@@ -78,12 +78,18 @@ def noise_lines(document: Mapping[str, Any], expert: str | None) -> list[str]:
     if sides:
         told = ", ".join(f"{share:.1%} on the side of {side}" for side, share in sides.items())
         lines.append(f"  the law as such, before it is cut to a side: {told}")
+    return lines + [f"warning: {one}" for one in noise_warnings(document, expert)]
+
+
+def noise_warnings(document: Mapping[str, Any], expert: str | None) -> list[str]:
+    """What is said where the law hardly visits the range that is trained."""
     share, median = document["share_of_range"], document["median"]
-    if share < FEW and not low <= median <= high:
-        where = f"the range of the {expert} expert" if expert else f"min_t = {low:g} to max_t = {high:g}"
-        direction = "raise" if median < low else "lower"
-        lines.append(
-            f"warning: only {share:.2%} of the chosen law lies in {where} ({low:g}-{high:g}), so that nearly all draws crowd "
-            f'at one end of it; {direction} model.shift, or choose timestep_sample_method = "uniform"'
-        )
-    return lines
+    low, high = document["range"]
+    if share >= FEW or low <= median <= high:
+        return []
+    where = f"the range of the {expert} expert" if expert else f"min_t = {low:g} to max_t = {high:g}"
+    direction = "raise" if median < low else "lower"
+    return [
+        f"only {share:.2%} of the chosen law lies in {where} ({low:g}-{high:g}), so that nearly all draws crowd at one end of "
+        f'it; {direction} model.shift, or choose timestep_sample_method = "uniform"'
+    ]

@@ -35,10 +35,10 @@ def preflight(config: TrainConfig) -> list[Problem]:
             for problem in _check_one(side_config(config, expert))
         ]
         problems += [problem for problem in found if problem not in problems]
-    return problems + (_check_pair(config) if is_pair(config) and not problems else [])
+    return problems + (check_pair(config) if is_pair(config) and not problems else [])
 
 
-def _check_pair(config: TrainConfig) -> list[Problem]:
+def check_pair(config: TrainConfig) -> list[Problem]:
     """A pair needs two transformers, each in its place."""
     places = [locate(side_config(config, expert).model)[0].transformer_dir for expert in EXPERTS]
     if places[0] != places[1]:
