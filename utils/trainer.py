@@ -144,6 +144,11 @@ class Trainer:
                 self._probes.at_end()
         return state
 
+    def is_told_to_stop(self) -> bool:
+        """Whether any process has been asked to stop, also too late to stop this run. Every rank must call it."""
+        told = self._control.wants_stop or self._control.is_told_to_stop
+        return any(gather_objects(told))
+
     @contextmanager
     def _last_checkpoint_in_place(self) -> Iterator[None]:
         """After an error that all ranks share, what was saved before it is still written to its end."""
@@ -178,7 +183,7 @@ class Trainer:
             self._pipeline.train_step(iter(data.prepared))
         except NonFiniteGradientsError:
             self._stop_non_finite(state.step, batches)
-        totals = self._reduced_totals()
+        totals, timesteps = self._reduced_totals()
         loss = float(np.float32(totals[0] / totals[1]))
         if not np.isfinite(loss):  # an overflow in the loss may leave the gradient finite
             self._stop_non_finite(state.step, batches)
@@ -195,6 +200,7 @@ class Trainer:
             "epoch": batches[-1].epoch + 1,
             "loss": loss,
             "loss_by_timestep": loss_by_bin(totals),
+            "timesteps": timesteps,
             "lr": lr,
             "grad_norm": self._pipeline.gradient_norm,
             "samples_seen": state.samples_seen,
@@ -233,20 +239,26 @@ class Trainer:
                 batch, batch_weight, need_inputs=pipeline.is_first, need_labels=pipeline.is_last
             )
 
-    def _reduced_totals(self) -> np.ndarray:
-        """Totals of the step over all ranks; only last stages contribute.
+    def _reduced_totals(self) -> tuple[np.ndarray, dict[str, float]]:
+        """Totals of the step and the timesteps that it visited, over all ranks; only last stages contribute.
 
         With them, at no further cost, go what any rank was asked for and how far the checkpoint in flight is.
         """
         flags = [*self._control.flags(), *self._writer.flags()]
-        own = np.concatenate([self._recorder.totals(), np.array(flags, dtype=np.float64)])
+        pipeline = self._pipeline
+        # A sum is all that is reduced, so each copy has a place of its own.
+        ranges = np.zeros((pipeline.dp_size, 2))
+        if pipeline.is_last:
+            ranges[pipeline.dp_rank] = self._recorder.timestep_range()
+        own = np.concatenate([self._recorder.totals(), ranges.ravel(), np.array(flags, dtype=np.float64)])
         everything = torch.from_numpy(own).to(self._processes.device)
         dist.all_reduce(everything)
-        totals, counts = np.split(everything.cpu().numpy(), [-len(flags)])
+        totals, places, counts = np.split(everything.cpu().numpy(), [-len(flags) - ranges.size, -len(flags)])
         requests, written = np.split(counts.astype(int), [-_NUM_WRITE_FLAGS])
         self._control.hear(RequestFlags(*requests.tolist()))
         self._writer.advance(WriteFlags(*written.tolist()))
-        return totals
+        lows, highs = places.reshape(-1, 2).T
+        return totals, {"min": round(float(lows.min()), 4), "max": round(float(highs.max()), 4)}
 
     def _stop_non_finite(self, step: int, batches: Sequence[MicroBatch]) -> None:
         bad = sorted(

@@ -13,14 +13,15 @@ from models.wan.arch import VariantInfo
 from models.wan.caching import EMPTY_CAPTION, WanCache
 from models.wan.layers import Workload
 from models.wan.media import video_tokens
+from models.wan.noise import build_sigma_law
 from models.wan.stages import TextWire
 from models.wan.text_encoder import WanTokenizer, pad_token_ids
 from utils.config.guardrails import mode_of
-from utils.config.schema import ModelConfig, TrainConfig
+from utils.config.schema import TrainConfig
 from utils.data.caption_aug import CaptionAug, build_caption_aug
 from utils.data.manifest import SampleRecord
 from utils.data.sampler import MicroBatch
-from utils.flow_matching import NUM_TRAIN_TIMESTEPS, SigmaLaw, add_noise, velocity_target
+from utils.flow_matching import NUM_TRAIN_TIMESTEPS, add_noise, velocity_target
 from utils.layers import PreparedBatch
 from utils.rng import derive_seed, generator
 
@@ -32,16 +33,6 @@ class _NoisedSample:
     inputs_CFHW: Tensor
     target_CFHW: Tensor
     sigma: float
-
-
-def build_sigma_law(model: ModelConfig, variant: VariantInfo) -> SigmaLaw:
-    """The configured law of the noise level, restricted to what the chosen expert is responsible for.
-
-    Raises:
-        UserError: nothing is left of the range.
-    """
-    low, high = variant.sigma_range(model.expert, model.min_t, model.max_t)
-    return SigmaLaw(model.timestep_sample_method, model.sigmoid_scale, model.shift, low, high)
 
 
 class WanBatches:

@@ -19,6 +19,7 @@ from models.wan.component_shapes import (
     vae_sizes,
 )
 from models.wan.names import umt5_to_official
+from utils.config.experts import first_side
 from utils.config.schema import ModelConfig, Problem
 from utils.errors import UserError
 from utils.tensor_source import (
@@ -198,7 +199,8 @@ def check_checkpoint(model: ModelConfig) -> list[Problem]:
 
 
 def locate(model: ModelConfig) -> tuple[CheckpointPaths, list[Problem]]:
-    """Where each part is or should be, and what is missing."""
+    """Where each part is or should be, and what is missing. Of a pair: what both share, and the first expert."""
+    model = first_side(model)
     root, problems = Path(model.ckpt_path), list[Problem]()
     base = Path(model.transformer_path) if model.transformer_path else root
     transformer = _expert_dir(base, model.expert)
@@ -237,7 +239,7 @@ def _check_expert(model: ModelConfig, base: Path, info: VariantInfo | None, prob
     has_experts = info.has_experts if info else _has_expert_dirs(base)
     if has_experts and model.expert is None:
         reason = f"is missing, but {base} is an A14B model, which has two experts"
-        problems.append(Problem("model.expert", reason, 'write expert = "high_noise" or "low_noise"'))
+        problems.append(Problem("model.expert", reason, 'write expert = "high_noise", "low_noise" or "both"'))
     if info and not info.has_experts and model.expert is not None:
         problems.append(
             Problem("model.expert", f"is {model.expert!r}, but {info.name} has no experts", "leave it out")

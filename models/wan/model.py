@@ -15,6 +15,7 @@ from models.wan.evaluation import WanEvalBatches
 from models.wan.export import save_text_encoder
 from models.wan.layers import dit_layers, text_layers
 from models.wan.neutral_drift import NeutralDrift
+from models.wan.noise import describe_noise
 from utils.config.schema import TrainConfig
 from utils.data.manifest import SampleRecord
 from utils.data.sampler import MicroBatch
@@ -82,6 +83,7 @@ class WanModel:
         ]
         if self.targets:
             lines.append(f"{len(self.targets)} adapter targets: {'; '.join(describe_targets(self.targets))}")
+        lines += describe_noise(self._config.model, variant)
         return lines + self.batches.describe_captions()
 
     def layer_specs(self) -> list[LayerSpec]:

@@ -13,6 +13,7 @@ from models.wan.arch import WanArch
 from models.wan.component_shapes import text_encoder_sizes
 from models.wan.costs import num_adapter_weights
 from models.wan.layer_plan import first_trained_block
+from models.wan.noise import noise_document, noise_warnings
 from models.wan.plan_data import BucketUse, DataPlan, plan_data
 from models.wan.plan_model import PlannedModel, data_missing, plan_model
 from models.wan.planner import Planner, smallest_that_fits
@@ -27,27 +28,31 @@ from utils.plan_fit import GPU_SIZES_GB, Fit
 from utils.stage_plan import StagePlan, size_text
 
 FORMAT = 1
-_SECONDS_FOR_FILES = 1.0
+SECONDS_FOR_FILES = 1.0
 # Mask and encoded first frame.
 _CONDITION_CHANNELS = 20
 
 
-def make_plan_document(loaded: LoadedConfig, num_gpus: int | None, tflops: float) -> dict[str, Any]:
+def make_plan_document(
+    loaded: LoadedConfig, num_gpus: int | None, tflops: float, data: DataPlan | None = None
+) -> dict[str, Any]:
     """The plan as one JSON document.
 
     Args:
         loaded: the configuration; of its files only the DiT's have to be there.
         num_gpus: processes that will be started; None: as many as `pipeline_stages`.
         tflops: what a GPU is expected to reach, in 10^12 FLOPs per second.
+        data: what is known of the dataset, where it has been looked at before.
 
     Raises:
         UserError: the DiT's headers are missing, or they and the configuration do not fit each other.
     """
     config = loaded.train
-    gpus = _check_gpus(config, num_gpus)
+    gpus = check_gpus(config, num_gpus)
     model = plan_model(loaded)
     copies = gpus // config.pipeline_stages
-    data = plan_data(loaded.dataset, config, model.arch.variant, copies, _SECONDS_FOR_FILES)
+    if data is None:
+        data = plan_data(loaded.dataset, config, model.arch.variant, copies, SECONDS_FOR_FILES)
     planner = Planner(model, data, num_gpus)
     fits = tuple(planner.fit(config, size) for size in GPU_SIZES_GB)
     device_bytes = smallest_that_fits(fits)
@@ -79,11 +84,22 @@ def make_plan_document(loaded: LoadedConfig, num_gpus: int | None, tflops: float
         "compute": _compute_part(config, stages, data, copies, tflops),
         "disk": disk,
         "missing": [{"key": one.key, "reason": one.reason, "fix": one.fix} for one in missing],
-        "notes": [*map(str, loaded.notes), *model.notes, *_data_notes(data), *_disk_notes(disk)],
+        "notes": [
+            *map(str, loaded.notes),
+            *model.notes,
+            *noise_warnings(noise_document(config.model, model.arch.variant), config.model.expert),
+            *_data_notes(data),
+            *_disk_notes(disk),
+        ],
     }
 
 
-def _check_gpus(config: TrainConfig, num_gpus: int | None) -> int:
+def check_gpus(config: TrainConfig, num_gpus: int | None) -> int:
+    """How many processes there will be.
+
+    Raises:
+        UserError: the stages do not divide them.
+    """
     stages = config.pipeline_stages
     if num_gpus is not None and num_gpus % stages:
         raise UserError(
@@ -105,6 +121,7 @@ def _model_part(model: PlannedModel, config: TrainConfig) -> dict[str, Any]:
         "expert": config.model.expert,
         "boundary": variant.boundary,
         "noise_levels": [low, high],
+        "noise": noise_document(config.model, variant),
         "layout": model.layout,
         "files": [str(file) for file in model.source.files],
         "parameters": number,

@@ -1,6 +1,7 @@
 """From a checked configuration to data that is ready to train on, and the facts that go into every output file."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ from models.wan.arch import load_arch
 from models.wan.caching import WanCache, WeightHashes
 from models.wan.checkpoint import CheckpointPaths, find_checkpoint, open_transformer
 from models.wan.datasets import (
+    CachedDataset,
     CacheUse,
     Say,
     cache_dataset,
@@ -42,7 +44,10 @@ DATASET_FILE = "dataset.csv"
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Data ready to train on; `fingerprints` and `descriptions` say by what names and contents a run is known again."""
+    """Data ready to train on; `fingerprints` and `descriptions` say by what names and contents a run is known again.
+
+    `cached` is what a model with the same data and the same encoders needs of it.
+    """
 
     manifest: Manifest
     plan: BatchPlan
@@ -50,6 +55,45 @@ class PreparedData:
     store_root: Path
     fingerprints: dict[str, str]
     descriptions: dict[str, str]
+    cached: CachedDataset
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model with its data, ready to be built; `eval_cached` as `PreparedData.cached`."""
+
+    config: LoadedConfig
+    model: WanModel
+    data: PreparedData
+    evals: list[EvalSet]
+    eval_cached: list[CachedDataset]
+
+
+def prepare(
+    config: LoadedConfig,
+    processes: Processes,
+    use: CacheUse,
+    say: Say,
+    like: Prepared | None = None,
+) -> Prepared:
+    """Open the checkpoint, fill the caches, attach the data. Every rank must call it.
+
+    Args:
+        config: of one run.
+        processes: this one among all.
+        use: what the command line says about the cache.
+        say: speaks for all.
+        like: a run of the other expert with the same data, which is then not scanned again.
+
+    Raises:
+        UserError: on every rank: weights, targets or data are not right.
+    """
+    paths = on_every_rank(lambda: find_checkpoint(config.train.model))
+    model = on_every_rank(lambda: WanModel(config.train, paths))
+    check_nodes(config, model, paths, processes)
+    data = prepare_data(config, model, paths, processes, use, say, like.data.cached if like else None)
+    cached = like.eval_cached if like else cache_eval_datasets(config, model, paths, processes, use, say)
+    return Prepared(config, model, data, build_eval_sets(config, model, cached, say), cached)
 
 
 def prepare_data(
@@ -59,15 +103,20 @@ def prepare_data(
     processes: Processes,
     use: CacheUse,
     say: Say,
+    cached: CachedDataset | None = None,
 ) -> PreparedData:
     """Scan the dataset, fill the cache with what is missing (each rank a share), and attach both to the model.
+
+    With `cached` the first two have been done, for a model with the same encoders.
 
     Raises:
         UserError: the dataset is empty or unreadable, on every rank.
     """
-    dataset = config.dataset
-    assert dataset is not None, "load_config with check_files has read it"
-    cached = cache_dataset(dataset, "dataset", config.train, model.arch.variant, paths, processes, use, say)
+    if cached is None:
+        assert config.dataset is not None, "load_config with check_files has read it"
+        cached = cache_dataset(
+            config.dataset, "dataset", config.train, model.arch.variant, paths, processes, use, say
+        )
     manifest, hashes = cached.manifest, cached.hashes
     on_every_rank(lambda: model.attach_data(manifest.samples, cached.cache))
     for line in model.describe():
@@ -96,31 +145,40 @@ def prepare_data(
         prompts = on_main(lambda: neutral_prompts(budget.neutral_prompts))
         fingerprints["the neutral prompts"] = xxhash.xxh3_128_hexdigest(json.dumps(prompts).encode())
         descriptions["the neutral prompts"] = f"{len(prompts)} prompts"
-    return PreparedData(manifest, plan, hashes, cached.root, fingerprints, descriptions)
+    return PreparedData(manifest, plan, hashes, cached.root, fingerprints, descriptions, cached)
 
 
-def prepare_eval_data(
+def cache_eval_datasets(
     config: LoadedConfig,
     model: WanModel,
     paths: CheckpointPaths,
     processes: Processes,
     use: CacheUse,
     say: Say,
-) -> list[EvalSet]:
-    """The same for the datasets that are evaluated.
+) -> list[CachedDataset]:
+    """Scan the datasets that are evaluated, and fill their caches.
 
     Raises:
         UserError: one of them is empty or unreadable, on every rank.
     """
+    train, variant = config.train, model.arch.variant
+    return [
+        cache_dataset(dataset, f"eval dataset {named.label}", train, variant, paths, processes, use, say)
+        for named, dataset in zip(train.eval_datasets, config.eval_datasets, strict=True)
+    ]
+
+
+def build_eval_sets(
+    config: LoadedConfig, model: WanModel, cached: Sequence[CachedDataset], say: Say
+) -> list[EvalSet]:
+    """What is evaluated of these datasets with this model."""
     train, sets = config.train, []
-    for named, dataset in zip(train.eval_datasets, config.eval_datasets, strict=True):
-        label = f"eval dataset {named.label}"
-        cached = cache_dataset(dataset, label, train, model.arch.variant, paths, processes, use, say)
-        samples = cached.manifest.samples
-        batches = model.eval_batches(samples, cached.cache, train.eval_quantiles)
+    for named, one in zip(train.eval_datasets, cached, strict=True):
+        samples = one.manifest.samples
+        batches = model.eval_batches(samples, one.cache, train.eval_quantiles)
         levels = ", ".join(f"{sigma:.3g}" for sigma in batches.sigmas)
-        say(f"{label}: each sample at {len(batches.sigmas)} noise level(s): {levels}")
-        facts = json.dumps([data_fingerprint(cached.manifest), train.seed, batches.sigmas])
+        say(f"eval dataset {named.label}: each sample at {len(batches.sigmas)} noise level(s): {levels}")
+        facts = json.dumps([data_fingerprint(one.manifest), train.seed, batches.sigmas])
         identity = xxhash.xxh3_128_hexdigest(facts.encode())
         sets.append(EvalSet(named.label, samples, train.eval_quantiles, identity, batches))
     return sets

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from models.wan.checkpoint import TEXT_ENCODER_FILE, TOKENIZER_DIR, CheckpointPaths, has_tokenizer, locate
 from models.wan.probes.subject import OUTPUT_ROOT, Cap, choose_optional_cap, choose_transformer
+from utils.config.experts import only_expert
 from utils.config.load import load_config
 from utils.config.schema import TrainConfig
 from utils.errors import UserError
@@ -152,7 +153,7 @@ def _choose_dit(
     remarks: list[str],
 ) -> Path | None:
     if args.base is not None:
-        expert = args.expert or (config.model.expert if config else None)
+        expert = args.expert or (only_expert(config) if config else None)
         return choose_transformer(args.base, expert, is_asked_for=args.expert is not None)
     if parts is None:
         remarks.append("without a DiT (--base) nothing is said about its text embedding")

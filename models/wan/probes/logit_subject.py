@@ -17,6 +17,7 @@ from models.wan.probes.subject import (
     choose_transformer,
     read_fitting_adapter,
 )
+from utils.config.experts import only_expert
 from utils.config.load import load_config
 from utils.devices import choose_device
 from utils.errors import UserError
@@ -59,7 +60,7 @@ def choose_logit_subject(args: argparse.Namespace) -> LogitSubject:
         if config is None:
             raise UserError("--against needs --base (or --config), the checkpoint that it is held against")
         base = Path(config.model.transformer_path or config.model.ckpt_path)
-    expert = args.expert or (config.model.expert if config else None)
+    expert = args.expert or (only_expert(config) if config else None)
     against = choose_transformer(args.against, expert, is_asked_for=False)
     return LogitSubject(
         choose_transformer(base, expert, is_asked_for=args.expert is not None),

@@ -9,18 +9,19 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import get_args
 
 from models.wan.arch import PUBLISHED, Shape, expected_shapes
 from models.wan.checkpoint import EXPERT_DIRS
+from models.wan.expert_files import expert_of_adapter
 from models.wan.names import dit_to_diffusers
 from models.wan.probes.base import official_names
 from utils.adapter_runs import find_adapter_file, last_save, newest_adapter_run, run_of_adapter
+from utils.config.experts import is_pair, only_expert, side_config
 from utils.config.load import load_config
 from utils.config.schema import BudgetConfig, Expert, TrainConfig
 from utils.errors import UserError
 from utils.files import combined_fingerprint
-from utils.lora_names import SECOND_PREFIX, AdapterFile, AdapterPair, kohya_aliases, read_adapter
+from utils.lora_names import AdapterFile, AdapterPair, kohya_aliases, read_adapter
 from utils.tensor_source import TensorSource, open_safetensors
 
 OUTPUT_ROOT = Path("output")
@@ -71,12 +72,14 @@ def choose_subject(args: argparse.Namespace) -> Subject:
         base = Path(config.model.transformer_path or config.model.ckpt_path)
         remarks.append(f"base: {base} (from {config_path})")
     saved_for = expert_of_adapter(adapter)
-    expert = args.expert or (config.model.expert if config else None) or saved_for
+    expert = args.expert or (only_expert(config) if config else None) or saved_for
     if saved_for not in (None, expert):
         remarks.append(
             f"{adapter} says that it is for the expert {saved_for}, but it is held against {expert}"
         )
     transformer = choose_transformer(base, expert, is_asked_for=args.expert is not None)
+    if config is not None and expert is not None and is_pair(config):
+        config = side_config(config, expert)
     return Subject(adapter, transformer, config_path, config, expert, tuple(remarks))
 
 
@@ -107,18 +110,6 @@ def choose_adapter(args: argparse.Namespace, remarks: list[str]) -> Path:
     adapter = newest_adapter_run(root).adapter
     remarks.append(f"adapter: {adapter} (of the newest run below {root})")
     return adapter
-
-
-def expert_of_adapter(adapter: Path) -> Expert | None:
-    """The expert that the file is for, if it says so: by its metadata, which this project writes, or by diffusers' names.
-
-    In diffusers `transformer_2` is the low-noise expert. `transformer` says nothing: each expert's own file has it too.
-    """
-    source = open_safetensors([adapter])
-    value = source.metadata().get("expert")
-    if value is None and source.shapes and all(key.startswith(SECOND_PREFIX) for key in source.shapes):
-        return "low_noise"
-    return next((expert for expert in get_args(Expert) if expert == value), None)
 
 
 def choose_transformer(base: Path, expert: Expert | None, *, is_asked_for: bool) -> Path:
