@@ -17,11 +17,17 @@ def plan_text(document: dict[str, Any]) -> str:
 
 
 def _pair(document: dict[str, Any]) -> Iterable[str]:
-    """Both runs of a pair, and what they come to."""
+    """Both runs of a pair, the second without what it has in common with the first, and what they come to."""
+    told: set[str] = set()
     for number, (expert, plan) in enumerate(document["experts"].items(), start=1):
         yield f"--- expert {number} of {len(document['experts'])}: {expert} ---"
-        yield plan_text(plan)
-        yield ""
+        own = (_stages, _fit, _compute)
+        sections = (_head, *own) if told else (_head, _data, *own, _disk)
+        for section in sections:
+            yield from section(plan)
+        rest = list(_rest(plan))
+        yield from (line for line in rest if line not in told)
+        told |= set(rest)
     together = document["together"]
     yield "--- both, one after the other on the same GPUs ---"
     yield f"{together['trainable_parameters']:,} trained parameters in all, in two adapters"

@@ -200,7 +200,7 @@ def check_checkpoint(model: ModelConfig) -> list[Problem]:
 
 def locate(model: ModelConfig) -> tuple[CheckpointPaths, list[Problem]]:
     """Where each part is or should be, and what is missing. Of a pair: what both share, and the first expert."""
-    model = first_side(model)
+    asked, model = model, first_side(model)
     root, problems = Path(model.ckpt_path), list[Problem]()
     base = Path(model.transformer_path) if model.transformer_path else root
     transformer = _expert_dir(base, model.expert)
@@ -219,7 +219,7 @@ def locate(model: ModelConfig) -> tuple[CheckpointPaths, list[Problem]]:
         problems.append(
             Problem("model.ckpt_path", f"{root} is not a directory", "give the checkpoint's directory")
         )
-    _check_expert(model, base, info, problems)
+    _check_expert(asked, base, info, problems)
     _check_present(model, paths, problems)
     return paths, problems
 

@@ -28,6 +28,10 @@ def preflight(config: TrainConfig) -> list[Problem]:
     sides = sides_of(config)
     if not sides:
         return _check_one(config)
+    if is_pair(config):
+        about_pair = [problem for problem in locate(config.model)[1] if problem.key == "model.expert"]
+        if about_pair:
+            return about_pair
     problems: list[Problem] = []
     for expert in sides:
         found = [
