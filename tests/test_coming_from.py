@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from train import parse_arguments
+from tests.helpers.workspace import make_workspace
+from train import main, parse_arguments
 from utils.config.foreign_keys import DATASET_KEYS, TRAINING_KEYS
 from utils.config.introspect import keys_of, sections_of
 from utils.config.schema import DatasetConfig, TrainConfig
@@ -95,3 +96,37 @@ def test_the_keys_that_are_taken_exist() -> None:
 def test_every_key_that_gets_a_line_is_on_the_page(foreign) -> None:
     theirs = " ".join(theirs for _, theirs, _ in ROWS)
     assert f"`{foreign.key.removeprefix('directory[].')}`" in theirs
+
+
+def test_a_run_and_a_plan_say_what_they_made_of_foreign_keys(
+    tiny_ti2v, tiny_dataset, tmp_path, capsys
+) -> None:
+    workspace = make_workspace(tmp_path, tiny_ti2v, tiny_dataset, "skip_empty_caption = true")
+    foreign = (
+        "steps_per_print=1",
+        "optimizer.type=adamw_optimi",
+        "adapter.dtype=bfloat16",
+        "model.dtype=bfloat16",
+    )
+    wanted = (
+        "note: --set: steps_per_print: has no effect here",
+        'note: --set: optimizer.type: "adamw_optimi" is "adamw_kahan" here',
+        f'note: {workspace.root}/dataset.toml: skip_empty_caption: is missing_caption = "skip" here',
+    )
+    assert workspace.train("dit_lora", *foreign, flags=["--dry_run"]) == 0
+    said = capsys.readouterr().err
+    assert all(said.count(line) == 1 for line in wanted), said
+    assert main([*workspace.arguments("dit_lora", *foreign), "--plan"]) == 0
+    planned = capsys.readouterr().out
+    assert all(planned.count(line) == 1 for line in wanted), planned
+
+
+def test_a_run_of_a_foreign_toml_goes_on_after_a_resume(tiny_ti2v, tiny_dataset, tmp_path, capsys) -> None:
+    workspace = make_workspace(tmp_path, tiny_ti2v, tiny_dataset)
+    foreign = ("steps_per_print=1", "partition_method=parameters", "save_dtype=float32", "epochs=1")
+    assert workspace.train("dit_lora", *foreign) == 0
+    config = (workspace.run() / "config.toml").read_text(encoding="utf-8")
+    assert 'partition_method = "cost"' in config and "steps_per_print" not in config
+    again = ("steps_per_print=1", "partition_method=parameters", "save_dtype=float32", "epochs=2")
+    assert workspace.train("dit_lora", *again, flags=["--resume_from_checkpoint"]) == 0
+    assert workspace.run()  # the same directory

@@ -97,14 +97,7 @@ def load_config(
         # One dataset TOML may be named twice, as what is trained and as what is evaluated.
         problems += [problem for problem in found.problems if problem not in problems]
         notes += [note for note in found.notes if note not in notes]
-    named = zip(
-        (parsed.draft.dataset, *(one.config for one in parsed.draft.eval_datasets)),
-        (dataset, *evals),
-        strict=True,
-    )
-    about_clips, is_refused = check_clip_mode(
-        foreign.clip_mode, [(name, found.draft) for name, found in named if found is not None], path
-    )
+    about_clips, is_refused = _check_clip_mode(foreign.clip_mode, parsed.draft, (dataset, *evals), path)
     (problems if is_refused else notes).extend(about_clips)
     if check_files:
         in_files = _check_files(parsed, {problem.key for problem in problems}, preflight)
@@ -133,6 +126,15 @@ def load_dataset(path: str | Path, *, check_files: bool = False) -> DatasetConfi
     if parsed.value is None:
         raise ConfigError(path, parsed.problems)
     return parsed.value
+
+
+def _check_clip_mode(
+    mode: Any, config: TrainConfig, found: Sequence[Parsed[DatasetConfig] | None], path: str
+) -> tuple[list[Problem], bool]:
+    """`check_clip_mode` against the dataset TOMLs that were `found`: the one to train, then those to evaluate."""
+    names = (config.dataset, *(named.config for named in config.eval_datasets))
+    pairs = zip(names, found, strict=True)
+    return check_clip_mode(mode, [(name, parsed.draft) for name, parsed in pairs if parsed is not None], path)
 
 
 def _read_toml(path: str) -> tuple[dict[str, Any], Problem | None]:
