@@ -78,7 +78,11 @@ def test_metadata_and_evaluations_are_of_both(done) -> None:
 
 @pytest.mark.parametrize(
     ("processes", "values"),
-    [(2, ("pipeline_stages=2",)), (2, ("gradient_accumulation_steps=1",)), (1, ("blocks_to_swap=2",))],
+    [
+        (2, ("pipeline_stages=2",)),
+        pytest.param(2, ("gradient_accumulation_steps=1",), marks=pytest.mark.long),
+        (1, ("blocks_to_swap=2",)),
+    ],
     ids=["stages", "copies", "swapped"],
 )
 def test_whose_turn_it_is_does_not_depend_on_the_layout(done, workspace, processes, values) -> None:
@@ -130,6 +134,7 @@ def test_the_plan_counts_both(workspace, capsys) -> None:
     assert numbers[1][2] < numbers[0][2] < 2 * numbers[1][2], "the encoder is there once"
 
 
+@pytest.mark.long
 def test_probes_run_on_what_both_have_trained(workspace) -> None:
     reports = workspace.root / "reports"
     values = ('probes.run=["te_eval"]', f"probes.reports_dir={reports}", "max_steps=1")
