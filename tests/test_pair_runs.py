@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.helpers.workspace import Workspace, check_refused, make_workspace
+from utils import run as runs
 from utils.config.load import load_config
 from utils.metrics import read_metrics
 from utils.probe_outcomes import read_outcomes
@@ -278,6 +280,7 @@ def test_a_cap_that_stops_the_first_expert_stops_the_pair(workspace, capsys) -> 
     assert not list(workspace.run().glob("adapter_*"))
 
 
+@pytest.mark.long
 def test_probes_look_at_both_under_names_that_differ(workspace) -> None:
     reports = workspace.root / "reports"
     values = ('probes.run=["lora_delta_budget"]', f"probes.reports_dir={reports}", "max_steps=1")
@@ -293,7 +296,11 @@ def test_probes_look_at_both_under_names_that_differ(workspace) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", [("pipeline_stages=2",), ("zero_stage=1", "gradient_accumulation_steps=1")]
+    "layout",
+    [
+        ("pipeline_stages=2",),
+        pytest.param(("zero_stage=1", "gradient_accumulation_steps=1"), marks=pytest.mark.long),
+    ],
 )
 def test_two_processes_train_the_same_pair(done, workspace, layout) -> None:
     """The engine is built twice in the same processes, on stages and on copies."""
@@ -303,6 +310,48 @@ def test_two_processes_train_the_same_pair(done, workspace, layout) -> None:
     for expert in EXPERTS:
         found = [row["loss"] for row in read_metrics(workspace.run() / expert)]
         assert found == [row["loss"] for row in read_metrics(done.run() / expert)]
+
+
+def test_nothing_of_the_first_model_is_left_when_the_second_is_built(workspace, monkeypatch) -> None:
+    """Two models do not fit where one does."""
+    held: list[weakref.ref] = []
+    alive: list[int] = []
+    real_run, real_build = runs.run, runs.build
+
+    def running(ready, *rest):
+        ended = real_run(ready, *rest)
+        held.extend(weakref.ref(parameter) for parameter in ready.pipeline.parameters.values())
+        held.append(weakref.ref(ready.pipeline.optimizer))
+        return ended
+
+    def building(*arguments):
+        alive.append(sum(one() is not None for one in held))
+        return real_build(*arguments)
+
+    monkeypatch.setattr(runs, "run", running)
+    monkeypatch.setattr(runs, "build", building)
+    assert workspace.train("dit_lora", *BOTH, "max_steps=1", "blocks_to_swap=1") == 0
+    assert alive == [0, 0] and len(held) > 200
+
+
+def test_a_probe_that_stops_the_first_expert_stops_the_pair_until_it_is_let_pass(workspace, capsys) -> None:
+    values = (*BOTH, "max_steps=1", "budget.max_delta_ratio=1e-9", 'probes.run=["lora_delta_budget"]')
+    values = (*values, f"probes.reports_dir={workspace.root / 'reports'}")
+    assert workspace.train("dit_lora", *values, "probes.on_fail=stop") == 1
+    assert "The low_noise expert has not been begun" in capsys.readouterr().err
+    pair = workspace.run()
+    assert statuses(pair) == ["complete", "not begun"]
+    assert workspace.train("dit_lora", *values, flags=["--resume_from_checkpoint"]) == 0
+    assert statuses(pair) == ["complete", "complete"]
+
+
+def test_image_to_video_has_its_own_boundary(tmp_path, tiny_i2v, tiny_dataset) -> None:
+    workspace = make_workspace(tmp_path, tiny_i2v, tiny_dataset)
+    assert workspace.train("dit_lora", *BOTH, "model.shift=12.0") == 0
+    told = document(workspace.run())
+    assert (told["variant"], told["boundary"]) == ("i2v-a14b", 0.9)
+    high, low = (one["timesteps"] for one in told["experts"].values())
+    assert high["min"] >= 900 and low["max"] < 900
 
 
 # ---------------------------------------------------------------------- files of the other expert

@@ -42,7 +42,8 @@ def _pair(document: dict[str, Any]) -> Iterable[str]:
 
 def _head(document: dict[str, Any]) -> Iterable[str]:
     model, training, parallel = document["model"], document["training"], document["parallel"]
-    expert = f", {model['expert']} expert" if model["expert"] else ""
+    chosen = model["expert"]
+    expert = "" if chosen is None else ", both experts" if chosen == "both" else f", {chosen} expert"
     low, high = model["noise_levels"]
     yield (
         f"{model['variant']}{expert}: {model['parameters_text']} parameters, {model['num_blocks']} blocks of width "

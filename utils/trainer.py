@@ -223,7 +223,8 @@ class Trainer:
     def _step_batches(self, first: int) -> Sequence[MicroBatch]:
         """The micro-batches of the step that begins at this position; fewer than usual at the very end of the run."""
         limit = None if self._config.max_steps is not None else self._plan.batches_before(self._config.epochs)
-        return self._plan.window(first, self._per_step, limit)
+        turn = first // self._per_step
+        return [replace(batch, turn=turn) for batch in self._plan.window(first, self._per_step, limit)]
 
     def _prepared(self, batches: Sequence[MicroBatch], num_samples: int) -> Iterator[PreparedBatch]:
         """This rank's share of the step. Weights make the step's loss the mean over its samples, however ragged.

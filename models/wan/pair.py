@@ -19,6 +19,7 @@ from utils.config.schema import Expert, LoadedConfig
 from utils.distributed import Processes, lift_waits, on_main
 from utils.errors import TrainingStoppedError
 from utils.pair_dir import (
+    REPORT_FILE,
     HalfStart,
     PairDir,
     create_pair_dir,
@@ -27,7 +28,7 @@ from utils.pair_dir import (
     write_pair_report,
 )
 from utils.resume import Inputs, find_run
-from utils.run_dir import RunDir
+from utils.run_dir import RunDir, remove_leftovers
 
 Say = Callable[[str], None]
 
@@ -84,19 +85,17 @@ def train_pair(
         say("dry run: everything is in place; no step was taken and nothing was written to output_dir")
         return
     pair = found or _begin(config, halves, say)
-    if found is None:
+    if found is not None:
+        on_main(partial(remove_leftovers, found.path))
+    else:
         halves = [_in_pair(half, RunDir(pair.run(half.expert)), pair) for half in halves]
     for half in halves:
         if not half.is_finished and not _train_half(half, halves, pair, processes, say):
             return
         on_main(partial(_report, pair, halves))
-    for name in ("adapters", "report"):
-        paths = (
-            [pair.adapter(half.expert) for half in halves]
-            if name == "adapters"
-            else [pair.path / "report.md"]
-        )
-        say(f"{name} of the pair: {', '.join(map(str, paths))}")
+    adapters = ", ".join(str(pair.adapter(half.expert)) for half in halves)
+    say(f"adapters of the pair: {adapters}")
+    say(f"report of the pair: {pair.path / REPORT_FILE}")
 
 
 def _prepare(

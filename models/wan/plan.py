@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from models.wan.arch import WanArch
+from models.wan.arch import VariantInfo, WanArch
 from models.wan.component_shapes import text_encoder_sizes
 from models.wan.costs import num_adapter_weights
 from models.wan.layer_plan import first_trained_block
@@ -17,6 +17,7 @@ from models.wan.noise import noise_document, noise_warnings
 from models.wan.plan_data import BucketUse, DataPlan, plan_data
 from models.wan.plan_model import PlannedModel, data_missing, plan_model
 from models.wan.planner import Planner, smallest_that_fits
+from utils.config.experts import side_model, sides_of
 from utils.config.guardrails import mode_of
 from utils.config.schema import LoadedConfig, TrainConfig
 from utils.data.manifest import default_cache_dir
@@ -87,7 +88,7 @@ def make_plan_document(
         "notes": [
             *map(str, loaded.notes),
             *model.notes,
-            *noise_warnings(noise_document(config.model, model.arch.variant), config.model.expert),
+            *_noise_notes(config, model.arch.variant),
             *_data_notes(data),
             *_disk_notes(disk),
         ],
@@ -114,7 +115,8 @@ def _samples_per_step(config: TrainConfig, copies: int) -> int:
 
 def _model_part(model: PlannedModel, config: TrainConfig) -> dict[str, Any]:
     arch, variant = model.arch, model.arch.variant
-    number = sum(prod(shape) for shape in model.source.shapes.values())
+    number = sum(prod(shape) for source in model.sources for shape in source.shapes.values())
+    files = [file for source in model.sources for file in source.files]
     low, high = variant.sigma_range(config.model.expert, config.model.min_t, config.model.max_t)
     return {
         "variant": variant.name,
@@ -123,10 +125,10 @@ def _model_part(model: PlannedModel, config: TrainConfig) -> dict[str, Any]:
         "noise_levels": [low, high],
         "noise": noise_document(config.model, variant),
         "layout": model.layout,
-        "files": [str(file) for file in model.source.files],
+        "files": [str(file) for file in files],
         "parameters": number,
         "parameters_text": billions(number),
-        "file_bytes": sum(Path(file).stat().st_size for file in model.source.files),
+        "file_bytes": sum(Path(file).stat().st_size for file in files),
         "dtypes": sorted(set(model.source.dtypes.values())),
         "num_blocks": arch.num_layers,
         "width": arch.dim,
@@ -307,6 +309,14 @@ def _latent_bytes(arch: WanArch, use: BucketUse) -> float:
     places = variant.latent_frames(bucket.num_frames) * (bucket.height // rows) * (bucket.width // columns)
     channels = variant.out_dim + (_CONDITION_CHANNELS if variant.model_type == "i2v" else 0)
     return float(places * channels * FLOAT32)
+
+
+def _noise_notes(config: TrainConfig, variant: VariantInfo) -> list[str]:
+    notes = []
+    for expert in sides_of(config) or (None,):
+        model = config.model if expert is None else side_model(config.model, expert)
+        notes += noise_warnings(noise_document(model, variant), expert)
+    return notes
 
 
 def _data_notes(data: DataPlan) -> list[str]:

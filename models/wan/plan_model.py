@@ -13,7 +13,8 @@ from models.wan.checkpoint import (
     read_variant,
 )
 from models.wan.component_shapes import Umt5Sizes, expected_umt5_shapes, text_encoder_sizes
-from models.wan.preflight import check_dit
+from models.wan.preflight import check_dit, check_pair
+from utils.config.experts import EXPERTS, alternates, side_config
 from utils.config.file_checks import (
     can_be_seen,
     check_adapter_paths,
@@ -38,7 +39,8 @@ class PlannedModel:
 
     Attributes:
         arch: of the DiT.
-        source: the DiT's headers.
+        source: the DiT's headers; of two experts that take turns, the high-noise one's.
+        second: the other one's; else None.
         targets: adapted modules.
         text_shapes: of UMT5 in encoder_ft; None in dit_lora, or where the encoder is missing and cannot be guessed.
         layout: how the DiT's files are laid out, for people.
@@ -53,6 +55,12 @@ class PlannedModel:
     layout: str
     missing: tuple[Problem, ...]
     notes: tuple[str, ...]
+    second: TensorSource | None = None
+
+    @property
+    def sources(self) -> tuple[TensorSource, ...]:
+        """All DiTs that take part."""
+        return (self.source,) if self.second is None else (self.source, self.second)
 
 
 def plan_model(loaded: LoadedConfig) -> PlannedModel:
@@ -72,7 +80,12 @@ def plan_model(loaded: LoadedConfig) -> PlannedModel:
     arch = load_arch(paths.config_json, source.shapes)
     # An adapter to start from is read by the run; a plan needs none.
     adapter = None if config.adapter is None else replace(config.adapter, init_from_existing=None)
-    wrong = check_dit(replace(config, adapter=adapter), source, arch)
+    second = _open_second(config) if alternates(config) else None
+    wrong = [] if second is not None else check_dit(replace(config, adapter=adapter), source, arch)
+    if second is not None:
+        for expert, one in zip(EXPERTS, (source, second), strict=True):
+            wrong += check_dit(side_config(config, expert), one, arch)
+        wrong += check_pair(config)
     notes: list[str] = []
     wrong += _check_other_parts(config, paths, notes)
     if wrong:
@@ -85,10 +98,19 @@ def plan_model(loaded: LoadedConfig) -> PlannedModel:
         source=source,
         targets=tuple(targets),
         text_shapes=_text_shapes(config, paths, arch, notes),
-        layout=_layout(paths, source),
+        layout=_layout(paths, source) + (", both experts" if second is not None else ""),
         missing=_missing(config, problems),
         notes=tuple(notes),
+        second=second,
     )
+
+
+def _open_second(config: TrainConfig) -> TensorSource:
+    """The low-noise expert's headers, checked against its `config.json`."""
+    paths, _ = locate(side_config(config, EXPERTS[1]).model)
+    source = open_transformer(paths.transformer_dir)
+    load_arch(paths.config_json, source.shapes)
+    return source
 
 
 def _is_about_dit(problem: Problem, paths: CheckpointPaths) -> bool:

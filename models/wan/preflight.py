@@ -12,7 +12,7 @@ from models.wan.checkpoint import (
     text_encoder_sizes,
 )
 from models.wan.expert_files import check_initial_adapter, check_transformer_files
-from utils.config.experts import EXPERTS, is_pair, name_origin, side_config, sides_of
+from utils.config.experts import BOTH, EXPERTS, name_origin, side_config, sides_of
 from utils.config.schema import Problem, TrainConfig
 from utils.errors import UserError
 from utils.lora_targets import linear_modules, resolve_targets
@@ -28,7 +28,7 @@ def preflight(config: TrainConfig) -> list[Problem]:
     sides = sides_of(config)
     if not sides:
         return _check_one(config)
-    if is_pair(config):
+    if config.model.expert == BOTH:
         about_pair = [problem for problem in locate(config.model)[1] if problem.key == "model.expert"]
         if about_pair:
             return about_pair
@@ -39,11 +39,11 @@ def preflight(config: TrainConfig) -> list[Problem]:
             for problem in _check_one(side_config(config, expert))
         ]
         problems += [problem for problem in found if problem not in problems]
-    return problems + (check_pair(config) if is_pair(config) and not problems else [])
+    return problems + (check_pair(config) if config.model.expert == BOTH and not problems else [])
 
 
 def check_pair(config: TrainConfig) -> list[Problem]:
-    """A pair needs two transformers, each in its place."""
+    """Both experts need two transformers, each in its place."""
     places = [locate(side_config(config, expert).model)[0].transformer_dir for expert in EXPERTS]
     if places[0] != places[1]:
         return []

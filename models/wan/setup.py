@@ -124,7 +124,7 @@ def prepare_data(
     plan = BatchPlan(manifest.samples, config.train.micro_batch_size_per_gpu, config.train.seed)
     fingerprints = {
         "the dataset": data_fingerprint(manifest),
-        THE_DIT: on_main(lambda: combined_fingerprint(model.base.files)),
+        THE_DIT: on_main(lambda: combined_fingerprint(model.base_files)),
         "the VAE": hashes.vae,
         "the text encoder": hashes.text_encoder,
         "the tokenizer": hashes.tokenizer,
@@ -132,7 +132,11 @@ def prepare_data(
     num_files = len({sample.path for sample in manifest.samples})
     descriptions = {
         "the dataset": f"{len(manifest.samples)} samples of {num_files} files",
-        THE_DIT: str(paths.transformer_dir),
+        THE_DIT: (
+            " and ".join(dict.fromkeys(str(file.parent) for file in model.base_files))
+            if model.second is not None
+            else str(paths.transformer_dir)
+        ),
         "the VAE": str(paths.vae),
         "the text encoder": str(paths.text_encoder),
         "the tokenizer": str(paths.tokenizer_dir),
@@ -199,7 +203,7 @@ def check_nodes(config: LoadedConfig, model: WanModel, paths: CheckpointPaths, p
         "the dataset TOML": "-".join(config_hash(dataset) for dataset in datasets),
         "the project's version": version("ai-model-sandbox"),
     }
-    weights = {THE_DIT: model.base.files, "the VAE": [paths.vae], "the text encoder": [paths.text_encoder]}
+    weights = {THE_DIT: model.base_files, "the VAE": [paths.vae], "the text encoder": [paths.text_encoder]}
     # Names and sizes: reading 100 GB on every machine only to compare would cost minutes.
     for what, files in weights.items():
         facts[what] = ", ".join(f"{Path(file).name} {Path(file).stat().st_size}" for file in files)

@@ -30,16 +30,26 @@ Check = Callable[[Any], list[Problem]]
 
 
 def is_pair(config: TrainConfig) -> bool:
-    """Whether both experts are trained, one after the other."""
-    return config.model.expert == BOTH
+    """Whether both experts are trained, one after the other, in runs of their own."""
+    return config.model.expert == BOTH and not config.model.train_text_encoder
+
+
+def alternates(config: TrainConfig) -> bool:
+    """Whether one text encoder is trained through both experts, step by step in turn."""
+    return config.model.expert == BOTH and config.model.train_text_encoder
+
+
+def expert_of_turn(seed: int, turn: int) -> Expert:
+    """The expert of an optimizer step, counted from 0, where both take turns; the seed says which begins."""
+    return EXPERTS[(seed + turn) % len(EXPERTS)]
 
 
 def sides_of(config: TrainConfig) -> tuple[Expert, ...]:
-    """The experts that a configuration trains, in the order of training; none where the model has none."""
+    """The experts that a configuration trains with, in the order of runs; none where the model has none."""
     expert = only_expert(config)
     if expert is not None:
         return (expert,)
-    return EXPERTS if is_pair(config) else ()
+    return EXPERTS if config.model.expert == BOTH else ()
 
 
 def only_expert(config: TrainConfig) -> Expert | None:
@@ -48,16 +58,21 @@ def only_expert(config: TrainConfig) -> Expert | None:
 
 
 def side_config(config: TrainConfig, expert: Expert) -> TrainConfig:
-    """The configuration of one expert alone: what trains it, and what its run directory holds.
+    """The configuration of one expert alone: what trains it, and what its run directory holds in a pair.
 
-    Of a pair's `min_t` and `max_t` each expert gets the one on its side; the boundary is its other end.
+    Of the pair's `min_t` and `max_t` each expert gets the one on its side; the boundary is its other end.
     """
-    model = replace(config.model, expert=expert)
-    if is_pair(config):
-        defaults = keys_of(ModelConfig)
-        other = "min_t" if expert == "high_noise" else "max_t"
-        model = replace(model, **{other: defaults[other].default})
-    return replace(config, model=model, adapter=_side_adapter(config.adapter, expert))
+    return replace(
+        config, model=side_model(config.model, expert), adapter=_side_adapter(config.adapter, expert)
+    )
+
+
+def side_model(model: ModelConfig, expert: Expert) -> ModelConfig:
+    """`[model]` of `side_config`."""
+    if model.expert != BOTH:
+        return replace(model, expert=expert)
+    other = "min_t" if expert == "high_noise" else "max_t"
+    return replace(model, **{"expert": expert, other: keys_of(ModelConfig)[other].default})
 
 
 def settled(config: TrainConfig) -> TrainConfig:
@@ -67,8 +82,8 @@ def settled(config: TrainConfig) -> TrainConfig:
 
 
 def first_side(model: ModelConfig) -> ModelConfig:
-    """Of a pair the `[model]` of the first expert, for whatever both share: data, caches, variant. Else the same."""
-    return replace(model, expert=EXPERTS[0]) if model.expert == BOTH else model
+    """Of a pair the `[model]` of the first expert, also for whatever both share: data, caches, variant. Else the same."""
+    return side_model(model, EXPERTS[0]) if model.expert == BOTH else model
 
 
 def loaded_side(loaded: LoadedConfig, expert: Expert) -> LoadedConfig:
@@ -160,16 +175,4 @@ def check_expert_adapters(config: TrainConfig) -> list[Problem]:
     return problems
 
 
-def check_pair_mode(config: TrainConfig) -> list[Problem]:
-    """expert = "both" is for dit_lora, which trains an adapter for each expert."""
-    if not is_pair(config) or not config.model.train_text_encoder:
-        return []
-    reason = 'is "both", which trains one adapter after the other; in encoder_ft there is one text encoder to train'
-    fix = 'train it through one of them, expert = "high_noise" or "low_noise", and then through the other from its llm_path'
-    return [Problem("model.expert", reason, fix)]
-
-
-EXPERT_RULES = (
-    Rule(check_expert_adapters, ("model.expert", "adapter.high_noise", "adapter.low_noise")),
-    Rule(check_pair_mode, ("model.expert", "model.train_text_encoder")),
-)
+EXPERT_RULES = (Rule(check_expert_adapters, ("model.expert", "adapter.high_noise", "adapter.low_noise")),)

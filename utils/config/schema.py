@@ -93,8 +93,8 @@ class ModelConfig:
     vae_path: str | None = option("VAE weights, if not those of ckpt_path.", None)
     tokenizer_path: str | None = option("Tokenizer directory, if not that of ckpt_path.", None)
     expert: ExpertChoice | None = option(
-        "A14B only, and required there: which of the two experts to train on. both (dit_lora): first high_noise, then "
-        "low_noise, a run and an adapter each (docs/experts.md).",
+        "A14B only, and required there: which of the two experts to train on. both: in dit_lora first high_noise, then "
+        "low_noise, a run and an adapter each; in encoder_ft the frozen experts in turn, step by step (docs/experts.md).",
         None,
     )
     dtype: DType = option("Compute precision, and storage of frozen weights.", "bfloat16")

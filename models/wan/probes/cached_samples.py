@@ -9,6 +9,7 @@ from models.wan.checkpoint import find_checkpoint
 from models.wan.datasets import MEMO_FILE, scan_dataset
 from models.wan.evaluation import WanEvalBatches
 from models.wan.stages import TextWire
+from utils.config.experts import first_side
 from utils.config.schema import DatasetConfig, TrainConfig
 from utils.data.cache import FORMAT_FILE, CacheStore
 from utils.data.cache_keys import LATENTS, TEXT
@@ -77,6 +78,7 @@ def open_cached(
             "model.cache_text_embeddings = false: this run has no cached text states; give the config of a dit_lora run, or "
             "--synthetic"
         )
+    config = replace(config, model=first_side(config.model))
     paths = find_checkpoint(config.model)
     root = default_cache_dir(dataset)
     if not (root / FORMAT_FILE).is_file():

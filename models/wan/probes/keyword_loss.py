@@ -23,6 +23,7 @@ from models.wan.evaluation import WanEvalBatches
 from models.wan.layers import Workload, dit_layers
 from models.wan.probes.encoder_prompts import Entry
 from models.wan.stages import TextWire
+from utils.config.experts import first_side
 from utils.config.load import load_config
 from utils.config.schema import TrainConfig
 from utils.data.cache import CacheStore
@@ -76,7 +77,9 @@ def open_samples(config_path: Path, seed: int) -> CachedSamples:
         UserError: the dataset, the checkpoint or the cache is not there, or no sample is in the cache.
     """
     loaded = load_config(config_path, check_files=True)
-    config, dataset = replace(loaded.train, seed=seed), loaded.dataset
+    dataset = loaded.dataset
+    # One DiT runs here: of two experts the first, at its own noise levels.
+    config = replace(loaded.train, seed=seed, model=first_side(loaded.train.model))
     assert dataset is not None, "load_config with check_files has read it"
     root = default_cache_dir(dataset)
     if not root.is_dir():

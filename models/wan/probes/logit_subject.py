@@ -17,8 +17,9 @@ from models.wan.probes.subject import (
     choose_transformer,
     read_fitting_adapter,
 )
-from utils.config.experts import only_expert
+from utils.config.experts import BOTH, only_expert, side_config
 from utils.config.load import load_config
+from utils.config.schema import Expert
 from utils.devices import choose_device
 from utils.errors import UserError
 from utils.lora_names import AdapterPair
@@ -39,6 +40,7 @@ class LogitSubject:
     config_path: Path | None
     subject: Subject | None
     remarks: tuple[str, ...]
+    expert: Expert | None = None
 
 
 def choose_logit_subject(args: argparse.Namespace) -> LogitSubject:
@@ -50,7 +52,13 @@ def choose_logit_subject(args: argparse.Namespace) -> LogitSubject:
     if args.against is None:
         subject = choose_subject(args)
         return LogitSubject(
-            subject.transformer, subject.adapter, None, subject.config_path, subject, subject.remarks
+            subject.transformer,
+            subject.adapter,
+            None,
+            subject.config_path,
+            subject,
+            subject.remarks,
+            subject.expert,
         )
     if args.adapter is not None:
         raise UserError("--against and --adapter: give one of them, they are two ways to say what to compare")
@@ -69,6 +77,7 @@ def choose_logit_subject(args: argparse.Namespace) -> LogitSubject:
         args.config,
         None,
         (),
+        expert,
     )
 
 
@@ -124,7 +133,10 @@ def measure_logits(
         raise UserError("no run says which samples to use; give --config, or --synthetic for random inputs")
     loaded = load_config(chosen.config_path, check_files=True)
     assert loaded.dataset is not None, "load_config with check_files has read it"
-    cached = open_cached(loaded.train, loaded.dataset, arch.variant, parse_quantiles(args.quantiles))
+    config = loaded.train
+    if config.model.expert == BOTH and chosen.expert is not None:
+        config = side_config(config, chosen.expert)
+    cached = open_cached(config, loaded.dataset, arch.variant, parse_quantiles(args.quantiles))
     if cached.num_left_out:
         remarks.append(
             f"{cached.num_left_out} sample(s) of the dataset are not in the cache and are left out (clips that cannot be decoded "
