@@ -123,6 +123,10 @@ class WanCache:
         }
         self._text_keys = {caption: make_key(TEXT, parts) for caption, parts in self._text_parts.items()}
 
+    def of(self, manifest: Manifest) -> "WanCache":
+        """The same store and settings for other samples."""
+        return WanCache(manifest, self._store, self._hashes, self._config, self._variant)
+
     def keys(self) -> set[str]:
         """Keys of all items that training reads; of captions only where their states are cached."""
         return {want.key for want in self.wants(LATENTS) + self.wants(TEXT)}

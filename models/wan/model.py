@@ -65,11 +65,22 @@ class WanModel:
         return self._batches
 
     def eval_batches(
-        self, samples: Sequence[SampleRecord], cache: WanCache, quantiles: Sequence[float]
+        self,
+        samples: Sequence[SampleRecord],
+        cache: WanCache,
+        quantiles: Sequence[float],
+        *,
+        first_frame: bool,
     ) -> WanEvalBatches:
-        """The maker of micro-batches of a dataset that is evaluated."""
+        """The maker of micro-batches of a dataset that is evaluated, with `first_frame` image-conditioned."""
         return WanEvalBatches(
-            self._config, self.arch.variant, samples, cache, self._paths.tokenizer_dir, quantiles
+            self._config,
+            self.arch.variant,
+            samples,
+            cache,
+            self._paths.tokenizer_dir,
+            quantiles,
+            first_frame=first_frame,
         )
 
     def describe(self) -> list[str]:
@@ -82,7 +93,7 @@ class WanModel:
         ]
         if self.targets:
             lines.append(f"{len(self.targets)} adapter targets: {'; '.join(describe_targets(self.targets))}")
-        return lines + self.batches.describe_captions()
+        return lines + self.batches.describe_first_frame() + self.batches.describe_captions()
 
     def layer_specs(self) -> list[LayerSpec]:
         """All layers of the mode, first to last."""

@@ -35,14 +35,29 @@ def preflight(config: TrainConfig) -> list[Problem]:
 
 
 def check_dit(config: TrainConfig, source: TensorSource, arch: WanArch) -> list[Problem]:
-    """What of a configuration does not fit this DiT: noise range, blocks to swap, the adapter's targets."""
-    problems = _check_noise_range(config, arch) + _check_swapped_blocks(config, arch)
+    """What of a configuration does not fit this DiT: noise range, first frames, blocks to swap, the adapter's targets."""
+    problems = _check_noise_range(config, arch) + _check_first_frame(config, arch)
+    problems += _check_swapped_blocks(config, arch)
     return problems if config.adapter is None else problems + _check_adapter(config, source)
 
 
 def _check_noise_range(config: TrainConfig, arch: WanArch) -> list[Problem]:
     model = config.model
     return _problem("model.min_t", lambda: arch.variant.sigma_range(model.expert, model.min_t, model.max_t))
+
+
+def _check_first_frame(config: TrainConfig, arch: WanArch) -> list[Problem]:
+    """Only TI2V-5B takes the first frame as a clean latent; I2V-A14B has channels for it, T2V-A14B takes none."""
+    share, variant = config.model.first_frame_prob, arch.variant
+    if share == 0 or variant.model_type == "ti2v":
+        return []
+    why = (
+        "sees the first frame of every clip in channels of its own"
+        if variant.model_type == "i2v"
+        else "is a text-to-video model, which takes no first frame"
+    )
+    reason = f"is {share:g}, which is for ti2v-5b only; {variant.name} {why}"
+    return [Problem("model.first_frame_prob", reason, "take it out")]
 
 
 def _check_swapped_blocks(config: TrainConfig, arch: WanArch) -> list[Problem]:

@@ -12,6 +12,7 @@ from models.wan.arch import load_arch
 from models.wan.caching import WanCache, WeightHashes
 from models.wan.checkpoint import CheckpointPaths, find_checkpoint, open_transformer
 from models.wan.datasets import (
+    CachedDataset,
     CacheUse,
     Say,
     cache_dataset,
@@ -23,7 +24,7 @@ from models.wan.model import WanModel
 from models.wan.prompts import neutral_prompts
 from models.wan.text_encoder import MAX_TEXT_TOKENS
 from utils.config.dump import config_hash
-from utils.config.schema import LoadedConfig
+from utils.config.schema import LoadedConfig, TrainConfig
 from utils.data.cache import CacheStore
 from utils.data.inspect import file_rows
 from utils.data.manifest import Manifest, SkippedFile, default_cache_dir
@@ -116,14 +117,30 @@ def prepare_eval_data(
     for named, dataset in zip(train.eval_datasets, config.eval_datasets, strict=True):
         label = f"eval dataset {named.label}"
         cached = cache_dataset(dataset, label, train, model.arch.variant, paths, processes, use, say)
-        samples = cached.manifest.samples
-        batches = model.eval_batches(samples, cached.cache, train.eval_quantiles)
-        levels = ", ".join(f"{sigma:.3g}" for sigma in batches.sigmas)
-        say(f"{label}: each sample at {len(batches.sigmas)} noise level(s): {levels}")
-        facts = json.dumps([data_fingerprint(cached.manifest), train.seed, batches.sigmas])
-        identity = xxhash.xxh3_128_hexdigest(facts.encode())
-        sets.append(EvalSet(named.label, samples, train.eval_quantiles, identity, batches))
+        sets.append(_eval_set(named.label, model, cached, train, first_frame=False))
+        sigmas = map(model.batches.sigma_law.restricted_quantile, train.eval_quantiles)
+        levels = ", ".join(f"{sigma:.3g}" for sigma in sigmas)
+        say(f"{label}: each sample at {len(train.eval_quantiles)} noise level(s): {levels}")
+        videos = cached.videos(model.arch.variant) if train.model.first_frame_prob > 0 else None
+        if videos is not None:
+            name = named.first_frame_label
+            sets.append(_eval_set(name, model, videos, train, first_frame=True))
+            say(
+                f"{label}: its {len(videos.manifest.samples)} video sample(s) again with a clean first frame, as {name}"
+            )
     return sets
+
+
+def _eval_set(
+    name: str, model: WanModel, cached: CachedDataset, train: TrainConfig, *, first_frame: bool
+) -> EvalSet:
+    samples, quantiles = cached.manifest.samples, train.eval_quantiles
+    batches = model.eval_batches(samples, cached.cache, quantiles, first_frame=first_frame)
+    facts = [data_fingerprint(cached.manifest), train.seed, batches.sigmas]
+    # Nothing more of the usual evaluation, so that it keeps its identity.
+    facts += ["first frame"] if first_frame else []
+    identity = xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())
+    return EvalSet(name, samples, quantiles, identity, batches)
 
 
 def check_nodes(config: LoadedConfig, model: WanModel, paths: CheckpointPaths, processes: Processes) -> None:

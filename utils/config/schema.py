@@ -131,6 +131,13 @@ class ModelConfig:
     )
     min_t: float = option("Lowest noise level (after the shift) that is trained.", 0.0, ge=0.0, lt=1.0)
     max_t: float = option("Highest noise level (after the shift) that is trained.", 1.0, gt=0.0, le=1.0)
+    first_frame_prob: float = option(
+        "ti2v-5b only: probability that a visit of a video is image-conditioned: the first latent frame stays clean, is "
+        "told as timestep 0 and is left out of the loss.",
+        0.0,
+        ge=0.0,
+        le=1.0,
+    )
     caption_aug: CaptionAugConfig | None = option("Caption augmentation; encoder_ft only.", None)
 
 
@@ -248,6 +255,11 @@ class EvalDatasetConfig:
     def label(self) -> str:
         """The name that it goes by."""
         return PurePath(self.config).stem if self.name is None else self.name
+
+    @property
+    def first_frame_label(self) -> str:
+        """The name of the same dataset's videos where they are evaluated image-conditioned (`first_frame_prob`)."""
+        return f"{self.label}.first_frame"
 
 
 @dataclass(frozen=True, kw_only=True)

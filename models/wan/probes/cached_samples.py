@@ -102,7 +102,7 @@ def open_cached(
         )
     num_left_out = len(manifest.samples) - len(kept)
     if num_left_out:
-        cache = WanCache(replace(manifest, samples=kept), store, hashes, config.model, variant)
+        cache = cache.of(replace(manifest, samples=kept))
     batches = WanEvalBatches(config, variant, kept, cache, paths.tokenizer_dir, quantiles)
     return CachedBatches(batches, kept, batches.sigmas, num_left_out, cache, store)
 
