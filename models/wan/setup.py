@@ -18,6 +18,7 @@ from models.wan.datasets import (
     data_fingerprint,
     scan_dataset,
 )
+from models.wan.layouts import weight_files
 from models.wan.media import MEMO_FILE
 from models.wan.model import WanModel
 from models.wan.prompts import neutral_prompts
@@ -141,7 +142,11 @@ def check_nodes(config: LoadedConfig, model: WanModel, paths: CheckpointPaths, p
         "the dataset TOML": "-".join(config_hash(dataset) for dataset in datasets),
         "the project's version": version("ai-model-sandbox"),
     }
-    weights = {THE_DIT: model.base.files, "the VAE": [paths.vae], "the text encoder": [paths.text_encoder]}
+    weights = {
+        THE_DIT: model.base.files,
+        "the VAE": weight_files(paths.vae),
+        "the text encoder": weight_files(paths.text_encoder),
+    }
     # Names and sizes: reading 100 GB on every machine only to compare would cost minutes.
     for what, files in weights.items():
         facts[what] = ", ".join(f"{Path(file).name} {Path(file).stat().st_size}" for file in files)

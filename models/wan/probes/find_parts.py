@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from models.wan.checkpoint import EXPERT_DIRS, TEXT_ENCODER_FILE, TOKENIZER_DIR, VAE_FILES, has_tokenizer
-from models.wan.probes.namings import Kind
+from models.wan.namings import Kind
 from models.wan.probes.parts import Part, recognise
 from utils.adapter_runs import ADAPTER_NAME, RUN_CONFIG_NAME
 from utils.config.schema import Expert, TrainConfig
