@@ -31,7 +31,7 @@ from utils.tensor_source import open_sharded
 
 _BY_MODEL_TYPE = {info.model_type: info for info in VARIANTS.values()}
 _INDEX_GLOB = "*.safetensors.index.json"
-_DIFFUSERS_TOKENIZER = "tokenizer"
+_DIFFUSERS_ENCODER, _DIFFUSERS_TOKENIZER = "text_encoder", "tokenizer"
 # Folders of ComfyUI's models/, and the directory itself.
 _FOLDERS_OF: dict[Kind, tuple[str, ...]] = {
     "transformer": ("diffusion_models", "unet", "."),
@@ -101,6 +101,19 @@ def transformer_place(base: Path, expert: Expert | None) -> Path:
     return base / DIFFUSERS_EXPERTS["low_noise"] if is_second else plain
 
 
+def text_encoder_in(root: Path) -> Path | None:
+    """The encoder of a checkpoint's directory, official or diffusers'; None where it has none."""
+    if (root / TEXT_ENCODER_FILE).is_file():
+        return root / TEXT_ENCODER_FILE
+    folder = root / _DIFFUSERS_ENCODER
+    return folder if folder.is_dir() and any(folder.glob("*.safetensors*")) else None
+
+
+def tokenizers_in(root: Path) -> tuple[Path, Path]:
+    """Where a checkpoint's directory has its tokenizer: official, diffusers'."""
+    return root / TOKENIZER_DIR, root / _DIFFUSERS_TOKENIZER
+
+
 def has_two_experts(base: Path) -> bool:
     """Whether a checkpoint's directory holds two DiTs, official or diffusers'."""
     folders = (*EXPERT_DIRS.values(), DIFFUSERS_EXPERTS["low_noise"])
@@ -168,15 +181,13 @@ def is_config_of_another_part(config_json: Path) -> bool:
 
 def _find_text_encoder(model: ModelConfig, root: Path, problems: list[Problem]) -> Path:
     place = Path(model.llm_path) if model.llm_path else root
-    official, folder = place / TEXT_ENCODER_FILE, place / "text_encoder"
-    if model.llm_path and not official.is_file() and not folder.is_dir():
-        return place
-    if official.is_file() or is_diffusers_root(place):
-        return official if official.is_file() else folder
-    return (
-        _only(_files_of("text_encoder", place), "model.ckpt_path", "llm_path", "encoders", problems)
-        or official
-    )
+    inside = text_encoder_in(place)
+    if inside is not None or model.llm_path:
+        return inside or place
+    if is_diffusers_root(root):
+        return root / _DIFFUSERS_ENCODER
+    files = _files_of("text_encoder", root)
+    return _only(files, "model.ckpt_path", "llm_path", "encoders", problems) or root / TEXT_ENCODER_FILE
 
 
 def _find_vae(model: ModelConfig, root: Path, info: VariantInfo | None, problems: list[Problem]) -> Path:
@@ -195,8 +206,9 @@ def _find_vae(model: ModelConfig, root: Path, info: VariantInfo | None, problems
 def _find_tokenizer(model: ModelConfig, root: Path, text_encoder: Path) -> Path:
     if model.tokenizer_path:
         return Path(model.tokenizer_path)
-    places = (root / TOKENIZER_DIR, root / _DIFFUSERS_TOKENIZER, text_encoder)
-    default = places[1] if is_diffusers_root(root) else places[0]
+    official, diffusers = tokenizers_in(root)
+    places = (official, diffusers, text_encoder)
+    default = diffusers if is_diffusers_root(root) else official
     return next((place for place in places if has_tokenizer(place)), default)
 
 
@@ -255,13 +267,14 @@ def _check_present(
 ) -> None:
     if not Path(model.ckpt_path).is_dir() and not model.transformer_path:
         return  # said already; that its parts are missing too helps nobody
-    expected: dict[str, tuple[DownloadPart, Path]] = {
+    expected: dict[str, tuple[DownloadPart, Path]] = {}
+    if not is_undecided(model, paths):
+        expected["transformer_path"] = ("transformer", paths.transformer_dir)
+    expected |= {
         "llm_path": ("text_encoder", paths.text_encoder),
         "vae_path": ("vae", paths.vae),
         "tokenizer_path": ("tokenizer", paths.tokenizer_dir),
     }
-    if not is_undecided(model, paths):
-        expected = {"transformer_path": ("transformer", paths.transformer_dir)} | expected
     for option, (part, path) in expected.items():
         reason = _why_absent(part, path)
         if reason is None:

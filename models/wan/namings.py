@@ -3,7 +3,6 @@
 The one answer to "under which names is this stored" for training and probes. Works on names alone. A file may hold several parts under prefixes of their own, as all-in-one files for ComfyUI do.
 """
 
-import os.path
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Literal
 
 from models.wan.arch import VaeKind
 from models.wan.component_shapes import VaeSizes, expected_vae_shapes
-from models.wan.tokenizer_place import SPIECE_TENSOR
 from models.wan.names import (
     dit_to_diffusers,
     dit_to_official,
@@ -21,6 +19,7 @@ from models.wan.names import (
     umt5_to_official,
     vae_to_diffusers,
 )
+from models.wan.tokenizer_place import SPIECE_TENSOR
 from utils.errors import UserError
 from utils.lora_names import parse_adapter_key
 from utils.scaled_source import SCALED_FP8_MARK
@@ -223,7 +222,11 @@ def looks_like(names: Sequence[str]) -> str:
 
 def _unknown_prefix(names: Sequence[str], kind: Kind) -> str:
     """What stands before all names, where the rest of them are those of `kind`; else nothing."""
-    common = os.path.commonprefix(list(names))
+    first, last = min(names, default=""), max(names, default="")
+    alike = next(
+        (index for index, pair in enumerate(zip(first, last, strict=False)) if len(set(pair)) > 1), None
+    )
+    common = first[:alike]
     places = [index + 1 for index, letter in enumerate(common) if letter == "."]
     for place in places:
         if find_naming([name[place:] for name in names], "").kind == kind:

@@ -8,7 +8,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.wan.checkpoint import TEXT_ENCODER_FILE, TOKENIZER_DIR, CheckpointPaths, has_tokenizer, locate
+from models.wan.checkpoint import CheckpointPaths, has_tokenizer, locate
+from models.wan.layouts import text_encoder_in, tokenizers_in
 from models.wan.probes.subject import OUTPUT_ROOT, Cap, choose_optional_cap, choose_transformer
 from utils.config.load import load_config
 from utils.config.schema import TrainConfig
@@ -104,14 +105,17 @@ def _choose_base(
 ) -> Path:
     given: Path | None = args.base_text_encoder
     if given is not None:
-        if given.is_dir() and (given / TEXT_ENCODER_FILE).is_file():
-            return given / TEXT_ENCODER_FILE
+        inside = text_encoder_in(given)
+        if inside is not None:
+            return inside
+        if any(given.glob("*.safetensors.index.json")):
+            return given
         return find_saved_file(given, SAVED_ENCODER)
     if parts is not None:
         remarks.append(f"base text encoder: {parts.text_encoder} (from {config_path})")
         return parts.text_encoder
-    if args.base is not None and (args.base / TEXT_ENCODER_FILE).is_file():
-        found: Path = args.base / TEXT_ENCODER_FILE
+    found = None if args.base is None else text_encoder_in(args.base)
+    if found is not None:
         remarks.append(f"base text encoder: {found} (of --base)")
         return found
     raise UserError(
@@ -134,9 +138,10 @@ def _choose_tokenizer(
             )
         return given
     places = [(parts.tokenizer_dir, f"from {config_path}")] if parts is not None else []
-    places.append((base.parent / TOKENIZER_DIR, "beside the base text encoder"))
+    places += [(place, "beside the base text encoder") for place in tokenizers_in(base.parent)]
     if args.base is not None:
-        places.append((args.base / TOKENIZER_DIR, "of --base"))
+        places += [(place, "of --base") for place in tokenizers_in(args.base)]
+    places.append((base, "inside the base text encoder"))
     for place, why in places:
         if has_tokenizer(place):
             remarks.append(f"tokenizer: {place} ({why})")

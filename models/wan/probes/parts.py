@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.wan.arch import VariantInfo
-from models.wan.probes.adapter_parts import AdapterFacts, read_adapter_facts
-from models.wan.probes.expected_parts import Expectation, count_blocks, expect_part
 from models.wan.namings import (
     SCALE_SUFFIXES,
     SPIECE_TENSOR,
@@ -20,6 +18,8 @@ from models.wan.namings import (
     looks_like,
     split_prefixes,
 )
+from models.wan.probes.adapter_parts import AdapterFacts, read_adapter_facts
+from models.wan.probes.expected_parts import Expectation, count_blocks, expect_part
 from utils.config.schema import Expert
 from utils.errors import UserError
 from utils.report import Verdict

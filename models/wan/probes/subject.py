@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import get_args
 
 from models.wan.arch import PUBLISHED, Shape, expected_shapes
-from models.wan.checkpoint import EXPERT_DIRS
+from models.wan.downloads import DIFFUSERS_EXPERTS, EXPERT_DIRS
+from models.wan.layouts import has_two_experts, transformer_place
 from models.wan.names import dit_to_diffusers
 from models.wan.probes.base import official_names
 from utils.adapter_runs import find_adapter_file, last_save, newest_adapter_run, run_of_adapter
@@ -129,10 +130,12 @@ def choose_transformer(base: Path, expert: Expert | None, *, is_asked_for: bool)
     """
     if not base.exists():
         raise UserError(f"{base}: no such checkpoint; check --base or the config's ckpt_path")
-    if any((base / folder).is_dir() for folder in EXPERT_DIRS.values()):
+    if has_two_experts(base):
         if expert is None:
             raise UserError(f"{base}: is an A14B checkpoint with two experts; say which with --expert")
-        return base / EXPERT_DIRS[expert]
+        return transformer_place(base, expert)
+    if (base / DIFFUSERS_EXPERTS["high_noise"]).is_dir():
+        return transformer_place(base, expert)
     if is_asked_for and expert is not None and base.is_dir() and base.name != EXPERT_DIRS[expert]:
         raise UserError(
             f"{base}: holds no {EXPERT_DIRS[expert]}/, which --expert {expert} asks for; check both"

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.wan.checkpoint import open_sharded, open_transformer
-from models.wan.probes.base import open_official
 from models.wan.preflight import preflight
+from models.wan.probes.base import open_official
 from utils.errors import UserError
 from utils.frozen_linear import FP8, FrozenLinear, quantise
 from utils.layers import global_names
