@@ -11,6 +11,7 @@ from models.wan.probes.subject import Subject, base_remarks, read_fitting_adapte
 from utils.errors import UserError
 from utils.files import atomic_directory, atomic_path, combined_fingerprint
 from utils.lora_names import AdapterFile
+from utils.report import refuse_training_run
 from utils.safetensors_header import tensor_bytes
 from utils.safetensors_stream import SafetensorsStream
 from utils.scaled_source import plain_weights
@@ -61,6 +62,11 @@ def merge_lora(
     """
     if target.exists():
         raise UserError(f"{target}: exists already and is not overwritten; give another --out")
+    refuse_training_run(target, "--out")
+    if base.is_dir() and target.suffix == ".safetensors":
+        raise UserError(
+            f"{target}: the base is a directory of files, so --out names a directory too; mend --out"
+        )
     source = plain_weights(open_sharded(base))
     subject = Subject(adapter, base, None, None, None, ())
     fitting, base_keys = read_fitting_adapter(subject, source)

@@ -251,6 +251,7 @@ def judge(
 
 def count_all(checked: "Checked") -> dict[str, int]:
     """Captions of each status over all datasets; one that two datasets of one cache have counts once."""
+    from models.wan.layouts import weight_files
     from models.wan.probes.cache_check import STATUSES
 
     items = {(str(check.root), item.key): item.status for check in checked.datasets for item in check.items}
@@ -260,7 +261,8 @@ def count_all(checked: "Checked") -> dict[str, int]:
 def add_inputs(report: Report, config: Path, checked: "Checked") -> None:
     """Name the files that the answer is about."""
     report.add_input("config", config)
-    report.add_input("text_encoder", checked.paths.text_encoder)
+    for file in weight_files(checked.paths.text_encoder):
+        report.add_input("text_encoder", file)
     for check in checked.datasets:
         if check.store is not None and (check.root / "content_hashes.jsonl").is_file():
             report.add_input("hashes", check.root / "content_hashes.jsonl")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from models.wan.checkpoint import CheckpointPaths, has_tokenizer, locate
 from models.wan.layouts import text_encoder_in, tokenizers_in
-from models.wan.probes.subject import OUTPUT_ROOT, Cap, choose_optional_cap, choose_transformer
+from models.wan.probes.subject import OUTPUT_ROOT, Cap, choose_optional_cap, choose_transformer, overrides_for
 from utils.config.load import load_config
 from utils.config.schema import TrainConfig
 from utils.errors import UserError
@@ -36,7 +36,8 @@ DEFAULT_MAX_NEUTRAL_DRIFT = 0.02
 class EncoderSubject:
     """What is measured against what; `remarks` say how it was chosen where no flag said it.
 
-    `transformer` is None where there is none to look at, `run` where the encoder lies in no training run.
+    `transformer` is None where there is none to look at, `run` where the encoder lies in no training run. `overrides`
+    make the config name --base, where the checkpoint that it names has moved.
     """
 
     tuned: Path
@@ -47,6 +48,7 @@ class EncoderSubject:
     config_path: Path | None
     config: TrainConfig | None
     remarks: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
 
 
 def choose_encoders(args: argparse.Namespace) -> EncoderSubject:
@@ -62,14 +64,17 @@ def choose_encoders(args: argparse.Namespace) -> EncoderSubject:
     tuned = _choose_tuned(args, remarks)
     run = run_of_saved_file(tuned, SAVED_ENCODER)
     config_path = args.config or (run.config if run else None)
-    config = load_config(config_path).train if config_path else None
+    overrides = overrides_for(config_path, args.base) if config_path else ()
+    config = load_config(config_path, overrides).train if config_path else None
     parts = locate(config.model)[0] if config is not None else None
     transformer = _choose_dit(args, config, parts, config_path, remarks)
     base = _choose_base(args, tuned, parts, config_path, remarks)
     if base.resolve() == tuned.resolve():
         raise UserError(f"{tuned}: is held against itself; give the encoder that training started from")
     tokenizer = _choose_tokenizer(args, base, parts, config_path, remarks)
-    return EncoderSubject(tuned, base, tokenizer, transformer, run, config_path, config, tuple(remarks))
+    return EncoderSubject(
+        tuned, base, tokenizer, transformer, run, config_path, config, tuple(remarks), overrides
+    )
 
 
 def choose_drift_cap(flag: float | None, config: TrainConfig | None, where: Path | None) -> Cap:
@@ -112,6 +117,11 @@ def _choose_base(
             return given
         return find_saved_file(given, SAVED_ENCODER)
     if parts is not None:
+        if not parts.text_encoder.exists():
+            raise UserError(
+                f"{parts.text_encoder}: is not there any more, and {config_path} names it as the base text encoder; name it "
+                "with --base_text_encoder, or the checkpoint's directory with --base"
+            )
         remarks.append(f"base text encoder: {parts.text_encoder} (from {config_path})")
         return parts.text_encoder
     found = None if args.base is None else text_encoder_in(args.base)

@@ -5,6 +5,7 @@ whatever no flag said becomes a remark, so that the report names it.
 """
 
 import argparse
+import json
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -39,7 +40,10 @@ class Cap:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured against what; `remarks` say how it was chosen where no flag said it."""
+    """What is measured against what; `remarks` say how it was chosen where no flag said it.
+
+    `overrides` make the config name the base, where what it names has moved.
+    """
 
     adapter: Path
     transformer: Path
@@ -47,6 +51,16 @@ class Subject:
     config: TrainConfig | None
     expert: Expert | None
     remarks: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+
+
+def overrides_for(config_path: Path, base: Path | None) -> tuple[str, ...]:
+    """What makes a run's config name `base`, where the checkpoint that it names has moved: for `load_config`."""
+    if base is None or not base.is_dir() or Path(load_config(config_path).train.model.ckpt_path).is_dir():
+        return ()
+    # Someone may have named the expert itself, as the config cannot.
+    root = base.parent if base.name in EXPERT_DIRS.values() else base
+    return (f"model.ckpt_path={json.dumps(str(root))}",)
 
 
 def choose_subject(args: argparse.Namespace) -> Subject:
@@ -62,7 +76,8 @@ def choose_subject(args: argparse.Namespace) -> Subject:
     adapter = choose_adapter(args, remarks)
     run = run_of_adapter(adapter)
     config_path = args.config or (run.config if run else None)
-    config = load_config(config_path).train if config_path else None
+    overrides = overrides_for(config_path, args.base) if config_path else ()
+    config = load_config(config_path, overrides).train if config_path else None
     base = args.base
     if base is None:
         if config is None:
@@ -78,7 +93,7 @@ def choose_subject(args: argparse.Namespace) -> Subject:
             f"{adapter} says that it is for the expert {saved_for}, but it is held against {expert}"
         )
     transformer = choose_transformer(base, expert, is_asked_for=args.expert is not None)
-    return Subject(adapter, transformer, config_path, config, expert, tuple(remarks))
+    return Subject(adapter, transformer, config_path, config, expert, tuple(remarks), overrides)
 
 
 def base_remarks(adapter: Path, source: TensorSource) -> list[str]:
