@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.wan.layouts import weight_files
 from utils.adapter_runs import RUN_CONFIG_NAME
 from utils.config.load import load_config
 from utils.config.schema import LoadedConfig
@@ -251,7 +252,6 @@ def judge(
 
 def count_all(checked: "Checked") -> dict[str, int]:
     """Captions of each status over all datasets; one that two datasets of one cache have counts once."""
-    from models.wan.layouts import weight_files
     from models.wan.probes.cache_check import STATUSES
 
     items = {(str(check.root), item.key): item.status for check in checked.datasets for item in check.items}
