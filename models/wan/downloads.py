@@ -14,6 +14,8 @@ REPOSITORIES = {
     "i2v-a14b": "Wan-AI/Wan2.2-I2V-A14B",
 }
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+# What this project saves a tuned encoder as, but for the official `.pth`.
+TEXT_ENCODER_WEIGHTS = "text_encoder.safetensors"
 VAE_FILES = {"2.1": "Wan2.1_VAE.pth", "2.2": "Wan2.2_VAE.pth"}
 TOKENIZER_DIR = "google/umt5-xxl"
 EXPERT_DIRS: dict[Expert, str] = {"high_noise": "high_noise_model", "low_noise": "low_noise_model"}

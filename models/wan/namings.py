@@ -117,7 +117,7 @@ def find_part(where: Path, names: Iterable[str], kind: Kind) -> Naming:
         UserError: it is not there; the message says what is there instead.
     """
     names = list(names)
-    found = [find_naming(group, prefix) for prefix, group in split_prefixes(names).items()]
+    found = [find_naming(group, prefix, kind) for prefix, group in split_prefixes(names).items()]
     wanted = [naming for naming in found if naming.kind == kind]
     if wanted:
         return max(wanted, key=lambda naming: len(naming.official))
@@ -163,8 +163,11 @@ def split_prefixes(names: Iterable[str]) -> dict[str, list[str]]:
     return groups
 
 
-def find_naming(names: Sequence[str], prefix: str) -> Naming:
-    """Which part the names belong to: the part and naming that most of some names fit, else `unknown`."""
+def find_naming(names: Sequence[str], prefix: str, wanted: Kind | None = None) -> Naming:
+    """Which part the names belong to: the part and naming that most of some names fit, else `unknown`.
+
+    Where they fit several alike, as a few names may (`blocks.2.norm1.weight`), `wanted` decides.
+    """
     extras = tuple(name for name in names if is_extra(name.removeprefix(prefix)))
     aside = set(extras)
     plain = [name for name in names if name not in aside]
@@ -173,7 +176,7 @@ def find_naming(names: Sequence[str], prefix: str) -> Naming:
         return Naming("adapter", "", prefix, None, {}, (), (), extras)
     bare = [name.removeprefix(prefix) for name in tried]
     counts = {style: sum(style.translate(name) is not None for name in bare) for style in _styles()}
-    best = max(counts, key=lambda style: counts[style])
+    best = max(counts, key=lambda style: (counts[style], style.kind == wanted))
     if counts[best] * 2 <= len(tried) or foreign_marks(plain):
         return Naming("unknown", "", prefix, None, {}, (), tuple(plain), extras)
     official: dict[str, str] = {}
@@ -229,7 +232,7 @@ def _unknown_prefix(names: Sequence[str], kind: Kind) -> str:
     common = first[:alike]
     places = [index + 1 for index, letter in enumerate(common) if letter == "."]
     for place in places:
-        if find_naming([name[place:] for name in names], "").kind == kind:
+        if find_naming([name[place:] for name in names], "", kind).kind == kind:
             return common[:place]
     return ""
 

@@ -33,6 +33,7 @@ from utils.data.sampler import BatchPlan
 from utils.distributed import Processes, on_every_rank, on_main
 from utils.evaluate import EvalSet
 from utils.files import atomic_write_text, combined_fingerprint
+from utils.lora_targets import describe_targets
 from utils.nodes import check_same_inputs, check_shared
 
 THE_DIT = "the DiT"
@@ -213,4 +214,5 @@ def run_metadata(config: LoadedConfig, model: WanModel, data: PreparedData) -> d
     }
     if config.train.adapter is not None:
         metadata |= {"rank": str(config.train.adapter.rank), "num_targets": str(len(model.targets))}
+        metadata["targets"] = "; ".join(describe_targets(model.targets))
     return metadata

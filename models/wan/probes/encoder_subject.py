@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.wan.checkpoint import CheckpointPaths, has_tokenizer, locate
+from models.wan.downloads import TEXT_ENCODER_FILE, TEXT_ENCODER_WEIGHTS
 from models.wan.layouts import text_encoder_in, tokenizers_in
 from models.wan.probes.subject import OUTPUT_ROOT, Cap, choose_optional_cap, choose_transformer, overrides_for
 from utils.config.load import load_config
@@ -23,9 +24,11 @@ from utils.saved_runs import (
     run_of_saved_file,
 )
 
-# The name that models/wan/export.py writes; spelled here too, since that module needs torch.
 SAVED_ENCODER = SavedKind(
-    "text_encoder.safetensors", "a text encoder", "--text_encoder and --base_text_encoder"
+    TEXT_ENCODER_WEIGHTS,
+    "a text encoder",
+    "--text_encoder and --base_text_encoder",
+    (TEXT_ENCODER_FILE,),
 )
 # Mean cosine of 0.98 on prompts that should not move. There is no published limit: this one is far above what rounding
 # to bfloat16 does (about 0.00001) and below what another training objective would.

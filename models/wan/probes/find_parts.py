@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from models.wan.checkpoint import EXPERT_DIRS, TEXT_ENCODER_FILE, TOKENIZER_DIR, VAE_FILES, has_tokenizer
-from models.wan.downloads import DIFFUSERS_EXPERTS
+from models.wan.downloads import DIFFUSERS_EXPERTS, TEXT_ENCODER_WEIGHTS
 from models.wan.namings import Kind
 from models.wan.probes.parts import Part, recognise
 from utils.adapter_runs import ADAPTER_NAME, RUN_CONFIG_NAME
@@ -37,7 +37,7 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 _EXPERT_IN_NAME = re.compile(r"(?<![a-z])(high|low)[ _-]?(?:noise)?(?![a-z])", re.IGNORECASE)
 _SAVE = re.compile(r"(?:epoch|step)(\d+)")
-_SAVED = (ADAPTER_NAME, "text_encoder.safetensors")
+_SAVED = (ADAPTER_NAME, TEXT_ENCODER_WEIGHTS, TEXT_ENCODER_FILE)
 _AS_WAN21 = "Wan 2.1's 14B text-to-video model has the same names and shapes as an expert of T2V-A14B, so it may be that"
 _DIFFUSERS_EXPERTS: dict[str, Expert] = {folder: expert for expert, folder in DIFFUSERS_EXPERTS.items()}
 
