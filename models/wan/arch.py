@@ -4,11 +4,11 @@ Sources: the published `config.json` files and `wan/configs/*.py` of the officia
 a "tiny" model: sizes come from the checkpoint at hand, and only what the variant itself fixes is a constant.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from models.wan.config_json import read_config_json
 from utils.errors import UserError
 
 Shape = tuple[int, ...]
@@ -154,21 +154,20 @@ PUBLISHED: dict[str, WanArch] = {
 def load_arch(config_path: Path, shapes: dict[str, Shape]) -> WanArch:
     """Read `config.json` and check it against the tensor shapes of the weights beside it.
 
+    Where there is none (single files for ComfyUI have none), a model of the published sizes is known by its shapes.
+
     Args:
-        config_path: the official `config.json`.
+        config_path: the official `config.json`, or that of a diffusers directory.
         shapes: official tensor names and shapes, from the files' headers.
 
     Raises:
-        UserError: the file is missing or unreadable, names no Wan 2.2 variant, or disagrees with the headers.
+        UserError: the file is missing (and the sizes are not published ones) or unreadable, names no Wan 2.2 variant, or
+            disagrees with the headers.
     """
     try:
-        values = json.loads(Path(config_path).read_text(encoding="utf-8"))
+        values = read_config_json(config_path)
     except FileNotFoundError:
-        raise UserError(
-            f"{config_path}: missing; a checkpoint in the official layout has it beside the weights"
-        ) from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{config_path}: not readable as JSON ({error}); download it again") from None
+        return _published_arch(config_path, shapes)
     needed = (
         "model_type",
         "dim",
@@ -205,6 +204,23 @@ def load_arch(config_path: Path, shapes: dict[str, Shape]) -> WanArch:
     )
     _check_shapes(arch, shapes, config_path)
     return arch
+
+
+def _published_arch(config_path: Path, shapes: dict[str, Shape]) -> WanArch:
+    """The published model of these shapes; a header alone does not tell how many heads any other has."""
+    patch = shapes.get("patch_embedding.weight")
+    for arch in PUBLISHED.values():
+        if patch == (arch.dim, arch.in_dim, *PATCH_SIZE):
+            mismatch = describe_mismatch(shapes, expected_shapes(arch))
+            if mismatch:
+                raise UserError(
+                    f"{config_path.parent}: the weights are not those of {arch.variant.name}: {mismatch}; download them again"
+                )
+            return arch
+    raise UserError(
+        f"{config_path}: missing, and the sizes of the weights are those of no published Wan 2.2, so that nothing says how "
+        "many heads it has; download it, or copy the model's config.json (official or diffusers') there"
+    )
 
 
 def expected_shapes(arch: WanArch) -> dict[str, Shape]:

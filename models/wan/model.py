@@ -12,7 +12,7 @@ from models.wan.batches import WanBatches
 from models.wan.caching import WanCache
 from models.wan.checkpoint import CheckpointPaths, TensorSource, open_text_encoder, open_transformer
 from models.wan.evaluation import WanEvalBatches
-from models.wan.export import save_text_encoder
+from models.wan.export import EncoderFormat, save_text_encoder
 from models.wan.layers import dit_layers, text_layers
 from models.wan.neutral_drift import NeutralDrift
 from utils.config.schema import TrainConfig
@@ -27,6 +27,7 @@ from utils.lora import (
     save_adapter,
     scale_of,
 )
+from utils.lora_check import check_saved_adapter
 from utils.lora_targets import describe_targets, linear_modules, resolve_targets
 
 
@@ -160,11 +161,28 @@ class WanModel:
     def export(
         self, trained: Mapping[str, Tensor], directory: Path, metadata: Mapping[str, str]
     ) -> list[Path]:
-        """Write the adapter (dit_lora) or the encoder (encoder_ft)."""
+        """Write the adapter (dit_lora) or the encoder (encoder_ft), and read it again.
+
+        Raises:
+            UserError: what was written is not sound.
+        """
         config = self._config
         if config.adapter is not None:
-            return save_adapter(trained, self.targets, config.adapter, directory, metadata)
+            files = save_adapter(trained, self.targets, config.adapter, directory, metadata)
+            ups = [trained[parameter_names(target)[1]] for target in self.targets]
+            check_saved_adapter(
+                files[0],
+                self.targets,
+                self.base.shapes,
+                config.adapter.rank,
+                metadata,
+                is_untrained=not any(bool(up.any()) for up in ups),
+            )
+            return files
         source = open_text_encoder(self._paths.text_encoder)
         dtype: torch.dtype = getattr(torch, config.model.dtype)
-        full = config.model.save_text_encoder_full
-        return save_text_encoder(trained, source, dtype, directory, metadata, full=full)
+        model = config.model
+        how = EncoderFormat(
+            model.save_text_encoder_format, model.save_text_encoder_full, self._paths.tokenizer_dir
+        )
+        return save_text_encoder(trained, source, dtype, directory, metadata, how)

@@ -24,7 +24,8 @@ from utils.config.file_checks import (
 from utils.config.load import ConfigError
 from utils.config.schema import LoadedConfig, Problem, TrainConfig
 from utils.lora_targets import linear_modules, resolve_targets
-from utils.tensor_source import SCALED_FP8_MARK, Shape, TensorSource, open_safetensors
+from utils.scaled_source import SCALED_FP8_MARK
+from utils.tensor_source import Shape, TensorSource, open_safetensors
 
 UMT5_XXL = Umt5Sizes(
     vocab_size=256384, d_model=4096, num_heads=64, d_kv=64, d_ff=10240, num_layers=24, num_buckets=32

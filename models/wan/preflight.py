@@ -11,6 +11,7 @@ from models.wan.checkpoint import (
     open_transformer,
     text_encoder_sizes,
 )
+from models.wan.tokenizer_place import read_spiece
 from utils.config.schema import Problem, TrainConfig
 from utils.errors import UserError
 from utils.lora_targets import linear_modules, resolve_targets
@@ -31,6 +32,7 @@ def preflight(config: TrainConfig) -> list[Problem]:
     problems += check_dit(config, source, arch)
     if config.model.train_text_encoder and not any(problem.key == "model.llm_path" for problem in problems):
         problems += _check_trained_blocks(config, open_text_encoder(paths.text_encoder))
+        problems += _check_spiece(config, paths.tokenizer_dir)
     return problems
 
 
@@ -92,6 +94,17 @@ def _check_trained_blocks(config: TrainConfig, source: TensorSource) -> list[Pro
         return []
     reason = f"is {wanted}, but the encoder has {existing} blocks"
     return [Problem("model.text_train_blocks", reason, f"write at most {existing}, or 0 for all of them")]
+
+
+def _check_spiece(config: TrainConfig, tokenizer: Path) -> list[Problem]:
+    """A file for ComfyUI takes the SentencePiece model from the tokenizer: it must not be missed after training."""
+    key = "model.save_text_encoder_format"
+    if config.model.save_text_encoder_format != "comfyui":
+        return []
+    return [
+        Problem(key, f'is "comfyui", and {problem.reason}', problem.fix)
+        for problem in _problem(key, lambda: read_spiece(tokenizer))
+    ]
 
 
 def _problem(key: str, check: Callable[[], object]) -> list[Problem]:

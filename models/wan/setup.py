@@ -19,6 +19,7 @@ from models.wan.datasets import (
     data_fingerprint,
     scan_dataset,
 )
+from models.wan.layouts import weight_files
 from models.wan.media import MEMO_FILE
 from models.wan.model import WanModel
 from models.wan.prompts import neutral_prompts
@@ -33,6 +34,7 @@ from utils.data.sampler import BatchPlan
 from utils.distributed import Processes, on_every_rank, on_main
 from utils.evaluate import EvalSet
 from utils.files import atomic_write_text, combined_fingerprint
+from utils.lora_targets import describe_targets
 from utils.nodes import check_same_inputs, check_shared
 
 THE_DIT = "the DiT"
@@ -158,7 +160,11 @@ def check_nodes(config: LoadedConfig, model: WanModel, paths: CheckpointPaths, p
         "the dataset TOML": "-".join(config_hash(dataset) for dataset in datasets),
         "the project's version": version("ai-model-sandbox"),
     }
-    weights = {THE_DIT: model.base.files, "the VAE": [paths.vae], "the text encoder": [paths.text_encoder]}
+    weights = {
+        THE_DIT: model.base.files,
+        "the VAE": weight_files(paths.vae),
+        "the text encoder": weight_files(paths.text_encoder),
+    }
     # Names and sizes: reading 100 GB on every machine only to compare would cost minutes.
     for what, files in weights.items():
         facts[what] = ", ".join(f"{Path(file).name} {Path(file).stat().st_size}" for file in files)
@@ -225,4 +231,5 @@ def run_metadata(config: LoadedConfig, model: WanModel, data: PreparedData) -> d
     }
     if config.train.adapter is not None:
         metadata |= {"rank": str(config.train.adapter.rank), "num_targets": str(len(model.targets))}
+        metadata["targets"] = "; ".join(describe_targets(model.targets))
     return metadata

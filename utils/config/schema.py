@@ -13,6 +13,7 @@ from typing import Any, Literal
 DType = Literal["float32", "bfloat16"]
 Expert = Literal["high_noise", "low_noise"]
 Variant = Literal["ti2v-5b", "t2v-a14b", "i2v-a14b"]
+TextEncoderFormat = Literal["hf", "official", "official_pth", "comfyui"]
 ActivationCheckpointing = Literal[True, False, "selective", "offload"]
 
 
@@ -80,17 +81,24 @@ class ModelConfig:
 
     type: Literal["wan"] = option("The model family. Only Wan 2.2 exists here.")
     variant: Variant | None = option("If given, the checkpoint's headers must agree.", None)
-    ckpt_path: str = option("Checkpoint directory in the official layout.")
+    ckpt_path: str = option(
+        "Checkpoint directory: official, diffusers', or a folder of ComfyUI's files. See checkpoints.md."
+    )
     transformer_path: str | None = option(
-        "DiT weights, if not those of ckpt_path: a directory or a .safetensors file.", None
+        "DiT weights, if not those of ckpt_path: a directory or a .safetensors file, in any layout.", None
     )
     llm_path: str | None = option(
-        "UMT5 weights, if not those of ckpt_path: official .pth or .safetensors, e.g. one this project tuned.",
+        "UMT5 weights, if not those of ckpt_path: a .pth or .safetensors file, e.g. one this project tuned, or a directory of "
+        "shards.",
         None,
         alias="text_encoder_path",
     )
-    vae_path: str | None = option("VAE weights, if not those of ckpt_path.", None)
-    tokenizer_path: str | None = option("Tokenizer directory, if not that of ckpt_path.", None)
+    vae_path: str | None = option(
+        "VAE weights, if not those of ckpt_path: a .pth or .safetensors file, or diffusers' vae/.", None
+    )
+    tokenizer_path: str | None = option(
+        "Tokenizer directory, if not that of ckpt_path; or a .safetensors file that holds spiece_model.", None
+    )
     expert: Expert | None = option("A14B only: which of the two experts to load. Required there.", None)
     dtype: DType = option("Compute precision, and storage of frozen weights.", "bfloat16")
     residual_dtype: DType = option(
@@ -118,6 +126,12 @@ class ModelConfig:
     )
     save_text_encoder_full: bool = option(
         "encoder_ft: save the whole encoder; false saves only trained tensors.", True
+    )
+    save_text_encoder_format: TextEncoderFormat = option(
+        "encoder_ft: names and file of the saved encoder. hf: text_encoder.safetensors with Hugging Face names; official: the "
+        "same file with Wan's own names; official_pth: Wan's names in models_t5_umt5-xxl-enc-bf16.pth, to be put into the "
+        "official checkpoint; comfyui: as hf, with the tokenizer (spiece_model) inside.",
+        "hf",
     )
     text_attn_implementation: Literal["sdpa", "eager"] = option(
         "Attention of UMT5. eager is bit-equal to the official code.", "sdpa"

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, UMT5EncoderModel
 
 from models.wan.checkpoint import TEXT_ENCODER_FILE, open_text_encoder
-from models.wan.export import TEXT_ENCODER_CONFIG, TEXT_ENCODER_WEIGHTS, save_text_encoder
+from models.wan.export import TEXT_ENCODER_CONFIG, TEXT_ENCODER_WEIGHTS, EncoderFormat, save_text_encoder
 from models.wan.lora_convert import convert_lora
 from models.wan.text_encoder import load_umt5, pad_token_ids
 from utils.config.schema import BudgetConfig
@@ -32,6 +32,7 @@ ADAPTER_PARITY = 1e-5
 ADDED_MAX = 1e-5
 CAPTIONS = ([17, 5, 40, 8, 1], [9, 1], [30, 31, 32, 33, 34, 35, 36, 37, 1])
 LENS = [len(ids) for ids in CAPTIONS]
+WHOLE, PART = (EncoderFormat("hf", full, Path("unused")) for full in (True, False))
 
 
 @pytest.fixture
@@ -297,7 +298,7 @@ def test_transformers_loads_the_encoder_to_the_same_states(
     dtype, trained_encoder, draw_wire, tmp_path, relative_error
 ):
     checkpoint, layers, trained = trained_encoder
-    paths = save_text_encoder(trained, checkpoint.text, dtype, tmp_path, {"format": "pt"}, full=True)
+    paths = save_text_encoder(trained, checkpoint.text, dtype, tmp_path, {"format": "pt"}, WHOLE)
     assert paths == [tmp_path / TEXT_ENCODER_WEIGHTS, tmp_path / TEXT_ENCODER_CONFIG]
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.architectures == ["UMT5EncoderModel"]
@@ -326,7 +327,7 @@ def test_transformers_loads_the_encoder_to_the_same_states(
 
 def test_our_own_loader_takes_the_saved_encoder(trained_encoder, tmp_path):
     checkpoint, _, trained = trained_encoder
-    save_text_encoder(trained, checkpoint.text, torch.float32, tmp_path, {}, full=True)
+    save_text_encoder(trained, checkpoint.text, torch.float32, tmp_path, {}, WHOLE)
     source = open_text_encoder(tmp_path / TEXT_ENCODER_WEIGHTS)
     assert source.shapes == checkpoint.text.shapes
     moved = {
@@ -339,7 +340,7 @@ def test_our_own_loader_takes_the_saved_encoder(trained_encoder, tmp_path):
 
 def test_a_file_of_trained_tensors_alone_is_marked_as_such_by_refusal(trained_encoder, tmp_path):
     checkpoint, _, trained = trained_encoder
-    save_text_encoder(trained, checkpoint.text, torch.bfloat16, tmp_path, {"seed": "3"}, full=False)
+    save_text_encoder(trained, checkpoint.text, torch.bfloat16, tmp_path, {"seed": "3"}, PART)
     tensors = load_file(tmp_path / TEXT_ENCODER_WEIGHTS)
     assert {f"text_encoder.{name}" for name in tensors} == trained.keys()
     with pytest.raises(UserError, match="holds only a part of the encoder"):
@@ -348,7 +349,7 @@ def test_a_file_of_trained_tensors_alone_is_marked_as_such_by_refusal(trained_en
 
 def test_the_encoders_description_is_of_its_sizes(trained_encoder, tmp_path):
     checkpoint, _, trained = trained_encoder
-    save_text_encoder(trained, checkpoint.text, torch.bfloat16, tmp_path, {}, full=False)
+    save_text_encoder(trained, checkpoint.text, torch.bfloat16, tmp_path, {}, PART)
     config = json.loads((tmp_path / TEXT_ENCODER_CONFIG).read_text())
     expected = {"model_type": "umt5", "d_model": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 384}
     assert expected.items() <= config.items()

@@ -13,7 +13,7 @@ from models.wan.datasets import MEMO_FILE
 from models.wan.layers import Workload, dit_layers, text_layers
 from models.wan.probes.encoder_prompts import Entry
 from models.wan.probes.encoder_stream import open_encoder_pair, stream_states
-from models.wan.probes.keyword_loss import keyword_losses, open_samples
+from models.wan.probes.keyword_loss import keyword_losses, open_samples, samples_holding
 from models.wan.stages import TextWire
 from models.wan.text_encoder import WanTokenizer, pad_token_ids
 from tests.helpers.workspace import make_workspace
@@ -73,7 +73,7 @@ def test_the_loss_is_that_of_the_layers_of_training(measured):
     data, tuned, _, _, records = measured
     assert [record.entry.text for record in records] == ["circle", "square"]  # no caption holds a hexagon
     for record in records:
-        indices = data.holding(record.entry.text, 2)
+        indices = samples_holding(data, record.entry.text, 2)
         assert record.num_samples == len(indices) >= 1
         assert all(record.entry.text in data.samples[index].captions[0] for index in indices)
         for encoder, found in ((data.paths.text_encoder, record.base), (tuned, record.tuned)):
@@ -92,8 +92,11 @@ def test_one_encoder_on_both_sides_differs_by_nothing(measured):
 
 def test_keywords_are_whole_words(measured):
     data = measured[0]
-    assert data.holding("circl", 9) == [] and data.holding("CIRCLE", 9) == data.holding("circle", 9) != []
-    assert data.holding("dark  background", 9) == data.holding("dark background", 9) != []
+    assert (
+        samples_holding(data, "circl", 9) == []
+        and samples_holding(data, "CIRCLE", 9) == samples_holding(data, "circle", 9) != []
+    )
+    assert samples_holding(data, "dark  background", 9) == samples_holding(data, "dark background", 9) != []
 
 
 def test_samples_that_are_not_in_the_cache_are_left_out(run, tmp_path):
@@ -104,7 +107,7 @@ def test_samples_that_are_not_in_the_cache_are_left_out(run, tmp_path):
         text.replace(str(run.root / "dataset.toml"), str(tmp_path / "dataset.toml"))
     )
     CacheStore(tmp_path / "cache")
-    with pytest.raises(UserError, match="holds no latents"):
+    with pytest.raises(UserError, match="item.s. of this run are missing in the cache"):
         open_samples(tmp_path / "config.toml", 0)
 
 
@@ -112,7 +115,7 @@ def test_what_is_found_out_about_files_is_not_written_down(run, tmp_path):
     memo = run.cache / MEMO_FILE
     memo.rename(tmp_path / "memo")
     try:
-        assert open_samples(run.run() / "config.toml", 0).cached
+        assert open_samples(run.run() / "config.toml", 0).samples
         assert not memo.exists()
     finally:
         (tmp_path / "memo").rename(memo)
