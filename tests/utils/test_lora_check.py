@@ -71,5 +71,7 @@ def test_what_does_not_fit_is_refused(saved, wrong, message):
 def test_numbers_that_are_none_are_refused(saved, value, part):
     path = saved()
     change(path, f"diffusion_model.{TARGETS[1]}.lora_{part}.weight", lambda tensor: tensor.fill_(value))
-    with pytest.raises(UserError, match=r"cross_attn\.v.lora_[AB]\.weight holds NaN or infinite values.*not kept"):
+    with pytest.raises(
+        UserError, match=r"cross_attn\.v.lora_[AB]\.weight holds NaN or infinite values.*not kept"
+    ):
         check(path)
