@@ -4,7 +4,7 @@ Sources: the published `config.json` files and `wan/configs/*.py` of the officia
 a "tiny" model: sizes come from the checkpoint at hand, and only what the variant itself fixes is a constant.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,6 +151,12 @@ PUBLISHED: dict[str, WanArch] = {
 }
 
 
+# Sizes in `config.json` that a header does not show.
+_NOT_IN_SHAPES = ("num_heads", "text_len", "eps")
+# The first linear layer of the feed-forward of Wan 2.1's small model; no Wan 2.2 has this width.
+_WAN_21_SMALL = (8960, 1536)
+
+
 def load_arch(config_path: Path, shapes: dict[str, Shape]) -> WanArch:
     """Read `config.json` and check it against the tensor shapes of the weights beside it.
 
@@ -167,6 +173,7 @@ def load_arch(config_path: Path, shapes: dict[str, Shape]) -> WanArch:
     try:
         values = read_config_json(config_path)
     except FileNotFoundError:
+        _check_not_wan_21(shapes, config_path)
         return _published_arch(config_path, shapes)
     needed = (
         "model_type",
@@ -273,16 +280,64 @@ def _check_shapes(arch: WanArch, shapes: dict[str, Shape], config_path: Path) ->
             f"{config_path}: dim {arch.dim} does not split into {arch.num_heads} heads of even width"
         )
     expected = expected_shapes(arch)
-    image_keys = [key for key in shapes if ".k_img." in key or key.startswith("img_emb.")]
-    if image_keys:
+    _check_not_wan_21(shapes, config_path)
+    found = variant_of_shapes(shapes)
+    if found is not None and found is not info:
         raise UserError(
-            f"{config_path.parent}: {image_keys[0]} belongs to a Wan 2.1 image-to-video model; this project trains Wan 2.2 only"
+            f"{config_path}: is that of {info.name}, but the weights are those of {found.name} (they take {found.in_dim} "
+            f"channels and give {found.out_dim}, not {info.in_dim} and {info.out_dim}); give the config.json that was "
+            "published with the weights, or other weights"
         )
     mismatch = describe_mismatch(shapes, expected)
     if mismatch:
         raise UserError(
             f"{config_path.parent}: the weights are not those that config.json describes: {mismatch}"
         )
+    _check_unseen_sizes(arch, config_path)
+
+
+def _check_not_wan_21(shapes: dict[str, Shape], config_path: Path) -> None:
+    what = describe_wan_21(shapes)
+    if what:
+        raise UserError(
+            f"{config_path.parent}: the weights are those of {what}; this project trains Wan 2.2 only"
+        )
+
+
+def _check_unseen_sizes(arch: WanArch, config_path: Path) -> None:
+    """What no tensor's shape tells has to be as published, where all that shapes tell is."""
+    published = PUBLISHED[arch.variant.name]
+    if replace(arch, **{key: getattr(published, key) for key in _NOT_IN_SHAPES}) != published:
+        return
+    for key in _NOT_IN_SHAPES:
+        value, needed = getattr(arch, key), getattr(published, key)
+        if value != needed:
+            raise UserError(
+                f"{config_path}: {key} = {value:g}, but {published.variant.name}, whose weights these are by their sizes, "
+                f"has {needed:g}; download the file again"
+            )
+
+
+def describe_wan_21(shapes: dict[str, Shape]) -> str:
+    """Which model of Wan 2.1 these weights are, where its shapes tell; empty for all else.
+
+    The text-to-video model of 14 B has the very shapes of an expert of T2V-A14B, so it cannot be known here.
+    """
+    image_key = next((key for key in shapes if ".k_img." in key or key.startswith("img_emb.")), None)
+    if image_key is not None:
+        return f"a Wan 2.1 image-to-video model ({image_key} belongs to its image branch)"
+    if shapes.get("blocks.0.ffn.0.weight") == _WAN_21_SMALL:
+        return "Wan 2.1 T2V-1.3B (width 1536)"
+    return ""
+
+
+def variant_of_shapes(shapes: dict[str, Shape]) -> VariantInfo | None:
+    """The variant that takes and gives as many channels as these weights; None where none does, or it cannot be told."""
+    patch, head = shapes.get("patch_embedding.weight", ()), shapes.get("head.head.weight", ())
+    if len(patch) != 5 or len(head) != 2:
+        return None
+    channels = (patch[1], head[0] // (PATCH_SIZE[0] * PATCH_SIZE[1] * PATCH_SIZE[2]))
+    return next((info for info in VARIANTS.values() if (info.in_dim, info.out_dim) == channels), None)
 
 
 def describe_mismatch(shapes: dict[str, Shape], expected: dict[str, Shape]) -> str:

@@ -7,7 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from models.wan.arch import VARIANTS, VariantInfo, WanArch, load_arch
+from models.wan.arch import (
+    VARIANTS,
+    VariantInfo,
+    WanArch,
+    describe_wan_21,
+    load_arch,
+    variant_of_shapes,
+)
 from models.wan.component_shapes import (
     Umt5Sizes,
     expected_umt5_shapes,
@@ -56,6 +63,7 @@ __all__ = [
     "read_variant",
     "text_encoder_sizes",
     "vae_kind",
+    "without_mistaken",
 ]
 
 _T = TypeVar("_T")
@@ -167,7 +175,7 @@ def read_variant(model: ModelConfig) -> VariantInfo:
         UserError: neither tells, the two differ, or `expert` is missing or out of place.
     """
     paths, problems = locate(model)
-    about_expert = [problem for problem in problems if problem.key == "model.expert"]
+    about_expert = [p for p in without_mistaken(problems, paths) if p.key == "model.expert"]
     if about_expert:
         raise UserError("\n".join(map(str, about_expert)))
     found = read_config_variant(paths.config_json)
@@ -204,6 +212,7 @@ def check_checkpoint(model: ModelConfig) -> list[Problem]:
     arch = None
     if paths.transformer_dir.exists() and not is_undecided(model, paths):
         arch = _collect(problems, _key(model, "transformer_path"), lambda: _read_arch(paths))
+    problems = without_mistaken(problems, paths)
     if arch is not None and read_config_variant(paths.config_json) is None:  # locate could not tell
         known = [problem for problem in problems if problem.key != "model.expert"]
         check_expert(model, paths.transformer_dir, paths.transformer_dir, arch.variant, known)
@@ -221,6 +230,27 @@ def check_checkpoint(model: ModelConfig) -> list[Problem]:
     if paths.vae.exists():
         _check_vae(paths.vae, _key(model, "vae_path"), arch, problems)
     return problems
+
+
+def without_mistaken(problems: list[Problem], paths: CheckpointPaths) -> list[Problem]:
+    """The same without what was concluded about `expert` from a `config.json` that is not that of the weights."""
+    if any(problem.key == "model.expert" for problem in problems) and _is_mistaken(paths):
+        return [problem for problem in problems if problem.key != "model.expert"]
+    return problems
+
+
+def _is_mistaken(paths: CheckpointPaths) -> bool:
+    """Whether the weights are whole but not those of the variant that `config.json` names."""
+    try:
+        open_sharded(paths.transformer_dir)
+    except UserError:
+        return False
+    try:
+        shapes = open_transformer(paths.transformer_dir).shapes
+    except UserError:  # another model
+        return True
+    named, found = read_config_variant(paths.config_json), variant_of_shapes(shapes)
+    return bool(describe_wan_21(shapes)) or (named is not None and found is not None and found is not named)
 
 
 def _key(model: ModelConfig, option: str) -> str:

@@ -11,6 +11,7 @@ from models.wan.checkpoint import (
     open_text_encoder,
     open_transformer,
     read_variant,
+    without_mistaken,
 )
 from models.wan.component_shapes import Umt5Sizes, expected_umt5_shapes, text_encoder_sizes
 from models.wan.preflight import check_dit
@@ -65,12 +66,12 @@ def plan_model(loaded: LoadedConfig) -> PlannedModel:
     """
     config = loaded.train
     paths, problems = locate(config.model)
-    faulty = [problem for problem in problems if _is_about_dit(problem, paths)]
+    faulty = [problem for problem in without_mistaken(problems, paths) if _is_about_dit(problem, paths)]
     if faulty:
         raise ConfigError(loaded.path, [replace(problem, file=loaded.path) for problem in faulty])
-    read_variant(config.model)
     source = open_transformer(paths.transformer_dir)
     arch = load_arch(paths.config_json, source.shapes)
+    read_variant(config.model)
     # An adapter to start from is read by the run; a plan needs none.
     adapter = None if config.adapter is None else replace(config.adapter, init_from_existing=None)
     wrong = check_dit(replace(config, adapter=adapter), source, arch)
