@@ -21,20 +21,30 @@ from utils.errors import (
     EXIT_UNEXPECTED,
     EXIT_USER_ERROR,
     UserError,
+    as_user_error,
 )
 from utils.report_summary import Verdict
+from utils.saved_runs import RUN_CONFIG_NAME as CONFIG_FILE
 
 EXIT_BY_VERDICT: dict[Verdict, int] = {
     "pass": EXIT_OK,
     "fail": EXIT_FAILED,
     "inconclusive": EXIT_INCONCLUSIVE,
 }
+
+
+def config_file(text: str) -> Path:
+    """An argparse `type`: a TOML file; a run's directory stands for the `config.toml` in it."""
+    path = Path(text)
+    return path / CONFIG_FILE if (path / CONFIG_FILE).is_file() else path
+
+
 # Flags that several probes share; each probe names those that it reads.
 _FLAGS: dict[str, dict[str, Any]] = {
     "config": {
         "metavar": "TOML",
-        "type": Path,
-        "help": "config that fills in the other flags (default: the run's)",
+        "type": config_file,
+        "help": "config, or a run's directory, that fills in the other flags (default: the run's)",
     },
     "base": {
         "metavar": "CKPT",
@@ -131,6 +141,10 @@ def run_probe(
         _show(args.debug, f"error: {error}")
         return EXIT_USER_ERROR
     except Exception as error:
+        mendable = as_user_error(error) if isinstance(error, OSError) else None
+        if mendable is not None:
+            _show(args.debug, f"error: {mendable}")
+            return EXIT_USER_ERROR
         hint = "" if args.debug else " (--debug shows the trace)"
         _show(args.debug, f"unexpected error: {type(error).__name__}: {' '.join(str(error).split())}{hint}")
         return EXIT_UNEXPECTED

@@ -237,5 +237,6 @@ def _say_end(ready: Ready, trainer: Trainer, run_dir: RunDir, final: LoopState, 
             f"{rows[0]['loss']:.4f} at step 1, {rows[-1]['loss']:.4f} at step {rows[-1]['step']}"
             f"{_within_budget(rows[-1])}"
         )
-        for path in sorted(run_dir.path.glob("epoch*/*.safetensors")):
-            say(f"  {path}")
+        for path in sorted(run_dir.path.glob("epoch*/*")):
+            if path.suffix in (".safetensors", ".pth"):
+                say(f"  {path}")

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from utils.errors import UserError
-from utils.tensor_source import SCALED_FP8_MARK, TensorSource
+from utils.scaled_source import SCALED_FP8_MARK
+from utils.tensor_source import TensorSource
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,6 +11,7 @@ from models.wan.checkpoint import (
     open_text_encoder,
     open_transformer,
     read_variant,
+    without_mistaken,
 )
 from models.wan.component_shapes import Umt5Sizes, expected_umt5_shapes, text_encoder_sizes
 from models.wan.preflight import check_dit, check_pair
@@ -25,7 +26,8 @@ from utils.config.file_checks import (
 from utils.config.load import ConfigError
 from utils.config.schema import LoadedConfig, Problem, TrainConfig
 from utils.lora_targets import linear_modules, resolve_targets
-from utils.tensor_source import SCALED_FP8_MARK, Shape, TensorSource, open_safetensors
+from utils.scaled_source import SCALED_FP8_MARK
+from utils.tensor_source import Shape, TensorSource, open_safetensors
 
 UMT5_XXL = Umt5Sizes(
     vocab_size=256384, d_model=4096, num_heads=64, d_kv=64, d_ff=10240, num_layers=24, num_buckets=32
@@ -72,12 +74,12 @@ def plan_model(loaded: LoadedConfig) -> PlannedModel:
     """
     config = loaded.train
     paths, problems = locate(config.model)
-    faulty = [problem for problem in problems if _is_about_dit(problem, paths)]
+    faulty = [problem for problem in without_mistaken(problems, paths) if _is_about_dit(problem, paths)]
     if faulty:
         raise ConfigError(loaded.path, [replace(problem, file=loaded.path) for problem in faulty])
-    read_variant(config.model)
     source = open_transformer(paths.transformer_dir)
     arch = load_arch(paths.config_json, source.shapes)
+    read_variant(config.model)
     # An adapter to start from is read by the run; a plan needs none.
     adapter = None if config.adapter is None else replace(config.adapter, init_from_existing=None)
     second = _open_second(config) if alternates(config) else None

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.wan.layouts import weight_files
 from utils.adapter_runs import RUN_CONFIG_NAME
 from utils.config.load import load_config
 from utils.config.schema import LoadedConfig
@@ -260,7 +261,8 @@ def count_all(checked: "Checked") -> dict[str, int]:
 def add_inputs(report: Report, config: Path, checked: "Checked") -> None:
     """Name the files that the answer is about."""
     report.add_input("config", config)
-    report.add_input("text_encoder", checked.paths.text_encoder)
+    for file in weight_files(checked.paths.text_encoder):
+        report.add_input("text_encoder", file)
     for check in checked.datasets:
         if check.store is not None and (check.root / "content_hashes.jsonl").is_file():
             report.add_input("hashes", check.root / "content_hashes.jsonl")

@@ -31,7 +31,7 @@ from utils.errors import UserError
 from utils.files import atomic_write_text
 from utils.newest_run import newest_run_config
 from utils.probe_cli import add_flags, probe_parser, run_probe
-from utils.report import Report, Verdict, refuse_training_run
+from utils.report import Report, Verdict, check_writable, refuse_training_run
 
 TOOL = "weights_inspect"
 QUESTION = "What is in this checkpoint, is all of it there, and where do two checkpoints differ?"
@@ -380,6 +380,11 @@ def _check_usage(args: argparse.Namespace) -> None:
         raise UserError(
             "give one checkpoint, or two to compare: CKPT, or CKPT CKPT, or CKPT --against CKPT; --base stands for CKPT"
         )
+    if args.config is not None and (args.checkpoints or args.base is not None):
+        raise UserError(
+            "--config names the checkpoint of a run, and a checkpoint is given too; leave one of them out, or compare them with "
+            "--config TOML --against CKPT"
+        )
     if not args.targets and (args.blocks is not None or args.out is not None):
         raise UserError(
             '--blocks and --out go with --targets, which is missing; say which targets, e.g. --targets "cross_attn.{k,v}"'
@@ -388,6 +393,7 @@ def _check_usage(args: argparse.Namespace) -> None:
         refuse_training_run(args.out, "--out")
         if args.out.is_dir():
             raise UserError(f"--out: {args.out} is a directory; give the file to write")
+        check_writable(args.out, "--out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,6 +25,16 @@ def test_the_verdict_is_the_exit_status(verdict, status, capsys):
     ("error", "status", "line"),
     [
         (UserError("x.toml: is missing; make it"), 2, "error: x.toml: is missing; make it\n"),
+        (
+            PermissionError(13, "Permission denied", "reports"),
+            2,
+            "error: reports: Permission denied; check the path and its rights, and run the same command again\n",
+        ),
+        (
+            OSError(13, "Permission denied"),
+            70,
+            "unexpected error: PermissionError: [Errno 13] Permission denied " "(--debug shows the trace)\n",
+        ),
         (ValueError("odd\nvalue"), 70, "unexpected error: ValueError: odd value (--debug shows the trace)\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
