@@ -1,12 +1,13 @@
 """`train.py --verify`: every tensor of every part that a configuration uses is read, and held against index and header."""
 
+import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from models.wan.checkpoint import check_checkpoint, locate
 from models.wan.layouts import CheckpointPaths
-from models.wan.text_encoder import WanTokenizer
+from utils.config.load import load_config
 from utils.config.schema import LoadedConfig, ModelConfig
 from utils.errors import UserError
 from utils.progress import Progress
@@ -15,7 +16,20 @@ from utils.read_through import ReadFile, find_shards, read_file
 _MIB = 1 << 20
 
 
-def verify(config: LoadedConfig, say: Callable[[str], None]) -> None:
+def verify(arguments: argparse.Namespace) -> int:
+    """`train.py --verify`; returns the exit status.
+
+    Args:
+        arguments: with `config` and `set`.
+
+    Raises:
+        UserError: as `read_everything`, or the configuration is not right.
+    """
+    read_everything(load_config(arguments.config, arguments.set), print)
+    return 0
+
+
+def read_everything(config: LoadedConfig, say: Callable[[str], None]) -> None:
     """Read everything, and say part by part what was found. Nothing is written.
 
     Raises:
@@ -79,6 +93,8 @@ def _header_problems(model: ModelConfig, paths: CheckpointPaths, known: list[str
 def _tokenizer_problems(place: Path, say: Callable[[str], None]) -> list[str]:
     if not place.exists():
         return []  # said by the check of what is there
+    from models.wan.text_encoder import WanTokenizer  # torch, which a help text should not wait for
+
     try:
         WanTokenizer(place)("a red circle moves to the right")
     except UserError as error:
