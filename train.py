@@ -8,12 +8,11 @@ python train.py --config configs/smoke_dit_lora.toml
 import argparse
 from functools import partial
 
+from models.wan.verify import verify
 from utils.cli import end_process, run_command
 from utils.plan_cli import add_plan_flags, check_plan_flags, print_plan
 
 NEWEST = ""
-# What does something else, or nothing, together with --verify.
-OTHER_COMMANDS = ("cache_only", "dry_run", "regenerate_cache", "trust_cache", "resume_from_checkpoint")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,11 +62,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="with --resume_from_checkpoint: go on although these have changed, e.g. optimizer.lr,dataset",
     )
     add_plan_flags(parser)
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="read every tensor of every part of the checkpoint, compare shards with the index, find NaN; write nothing; exit",
-    )
     parser.add_argument("--debug", action="store_true", help="show stack traces")
     launcher = parser.add_argument_group("passed by launchers")
     launcher.add_argument("--local_rank", type=int, default=None, help="ignored: LOCAL_RANK says it")
@@ -78,9 +72,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.cache_only and arguments.resume_from_checkpoint is not None:
         parser.error("--resume_from_checkpoint would be ignored: --cache_only ends before training")
     check_plan_flags(parser, arguments)
-    for name in ("plan", *OTHER_COMMANDS):
-        if arguments.verify and getattr(arguments, name) not in (None, False):
-            parser.error(f"--{name} would be ignored: --verify only reads the weights")
     return arguments
 
 
@@ -140,19 +131,10 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def verify(arguments: argparse.Namespace) -> int:
-    """Read the weights that the configuration uses from the first byte to the last."""
-    from models.wan.verify import verify as read_everything
-    from utils.config.load import load_config
-
-    read_everything(load_config(arguments.config, arguments.set), print)
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = parse_arguments(argv)
-    body = plan if arguments.plan else verify if arguments.verify else train
+    body = verify if arguments.verify else plan if arguments.plan else train
     return run_command(lambda: body(arguments), debug=arguments.debug)
 
 

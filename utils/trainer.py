@@ -20,6 +20,7 @@ from utils.data.prefetch import ReadAhead
 from utils.data.sampler import BatchPlan, MicroBatch, rank_slice
 from utils.distributed import Processes, gather_objects, is_shared, on_every_rank, on_main
 from utils.errors import TrainingStoppedError, UserError
+from utils.finite import all_finite
 from utils.layers import PreparedBatch, TrainableModel
 from utils.loss_recorder import LossRecorder, loss_by_bin
 from utils.metrics import MetricsWriter
@@ -307,7 +308,7 @@ class Trainer:
 
     def _keep_state(self, state: LoopState) -> None:
         """The checkpoint that is due, although an export has failed; not of weights that are not finite."""
-        own = all(bool(torch.isfinite(one).all()) for one in self._pipeline.trainables.values())
+        own = all(all_finite(one) for one in self._pipeline.trainables.values())
         if all(gather_objects(own)):
             with suppress(UserError):  # the first error is the one to tell
                 self._writer.save(state)

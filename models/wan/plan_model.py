@@ -8,6 +8,7 @@ from models.wan.checkpoint import (
     CheckpointPaths,
     check_checkpoint,
     locate,
+    open_as_stored,
     open_text_encoder,
     open_transformer,
     read_variant,
@@ -27,7 +28,7 @@ from utils.config.load import ConfigError
 from utils.config.schema import LoadedConfig, Problem, TrainConfig
 from utils.lora_targets import linear_modules, resolve_targets
 from utils.scaled_source import SCALED_FP8_MARK
-from utils.tensor_source import Shape, TensorSource, open_safetensors
+from utils.tensor_source import Shape, TensorSource
 
 UMT5_XXL = Umt5Sizes(
     vocab_size=256384, d_model=4096, num_heads=64, d_kv=64, d_ff=10240, num_layers=24, num_buckets=32
@@ -100,7 +101,7 @@ def plan_model(loaded: LoadedConfig) -> PlannedModel:
         source=source,
         targets=tuple(targets),
         text_shapes=_text_shapes(config, paths, arch, notes),
-        layout=_layout(paths, source) + (", both experts" if second is not None else ""),
+        layout=_layout(paths) + (", both experts" if second is not None else ""),
         missing=_missing(config, problems),
         notes=tuple(notes),
         second=second,
@@ -118,13 +119,15 @@ def _open_second(config: TrainConfig) -> TensorSource:
 def _is_about_dit(problem: Problem, paths: CheckpointPaths) -> bool:
     if problem.key == "model.expert":
         return True
-    needed = (paths.transformer_dir, paths.config_json)
-    if all(path.exists() for path in needed):
-        return False
-    # "<path> is missing" of another part is told once the DiT is there.
-    return problem.key in ("model.ckpt_path", "model.transformer_path") and not any(
-        str(part) in problem.reason for part in (paths.text_encoder, paths.vae, paths.tokenizer_dir)
-    )
+    if problem.fix.endswith("with transformer_path"):  # one of several has to be chosen
+        return True
+    place = paths.transformer_dir
+    if not place.exists():
+        # "<path> is missing" of another part is told once the DiT is there.
+        others = (paths.text_encoder, paths.vae, paths.tokenizer_dir)
+        is_other = any(problem.reason.startswith(f"{part} ") for part in others)
+        return problem.key in ("model.ckpt_path", "model.transformer_path") and not is_other
+    return problem.reason.startswith(f"{place} holds no DiT")
 
 
 def _check_other_parts(config: TrainConfig, paths: CheckpointPaths, notes: list[str]) -> list[Problem]:
@@ -163,13 +166,16 @@ def _text_shapes(
     return shapes
 
 
-def _layout(paths: CheckpointPaths, source: TensorSource) -> str:
-    files = source.files
-    is_scaled = any(SCALED_FP8_MARK in open_safetensors([file]).shapes for file in files[:1])
-    kind = "fp8_scaled, " if is_scaled else ""
+def _layout(paths: CheckpointPaths) -> str:
+    """How the DiT is stored, such as `official directory, 3 files` or `fp8_scaled, single file, prefix model.diffusion_model.`."""
+    stored, naming = open_as_stored(paths.transformer_dir, "transformer")
+    words = ["fp8_scaled"] if SCALED_FP8_MARK in stored.shapes else []
     if paths.transformer_dir.is_file():
-        return f"{kind}single file"
-    return f"{kind}official directory, {len(files)} file{'s' if len(files) != 1 else ''}"
+        words += ["single file"] if naming.style == "official" else ["single file", f"{naming.style} names"]
+    else:
+        count = len(stored.files)
+        words += [f"{naming.style} directory", f"{count} file{'s' if count != 1 else ''}"]
+    return ", ".join(words + ([f"prefix {naming.prefix}"] if naming.prefix else []))
 
 
 def _missing(config: TrainConfig, located: list[Problem]) -> tuple[Problem, ...]:

@@ -132,7 +132,9 @@ class Part:
 
     @property
     def official_of(self) -> dict[str, str]:
-        """Official name by stored name."""
+        """Official name by stored name; of an adapter the module's, with `.A`, `.B` or `.alpha`."""
+        if self.adapter is not None:
+            return self.adapter.keys
         return {stored: official for official, stored in self.naming.official.items()}
 
     @property

@@ -6,7 +6,6 @@ whatever no flag said becomes a remark, so that the report names it.
 
 import argparse
 import json
-import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,11 +22,18 @@ from utils.config.load import load_config
 from utils.config.schema import BudgetConfig, Expert, TrainConfig
 from utils.errors import UserError
 from utils.files import combined_fingerprint
-from utils.lora_names import AdapterFile, AdapterPair, kohya_aliases, read_adapter
+from utils.lora_names import (
+    AdapterFile,
+    AdapterPair,
+    adapted_shape,
+    kohya_aliases,
+    matrix_shape,
+    read_adapter,
+)
+from utils.safetensors_header import FLOAT_DTYPES
 from utils.tensor_source import TensorSource, open_safetensors
 
 OUTPUT_ROOT = Path("output")
-_FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _TEXT_ENCODER_MODULES = ("lora_te", "text_encoder")
 
 
@@ -175,7 +181,7 @@ def read_fitting_adapter(subject: Subject, source: TensorSource) -> tuple[Adapte
             f"{'; '.join(mismatches[:10])}{more}; give the base that the adapter was trained on"
         )
     dtypes = {module: source.dtypes[base_keys[module]] for module in adapter.modules}
-    quantised = next((module for module in dtypes if dtypes[module] not in _FLOAT_DTYPES), None)
+    quantised = next((module for module in dtypes if dtypes[module] not in FLOAT_DTYPES), None)
     if quantised is not None:
         raise UserError(
             f"{subject.transformer}: {quantised} is stored as {dtypes[quantised]}, whose scale is kept elsewhere; give the "
@@ -186,14 +192,14 @@ def read_fitting_adapter(subject: Subject, source: TensorSource) -> tuple[Adapte
 
 def _mismatch(module: str, pair: AdapterPair, source: TensorSource, base_keys: dict[str, str]) -> str | None:
     """Why a module's adapter does not fit the base, with the variants that both shapes belong to; None where it does."""
-    adapted = (pair.up.shape[0], math.prod(pair.down.shape[1:]))
+    adapted = adapted_shape(pair.down.shape, pair.up.shape)
+    assert adapted is not None, "read_adapter has checked it"
     if module not in base_keys:
         if module.startswith(_TEXT_ENCODER_MODULES):
             return f"{module} belongs to a text encoder"
         names = _variants(module, adapted)
         return f"the base has no {module}{f' (that of {names} fits)' if names else ''}"
-    stored = source.shapes[base_keys[module]]
-    shape = (stored[0], math.prod(stored[1:]))
+    shape = matrix_shape(source.shapes[base_keys[module]])
     if adapted == shape:
         return None
     return f"{module} adapts {_with_variants(module, adapted)}, the base has {_with_variants(module, shape)}"
@@ -209,7 +215,7 @@ def _variants(module: str, shape: tuple[int, int]) -> str:
     return ", ".join(
         name
         for name, shapes in _published_shapes().items()
-        if (found := shapes.get(f"{module}.weight")) is not None and (found[0], math.prod(found[1:])) == shape
+        if (found := shapes.get(f"{module}.weight")) is not None and matrix_shape(found) == shape
     )
 
 

@@ -151,7 +151,7 @@ def test_the_dit_of_another_variant(variant, other, section, parts):
     elif variant == "ti2v-5b":
         expected.append(
             f"model.expert: is missing, but {place} is an A14B model, which has two experts -> write expert = "
-            '"high_noise" or "low_noise"'
+            '"high_noise", "low_noise" or "both"'
         )
     expected.append(
         f"model.variant: is '{variant}', but {place}/config.json and the weights are those of '{other}' -> write variant = "
@@ -196,7 +196,7 @@ def test_experts_where_there_are_none_or_another_one(variant, expert, section, p
         return
     assert said(section(variant, expert=None)) == [
         f"model.expert: is missing, but {parts[variant]} is an A14B model, which has two experts -> write expert = "
-        '"high_noise" or "low_noise"'
+        '"high_noise", "low_noise" or "both"'
     ]
     other = next(name for name in EXPERTS if name != expert)
     place = dit_dir(parts[variant], variant, other)
@@ -210,7 +210,7 @@ def test_everything_of_the_5b_on_a_checkpoint_of_a14b(section, parts):
     model = section("ti2v-5b", variant="ti2v-5b", ckpt_path=str(parts["t2v-a14b"]))
     assert said(model) == [
         f"model.expert: is missing, but {parts['t2v-a14b']} is an A14B model, which has two experts -> write expert = "
-        '"high_noise" or "low_noise"'
+        '"high_noise", "low_noise" or "both"'
     ]
     found = said(section("ti2v-5b", variant="ti2v-5b", expert="high_noise", ckpt_path=str(parts["t2v-a14b"])))
     assert [line.partition(":")[0] for line in found] == ["model.variant", "model.vae_path"]
