@@ -71,6 +71,10 @@ def test_a_layout_trains_the_numbers_of_the_official_one(runs, checkpoint, mode)
         place = checkpoint / "transformer"
         if not place.is_dir():
             (place,) = (checkpoint / "diffusion_models").glob("*.safetensors")
+        assert metadata["targets"] == "cross_attn.k in blocks 0-3; cross_attn.v in blocks 0-3"
+        assert metadata["rank"] == "4" and metadata["num_targets"] == "8"
+        assert (metadata["variant"], metadata["expert"], metadata["boundary"]) == ("ti2v-5b", "none", "none")
+        assert len(metadata["encoder_hash"]) == 32
         assert metadata["base_hash"] == combined_fingerprint(open_transformer(place).files)
     else:
         saved = open_text_encoder(run / "epoch1" / "text_encoder.safetensors")
