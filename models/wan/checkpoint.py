@@ -29,7 +29,7 @@ from models.wan.tokenizer_place import TOKENIZER_FILES, has_tokenizer
 from utils.config.experts import first_side
 from utils.config.schema import ModelConfig, Problem
 from utils.errors import UserError
-from utils.scaled_source import SCALED_FP8_MARK, is_quantised, plain_weights
+from utils.scaled_source import has_mark, is_quantised, plain_weights
 from utils.tensor_source import (
     RenamedSource,
     Shape,
@@ -104,8 +104,8 @@ def open_text_encoder_part(path: Path) -> TensorSource:
     """
     path = Path(path)
     source = _open_files(path)
-    quantised = any(is_quantised(name, dtype, source.shapes) for name, dtype in source.dtypes.items())
-    if SCALED_FP8_MARK in source.shapes or quantised:
+    quantised = any(is_quantised(name, dtype) for name, dtype in source.dtypes.items())
+    if quantised or has_mark(source.shapes):
         raise UserError(
             f"{path}: is quantised to fp8, which cannot be trained or encoded with here; give the bf16 or fp16 file"
         )

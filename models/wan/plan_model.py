@@ -27,7 +27,7 @@ from utils.config.file_checks import (
 from utils.config.load import ConfigError
 from utils.config.schema import LoadedConfig, Problem, TrainConfig
 from utils.lora_targets import linear_modules, resolve_targets
-from utils.scaled_source import SCALED_FP8_MARK
+from utils.scaled_source import has_mark
 from utils.tensor_source import Shape, TensorSource
 
 UMT5_XXL = Umt5Sizes(
@@ -169,7 +169,7 @@ def _text_shapes(
 def _layout(paths: CheckpointPaths) -> str:
     """How the DiT is stored, such as `official directory, 3 files` or `fp8_scaled, single file, prefix model.diffusion_model.`."""
     stored, naming = open_as_stored(paths.transformer_dir, "transformer")
-    words = ["fp8_scaled"] if SCALED_FP8_MARK in stored.shapes else []
+    words = ["fp8_scaled"] if has_mark(stored.shapes) else []
     if paths.transformer_dir.is_file():
         words += ["single file"] if naming.style == "official" else ["single file", f"{naming.style} names"]
     else:

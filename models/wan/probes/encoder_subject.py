@@ -81,6 +81,17 @@ def choose_encoders(args: argparse.Namespace) -> EncoderSubject:
     )
 
 
+def find_encoder(place: Path) -> Path:
+    """The encoder that a path means: a file, a directory of shards, or that of a checkpoint, of a save or of a training run.
+
+    Raises:
+        UserError: as `find_saved_file`.
+    """
+    if any(place.glob("*.safetensors.index.json")) and not (place / TEXT_ENCODER_FILE).is_file():
+        return place
+    return text_encoder_in(place) or find_saved_file(place, SAVED_ENCODER)
+
+
 def choose_drift_cap(flag: float | None, config: TrainConfig | None, where: Path | None) -> Cap:
     """The cap on neutral drift: the flag, else the run's [budget], else the default."""
     return choose_optional_cap("max_neutral_drift", flag, config, where) or Cap(
@@ -90,7 +101,7 @@ def choose_drift_cap(flag: float | None, config: TrainConfig | None, where: Path
 
 def _choose_tuned(args: argparse.Namespace, remarks: list[str]) -> Path:
     if args.text_encoder is not None:
-        tuned = find_saved_file(args.text_encoder, SAVED_ENCODER)
+        tuned = find_encoder(args.text_encoder)
         if tuned != args.text_encoder:
             remarks.append(f"text encoder: {tuned} (found in {args.text_encoder})")
         return tuned
@@ -114,12 +125,7 @@ def _choose_base(
 ) -> Path:
     given: Path | None = args.base_text_encoder
     if given is not None:
-        inside = text_encoder_in(given)
-        if inside is not None:
-            return inside
-        if any(given.glob("*.safetensors.index.json")):
-            return given
-        return find_saved_file(given, SAVED_ENCODER)
+        return find_encoder(given)
     if parts is not None:
         if not parts.text_encoder.exists():
             raise UserError(
