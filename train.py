@@ -8,6 +8,7 @@ python train.py --config configs/smoke_dit_lora.toml
 import argparse
 from functools import partial
 
+from models.wan.verify import verify
 from utils.cli import end_process, run_command
 from utils.plan_cli import add_plan_flags, check_plan_flags, print_plan
 
@@ -135,7 +136,7 @@ def plan(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = parse_arguments(argv)
-    body = plan if arguments.plan else train
+    body = verify if arguments.verify else plan if arguments.plan else train
     return run_command(lambda: body(arguments), debug=arguments.debug)
 
 

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.errors import EXIT_OK, EXIT_USER_ERROR, UserError
+from utils.cli import run_command
+from utils.errors import EXIT_OK, UserError
 from utils.report_runs import (
     Line,
     choose_report,
@@ -56,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
             default=Path("reports"),
             help="where all reports lie (default: %(default)s)",
         )
+        command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     return parser
 
 
@@ -121,14 +123,15 @@ def _letter(index: int) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
     args = build_parser().parse_args(argv)
-    try:
-        {"list": list_reports, "compare": compare_reports}[args.command](args)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_USER_ERROR
-    except BrokenPipeError:  # such as `| head`
-        sys.stderr.close()
-    return EXIT_OK
+
+    def body() -> int:
+        try:
+            {"list": list_reports, "compare": compare_reports}[args.command](args)
+        except BrokenPipeError:  # such as `| head`
+            sys.stderr.close()
+        return EXIT_OK
+
+    return run_command(body, debug=args.debug)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.helpers.layouts import write_comfyui, write_diffusers
 from tests.helpers.workspace import Workspace, check_refused, make_workspace
 from utils import run as runs
 from utils.config.load import load_config
@@ -352,6 +353,15 @@ def test_image_to_video_has_its_own_boundary(tmp_path, tiny_i2v, tiny_dataset) -
     assert (told["variant"], told["boundary"]) == ("i2v-a14b", 0.9)
     high, low = (one["timesteps"] for one in told["experts"].values())
     assert high["min"] >= 900 and low["max"] < 900
+
+
+@pytest.mark.parametrize("write", [write_diffusers, write_comfyui])
+def test_both_experts_are_found_in_every_layout(done, workspace, tmp_path, tiny_t2v, write) -> None:
+    other = Workspace(workspace.root, write(tiny_t2v, tmp_path / "other"))
+    assert other.train("dit_lora", *BOTH) == 0
+    for expert in EXPERTS:
+        found = [row["loss"] for row in read_metrics(other.run() / expert)]
+        assert found == [row["loss"] for row in read_metrics(done.run() / expert)]
 
 
 # ---------------------------------------------------------------------- files of the other expert

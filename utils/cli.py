@@ -14,6 +14,7 @@ from utils.errors import (
     PeerLostError,
     TrainingStoppedError,
     UserError,
+    as_user_error,
 )
 
 
@@ -49,12 +50,15 @@ def run_command(function: Callable[[], int], *, debug: bool) -> int:
         _say("interrupted")
         return EXIT_INTERRUPTED
     except Exception as error:
+        mendable = as_user_error(error) if isinstance(error, OSError) else None
         if debug:
             traceback.print_exc()
+        elif mendable is not None:
+            _say(f"error: {mendable}")
         else:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             _say(f"failed: {type(error).__name__}: {first_line} (--debug shows where)")
-        return EXIT_FAILED
+        return EXIT_FAILED if mendable is None else EXIT_USER_ERROR
 
 
 def end_process(status: int) -> NoReturn:

@@ -1,5 +1,7 @@
 """Errors that a person can mend, and the exit statuses of every command of the project."""
 
+import errno
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -18,6 +20,35 @@ class UserError(Exception):
 
     on_every_rank = False
     is_own = False
+
+
+# What the system says of rights, names and places, as opposed to what a broken program makes it say.
+_MENDABLE = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EIO,
+        errno.ESTALE,
+    }
+)
+
+
+def as_user_error(error: OSError) -> UserError | None:
+    """What the system said of a file that it names, as something to mend; None where it is not of that kind."""
+    if error.filename is None or error.errno not in _MENDABLE:
+        return None
+    place = str(error.filename) if len(str(error.filename)) <= 200 else f"{str(error.filename)[:200]}..."
+    return UserError(
+        f"{place}: {error.strerror}; check the path and its rights, and run the same command again"
+    )
 
 
 class PeerLostError(Exception):

@@ -59,7 +59,7 @@ def read_effects(run: Path, step: int | None) -> list[EvalEffect]:
         try:
             if step is None or row["step"] <= step:
                 newest[row["dataset"]] = _effect(row)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{run / EVAL_FILE}: line {number} is no evaluation ({type(error).__name__}: {error}); put back the file that "
                 "the run wrote"

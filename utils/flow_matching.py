@@ -29,20 +29,20 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
     return noise - latents
 
 
-def per_sample_loss(velocity_BCFHW: Tensor, target_BCFHW: Tensor, mask_BHW: Tensor | None = None) -> Tensor:
+def per_sample_loss(velocity_BCFHW: Tensor, target_BCFHW: Tensor, mask_BFHW: Tensor | None = None) -> Tensor:
     """Mean squared error of each sample, float32 [B].
 
     Args:
         velocity_BCFHW: what the model answers.
         target_BCFHW: what it should answer.
-        mask_BHW: how much each latent position counts, in [0, 1], the same in all frames and channels; somewhere in
-            each sample above 0. The mean is then sum(mask * error^2) / sum(mask), so that a sample weighs as much
-            whatever its mask leaves of it. All ones give the same bits as None.
+        mask_BFHW: how much each latent position counts, in [0, 1], the same in all channels, with F = 1 also in all
+            frames; somewhere in each sample above 0. The mean is then sum(mask * error^2) / sum(mask), so that a sample
+            weighs as much whatever its mask leaves of it. All ones give the same bits as None.
     """
     errors_BCFHW = (velocity_BCFHW.float() - target_BCFHW.float()).square()
-    if mask_BHW is not None:
-        weights_BHW = mask_BHW / mask_BHW.flatten(1).mean(1)[:, None, None]
-        errors_BCFHW = errors_BCFHW * weights_BHW[:, None, None]
+    if mask_BFHW is not None:
+        weights_BFHW = mask_BFHW / mask_BFHW.flatten(1).mean(1)[:, None, None, None]
+        errors_BCFHW = errors_BCFHW * weights_BFHW[:, None]
     return errors_BCFHW.flatten(1).mean(1)
 
 

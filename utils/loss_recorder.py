@@ -26,8 +26,8 @@ class LossRecorder:
 
     def __call__(self, velocity_BCFHW: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
         """Sum of weight * mean squared error over the micro-batch, a scalar."""
-        target_BCFHW, sigma_B, weight_B, sample_index_B, *mask_BHW = labels
-        losses_B = per_sample_loss(velocity_BCFHW, target_BCFHW, *mask_BHW)
+        target_BCFHW, sigma_B, weight_B, sample_index_B, *mask_BFHW = labels
+        losses_B = per_sample_loss(velocity_BCFHW, target_BCFHW, *mask_BFHW)
         self._records.append(_Record(losses_B.detach(), sigma_B, weight_B, sample_index_B))
         return (losses_B * weight_B).sum()
 

@@ -8,26 +8,43 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError
 from utils.files import atomic_write_text, disk_errors_as_user_errors
 
 METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All steps of a run, in order. A last line torn by a kill is left out."""
+    """All steps of a run, in order. A last line torn by a kill is left out.
+
+    Raises:
+        UserError: as `read_rows`.
+    """
     return read_rows(run_dir / METRICS_FILE)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one on each line; none where it does not exist. A torn line ends it."""
+    """The objects of a file with one on each line; none where it does not exist. A torn line ends it.
+
+    Raises:
+        UserError: the file is no text, or a line of it is an object without a step, or no object.
+    """
     if not path.exists():
         return []
+    mend = "put back the file that the run wrote"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); {mend}") from None
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path}: line {number} is not a row of a run, with its step; {mend}")
+        rows.append(row)
     return rows
 
 

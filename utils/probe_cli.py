@@ -21,24 +21,43 @@ from utils.errors import (
     EXIT_UNEXPECTED,
     EXIT_USER_ERROR,
     UserError,
+    as_user_error,
 )
 from utils.report_summary import Verdict
+from utils.saved_runs import RUN_CONFIG_NAME as CONFIG_FILE
 
 EXIT_BY_VERDICT: dict[Verdict, int] = {
     "pass": EXIT_OK,
     "fail": EXIT_FAILED,
     "inconclusive": EXIT_INCONCLUSIVE,
 }
+
+
+def path_of(text: str) -> Path:
+    """An argparse `type`: a path; an empty one, such as an unset variable of a shell gives, would mean this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(text)
+
+
+def config_file(text: str) -> Path:
+    """An argparse `type`: a TOML file; a run's directory stands for the `config.toml` in it."""
+    path = path_of(text)
+    if path.is_dir() and not (path / CONFIG_FILE).is_file():
+        raise argparse.ArgumentTypeError(f"{path} is a directory without {CONFIG_FILE}, so it is no run")
+    return path / CONFIG_FILE if path.is_dir() else path
+
+
 # Flags that several probes share; each probe names those that it reads.
 _FLAGS: dict[str, dict[str, Any]] = {
     "config": {
         "metavar": "TOML",
-        "type": Path,
-        "help": "config that fills in the other flags (default: the run's)",
+        "type": config_file,
+        "help": "config, or a run's directory, that fills in the other flags (default: the run's)",
     },
     "base": {
         "metavar": "CKPT",
-        "type": Path,
+        "type": path_of,
         "help": "base checkpoint: directory or .safetensors file (default: the run's)",
     },
     "expert": {
@@ -47,22 +66,22 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
     "adapter": {
         "metavar": "FILE_OR_DIR",
-        "type": Path,
+        "type": path_of,
         "help": "LoRA file, the directory it is in, or a run (default: the newest run's)",
     },
     "text_encoder": {
         "metavar": "FILE",
-        "type": Path,
+        "type": path_of,
         "help": "the tuned UMT5: a weight file, the directory it is in, or a run (default: the newest run's)",
     },
     "base_text_encoder": {
         "metavar": "FILE",
-        "type": Path,
+        "type": path_of,
         "help": "the UMT5 that it is held against: a weight file or a checkpoint directory (default: the run's)",
     },
     "prompts": {
         "metavar": "FILE",
-        "type": Path,
+        "type": path_of,
         "help": "UTF-8 text file, one prompt per line (default: the neutral ones of configs/prompts/)",
     },
     "device": {"metavar": "DEVICE", "default": "cpu", "help": "cpu, cuda or cuda:N (default: %(default)s)"},
@@ -131,6 +150,10 @@ def run_probe(
         _show(args.debug, f"error: {error}")
         return EXIT_USER_ERROR
     except Exception as error:
+        mendable = as_user_error(error) if isinstance(error, OSError) else None
+        if mendable is not None:
+            _show(args.debug, f"error: {mendable}")
+            return EXIT_USER_ERROR
         hint = "" if args.debug else " (--debug shows the trace)"
         _show(args.debug, f"unexpected error: {type(error).__name__}: {' '.join(str(error).split())}{hint}")
         return EXIT_UNEXPECTED

@@ -46,10 +46,13 @@ def describe_outcomes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def read_outcomes(run_dir: Path) -> list[dict[str, Any]]:
-    """All rows of a run's `probes.jsonl`; what is no such row is passed over."""
+    """All rows of a run's `probes.jsonl`; those of another version are passed over.
+
+    Raises:
+        UserError: the file is not what a run writes.
+    """
     names = {field.name for field in fields(ProbeOutcome)}
-    rows = read_rows(run_dir / PROBES_FILE)
-    return [row for row in rows if isinstance(row, dict) and row.keys() == names]
+    return [row for row in read_rows(run_dir / PROBES_FILE) if row.keys() == names]
 
 
 def keep_outcomes(run_dir: Path, step: int) -> None:

@@ -8,6 +8,7 @@ import csv
 import fcntl
 import io
 import math
+import os
 import platform
 import re
 import sys
@@ -28,7 +29,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-__all__ = ["InputFile", "Report", "Summary", "Verdict", "read_summary", "refuse_training_run", "utc_run_tag"]
+__all__ = [
+    "InputFile",
+    "Report",
+    "Summary",
+    "Verdict",
+    "check_writable",
+    "read_summary",
+    "refuse_training_run",
+    "utc_run_tag",
+]
 
 REPORT_NAME = "report.md"
 INDEX_NAME = "INDEX.md"
@@ -55,8 +65,8 @@ class Report:
         seed: the seed of whatever is random, None where nothing is.
 
     Raises:
-        UserError: the name is not usable, the report exists already, or `reports_dir` lies in a training run. This
-            comes before anything is measured, not after.
+        UserError: the name is not usable, the report exists already, or `reports_dir` cannot be written to or lies in a
+            training run. This comes before anything is measured, not after.
     """
 
     def __init__(
@@ -79,6 +89,7 @@ class Report:
             raise UserError(
                 f"{self.directory}: exists already and is never overwritten; choose another --run_tag"
             )
+        check_writable(self.directory, "--reports_dir")
         self.seed = seed
         self._metrics: dict[str, Any] = {}
         self._meanings: dict[str, str] = {}
@@ -254,6 +265,18 @@ def _check_place(reports_dir: Path) -> None:
             f"{reports_dir}: is a file, but reports need a directory; choose another --reports_dir"
         )
     refuse_training_run(reports_dir, "--reports_dir")
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Refuse a file or directory that could not be made, before anything is measured.
+
+    Raises:
+        UserError: what `path`, which `flag` names, would be made in is no directory, or not writable.
+    """
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    by_effective_user = os.access in os.supports_effective_ids
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK, effective_ids=by_effective_user):
+        raise UserError(f"{path}: {there} is not writable; choose another {flag} or mend its rights")
 
 
 def refuse_training_run(path: Path, flag: str) -> None:

@@ -47,6 +47,7 @@ def find_reports(reports_dir: Path, tool: str | None = None) -> Found:
 
     Raises:
         UserError: the directory is not there, or holds no folder of that tool.
+        OSError: a folder in it may not be read.
     """
     reports_dir = Path(reports_dir)
     if not reports_dir.is_dir():
@@ -56,7 +57,9 @@ def find_reports(reports_dir: Path, tool: str | None = None) -> Found:
         known = f"there are reports of {', '.join(there)}" if there else "there are no reports at all"
         raise UserError(f"{reports_dir}: holds no reports of {tool!r} ({known}); check --tool")
     summaries, damaged = [], []
-    for directory in sorted(reports_dir.glob(f"{tool or '*'}/*")):
+    folders = [reports_dir / tool] if tool is not None else sorted(reports_dir.iterdir())
+    # Not a glob, which passes over what may not be read.
+    for directory in sorted(path for folder in folders if folder.is_dir() for path in folder.iterdir()):
         # What begins with a dot is a report that is being written, or whose writer was killed.
         if not directory.is_dir() or directory.name.startswith("."):
             continue

@@ -20,6 +20,7 @@ from utils.data.prefetch import ReadAhead
 from utils.data.sampler import BatchPlan, MicroBatch, rank_slice
 from utils.distributed import Processes, gather_objects, is_shared, on_every_rank, on_main
 from utils.errors import TrainingStoppedError, UserError
+from utils.finite import all_finite
 from utils.layers import PreparedBatch, TrainableModel
 from utils.loss_recorder import LossRecorder, loss_by_bin
 from utils.metrics import MetricsWriter
@@ -293,6 +294,27 @@ class Trainer:
     # ------------------------------------------------------------------ saving
 
     def _save(self, state: LoopState, due: DueSaves) -> None:
+        try:
+            self._export_due(state, due)
+        except UserError as error:
+            if due.checkpoint and is_shared(error):
+                self._keep_state(state)
+            raise
+        if due.checkpoint or self._control.wants_checkpoint:
+            self._control.saving()
+            self._save_times = self._writer.save(state, then=self._control.saved)
+        if self._control.wants_stop and state.step != self.total_steps:
+            self.stopped_by = self._control.reason
+
+    def _keep_state(self, state: LoopState) -> None:
+        """The checkpoint that is due, although an export has failed; not of weights that are not finite."""
+        own = all(all_finite(one) for one in self._pipeline.trainables.values())
+        if all(gather_objects(own)):
+            with suppress(UserError):  # the first error is the one to tell
+                self._writer.save(state)
+                self._writer.finish()
+
+    def _export_due(self, state: LoopState, due: DueSaves) -> None:
         if due.of_epoch:
             self._export(f"epoch{due.epoch}", state, due.epoch)
             if self._probes is not None:
@@ -300,11 +322,6 @@ class Trainer:
                 self._probes.saved(self._run_dir / f"epoch{due.epoch}", due.epoch, state.step, at_end=at_end)
         if due.of_step:
             self._export(f"step{state.step}", state, due.epoch)
-        if due.checkpoint or self._control.wants_checkpoint:
-            self._control.saving()
-            self._save_times = self._writer.save(state, then=self._control.saved)
-        if self._control.wants_stop and state.step != self.total_steps:
-            self.stopped_by = self._control.reason
 
     def _export(self, name: str, state: LoopState, epoch: int) -> None:
         metadata = {**self._metadata, "step": str(state.step), "epoch": str(epoch)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.wan.arch import VariantInfo
 from models.wan.caching import EMPTY_CAPTION, WanCache
 from models.wan.layers import Workload
-from models.wan.media import video_tokens
+from models.wan.media import time_rows, video_tokens
 from models.wan.noise import build_sigma_law
 from models.wan.stages import TextWire
 from models.wan.text_encoder import WanTokenizer, pad_token_ids
@@ -29,11 +29,15 @@ from utils.rng import derive_seed, generator
 
 @dataclass(frozen=True)
 class _NoisedSample:
-    """One visit: what the DiT sees [C, F, H, W] (I2V: with conditioning channels), what it should answer, how noisy."""
+    """One visit: what the DiT sees [C, F, H, W] (I2V: with conditioning channels), what it should answer, how noisy.
+
+    With `clean_first` the first latent frame of `inputs_CFHW` has no noise, whatever `sigma` says of the others.
+    """
 
     inputs_CFHW: Tensor
     target_CFHW: Tensor
     sigma: float
+    clean_first: bool
 
 
 class WanBatches:
@@ -86,6 +90,21 @@ class WanBatches:
             )
         return lines
 
+    def describe_first_frame(self) -> list[str]:
+        """What becomes of first frames, for people; nothing where all are noised."""
+        share = self._config.model.first_frame_prob
+        if share == 0:
+            return []
+        videos = sum(self._has_later_frames(sample) for sample in self._samples)
+        if not videos:
+            return [
+                f"warning: first_frame_prob = {share:g} changes nothing: no sample has more than one latent frame"
+            ]
+        return [
+            f"first frame: clean, at timestep 0 and left out of the loss at {share:.1%} of visits of {videos} of "
+            f"{len(self._samples)} samples; images never"
+        ]
+
     @cached_property
     def workload(self) -> Workload:
         """The dataset's mean sample."""
@@ -93,7 +112,9 @@ class WanBatches:
         text = [
             fmean(len(self.tokenizer(caption)) for caption in sample.captions) for sample in self._samples
         ]
-        return Workload(fmean(video), fmean(text))
+        share = self._config.model.first_frame_prob
+        rows = [time_rows(self._variant, sample.bucket, share) for sample in self._samples]
+        return Workload(fmean(video), fmean(text), fmean(rows))
 
     def prepare(
         self, batch: MicroBatch, weight: float, *, need_inputs: bool, need_labels: bool
@@ -111,7 +132,7 @@ class WanBatches:
                 text=text,
                 lens_B=lens_B,
                 latents_BCFHW=torch.stack([sample.inputs_CFHW for sample in noised]),
-                timesteps_BT=(sigma_B * NUM_TRAIN_TIMESTEPS).unsqueeze(1),
+                timesteps_BT=_timesteps(noised, sigma_B),
                 seed=torch.tensor([self._micro_batch_seed(batch)], dtype=torch.int64),
             )
         labels = None
@@ -123,7 +144,7 @@ class WanBatches:
                 sigma_B,
                 torch.full_like(sigma_B, weight),
                 indices_B,
-                *self._masks(batch),
+                *self._masks(batch, noised),
             )
         return PreparedBatch(None if inputs is None else tuple(inputs), labels)
 
@@ -149,9 +170,12 @@ class WanBatches:
         random, sigma = self._noise_of(self._samples[sample_index].sample_id, visit, law)
         noise = torch.randn(latents.shape, generator=random)
         inputs = add_noise(latents, noise, sigma)
+        clean_first = self._is_conditioned(self._samples[sample_index], visit)
+        if clean_first:
+            inputs[:, 0] = latents[:, 0]
         if "cond" in item:
             inputs = torch.cat((inputs, item["cond"].float()))
-        return _NoisedSample(inputs, velocity_target(latents, noise), sigma)
+        return _NoisedSample(inputs, velocity_target(latents, noise), sigma, clean_first)
 
     def _noise_of(self, sample_id: int, visit: int, law: SigmaLaw) -> tuple[torch.Generator, float]:
         """What the noise of a visit is drawn from, and its level sigma."""
@@ -160,14 +184,34 @@ class WanBatches:
             generator(seed, "sigma", sample_id, visit)
         )
 
-    def _masks(self, batch: MicroBatch) -> tuple[Tensor] | tuple[()]:
-        """How much each latent position counts, mask_BHW; nothing where no sample of the micro-batch has a mask."""
+    def _has_later_frames(self, sample: SampleRecord) -> bool:
+        return self._variant.latent_frames(sample.bucket.num_frames) > 1
+
+    def _is_conditioned(self, sample: SampleRecord, visit: int) -> bool:
+        """Whether a visit keeps the first latent frame clean. Never of an image, which has nothing behind it to learn."""
+        share = self._config.model.first_frame_prob
+        if share == 0 or not self._has_later_frames(sample):
+            return False
+        draw = torch.rand((), generator=generator(self._config.seed, "first_frame", sample.sample_id, visit))
+        return draw.item() < share
+
+    def _masks(self, batch: MicroBatch, noised: Sequence[_NoisedSample]) -> tuple[Tensor] | tuple[()]:
+        """How much each latent position counts, mask_BFHW; F is 1 where no first frame is left out.
+
+        Nothing where all of the micro-batch counts whole.
+        """
         masks = [self._samples[visit.sample_index].mask for visit in batch.visits]
-        present = next((mask for mask in masks if mask is not None), None)
-        if present is None:
+        conditioned = any(sample.clean_first for sample in noised)
+        if not conditioned and all(mask is None for mask in masks):
             return ()
-        everything_HW = torch.ones(present.grid.height, present.grid.width)
-        rows = [everything_HW if mask is None else torch.from_numpy(mask.grid.weights_HW()) for mask in masks]
+        _, frames, height, width = noised[0].target_CFHW.shape
+        rows = []
+        for mask, sample in zip(masks, noised, strict=True):
+            row_HW = torch.ones(height, width) if mask is None else torch.from_numpy(mask.grid.weights_HW())
+            row_FHW = row_HW.repeat(frames if conditioned else 1, 1, 1)
+            if sample.clean_first:
+                row_FHW[0] = 0.0
+            rows.append(row_FHW)
         return (torch.stack(rows),)
 
     def _text(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -204,3 +248,14 @@ class WanBatches:
 
     def _sample_tokens(self, sample: SampleRecord) -> int:
         return video_tokens(self._variant, sample.bucket)
+
+
+def _timesteps(noised: Sequence[_NoisedSample], sigma_B: Tensor) -> Tensor:
+    """What the model is told, [B, 1]; where a first frame of the micro-batch is clean, [B, F] with 0 for that frame."""
+    timesteps_B1 = (sigma_B * NUM_TRAIN_TIMESTEPS).unsqueeze(1)
+    clean_B = torch.tensor([sample.clean_first for sample in noised])
+    if not clean_B.any():
+        return timesteps_B1
+    timesteps_BF = timesteps_B1.repeat(1, noised[0].target_CFHW.shape[1])
+    timesteps_BF[clean_B, 0] = 0.0
+    return timesteps_BF

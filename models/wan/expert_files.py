@@ -1,30 +1,13 @@
 """Which of A14B's experts a file is for, as far as headers and names can tell: both have the same tensor names and shapes."""
 
-import re
 from pathlib import Path
 from typing import get_args
 
+from models.wan.layouts import named_expert
 from utils.adapter_runs import find_adapter_file
 from utils.config.schema import Expert, ModelConfig, Problem
 from utils.lora_names import SECOND_PREFIX
 from utils.tensor_source import TensorSource, open_safetensors
-
-# `wan2.2_t2v_high_noise_14B_fp16`, `Wan2_2-T2V-A14B-LOW_fp8`, `high_noise_model`. "high" alone may mean anything.
-_IN_NAME = re.compile(
-    r"(?<![a-z])(high|low)[ _.-]?noise(?![a-z])|a14b[ _.-](high|low)(?![a-z])", re.IGNORECASE
-)
-# diffusers keeps the low-noise expert in a folder of this name; `transformer` alone may be any model's.
-_DIFFUSERS_LOW = "transformer_2"
-
-
-def expert_in_name(path: Path) -> Expert | None:
-    """The expert that a file or folder is named after; None where its name says neither or both."""
-    if path.name == _DIFFUSERS_LOW:
-        return "low_noise"
-    found = {(high or low).lower() for high, low in _IN_NAME.findall(path.name)}
-    if found == {"high"}:
-        return "high_noise"
-    return "low_noise" if found == {"low"} else None
 
 
 def expert_of_adapter(adapter: Path) -> Expert | None:
@@ -39,23 +22,15 @@ def expert_of_adapter(adapter: Path) -> Expert | None:
         return _known(value)
     if source.shapes and all(key.startswith(SECOND_PREFIX) for key in source.shapes):
         return "low_noise"
-    return expert_in_name(adapter)
+    return named_expert(adapter)
 
 
 def check_transformer_files(model: ModelConfig, source: TensorSource) -> list[Problem]:
-    """The files of a DiT must not be those of the other expert, by their metadata, their names and their folder's."""
+    """The files of a DiT must not be those of the other expert by their metadata; names are `layouts.check_expert`'s."""
     told = _known(source.metadata().get("expert"))
-    who = "their metadata say"
-    if told is None:
-        places = [Path(file) for file in source.files[:1]]
-        places += [place.parent for place in places]
-        named = next((place for place in places if expert_in_name(place) is not None), None)
-        if named is None:
-            return []
-        told, who = expert_in_name(named), f"the name {named.name} says"
     if model.expert is None or told in (None, model.expert):
         return []
-    reason = f"is {model.expert!r}, but {who} that {source.files[0]} is the {told} expert"
+    reason = f"is {model.expert!r}, but the metadata of {source.files[0]} say that it is the {told} expert"
     return [
         Problem("model.expert", reason, "choose the expert whose weights these are, or give the other file")
     ]

@@ -84,7 +84,8 @@ def plan_dit_layers(
     swapped, tokens = swapped_blocks(config, arch), workload.video_tokens
     block_flops = costs.dit_block_flops(arch, tokens)
     memory = layer_memory.DitMemory(config, shapes, arch, adapted, workload)
-    layers = [PlannedLayer("", costs.dit_input_flops(arch, tokens), memory=memory.input())]
+    input_flops = costs.dit_input_flops(arch, tokens, workload.time_rows)
+    layers = [PlannedLayer("", input_flops, memory=memory.input())]
     for index in range(arch.num_layers):
         paths: Collection[str] = [path for number, path in adapted if number == index]
         layers.append(

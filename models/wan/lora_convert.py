@@ -10,6 +10,7 @@ from utils.adapter_runs import ADAPTER_NAME
 from utils.errors import UserError
 from utils.files import atomic_directory, atomic_path, disk_errors_as_user_errors
 from utils.lora_names import AdapterFile, kohya_aliases, read_adapter
+from utils.report import refuse_training_run
 
 
 def read_wan_adapter(path: Path) -> AdapterFile:
@@ -40,6 +41,7 @@ def convert_lora(source: Path, dialect: Dialect, target: Path) -> list[str]:
     adapter = read_wan_adapter(source)
     if target.exists():
         raise UserError(f"{target}: exists already and is not overwritten; give another --out")
+    refuse_training_run(target, "--out")
     if dialect != "peft" and target.suffix != ".safetensors":
         raise UserError(f"{target}: the file to write must end in .safetensors; mend --out")
     written = to_dialect(adapter.modules, dialect)

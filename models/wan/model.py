@@ -18,7 +18,7 @@ from models.wan.checkpoint import (
     open_transformer,
 )
 from models.wan.evaluation import WanEvalBatches
-from models.wan.export import save_text_encoder
+from models.wan.export import EncoderFormat, save_text_encoder
 from models.wan.layers import dit_layers, text_layers
 from models.wan.neutral_drift import NeutralDrift
 from models.wan.noise import describe_noise
@@ -35,6 +35,7 @@ from utils.lora import (
     save_adapter,
     scale_of,
 )
+from utils.lora_check import check_saved_adapter
 from utils.lora_targets import describe_targets, linear_modules, resolve_targets
 
 
@@ -85,11 +86,22 @@ class WanModel:
         return self._batches
 
     def eval_batches(
-        self, samples: Sequence[SampleRecord], cache: WanCache, quantiles: Sequence[float]
+        self,
+        samples: Sequence[SampleRecord],
+        cache: WanCache,
+        quantiles: Sequence[float],
+        *,
+        first_frame: bool,
     ) -> WanEvalBatches:
-        """The maker of micro-batches of a dataset that is evaluated."""
+        """The maker of micro-batches of a dataset that is evaluated, with `first_frame` image-conditioned."""
         return WanEvalBatches(
-            self._config, self.arch.variant, samples, cache, self._paths.tokenizer_dir, quantiles
+            self._config,
+            self.arch.variant,
+            samples,
+            cache,
+            self._paths.tokenizer_dir,
+            quantiles,
+            first_frame=first_frame,
         )
 
     def describe(self) -> list[str]:
@@ -108,7 +120,7 @@ class WanModel:
         sides = [side_model(self._config.model, side) for side in sides_of(self._config)]
         for model in sides or [self._config.model]:
             lines += describe_noise(model, variant)
-        return lines + self.batches.describe_captions()
+        return lines + self.batches.describe_first_frame() + self.batches.describe_captions()
 
     def layer_specs(self) -> list[LayerSpec]:
         """All layers of the mode, first to last."""
@@ -177,11 +189,28 @@ class WanModel:
     def export(
         self, trained: Mapping[str, Tensor], directory: Path, metadata: Mapping[str, str]
     ) -> list[Path]:
-        """Write the adapter (dit_lora) or the encoder (encoder_ft)."""
+        """Write the adapter (dit_lora) or the encoder (encoder_ft), and read it again.
+
+        Raises:
+            UserError: what was written is not sound.
+        """
         config = self._config
         if config.adapter is not None:
-            return save_adapter(trained, self.targets, config.adapter, directory, metadata)
+            files = save_adapter(trained, self.targets, config.adapter, directory, metadata)
+            ups = [trained[parameter_names(target)[1]] for target in self.targets]
+            check_saved_adapter(
+                files[0],
+                self.targets,
+                self.base.shapes,
+                config.adapter.rank,
+                metadata,
+                is_untrained=not any(bool(up.any()) for up in ups),
+            )
+            return files
         source = open_text_encoder(self._paths.text_encoder)
         dtype: torch.dtype = getattr(torch, config.model.dtype)
-        full = config.model.save_text_encoder_full
-        return save_text_encoder(trained, source, dtype, directory, metadata, full=full)
+        model = config.model
+        how = EncoderFormat(
+            model.save_text_encoder_format, model.save_text_encoder_full, self._paths.tokenizer_dir
+        )
+        return save_text_encoder(trained, source, dtype, directory, metadata, how)

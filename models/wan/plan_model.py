@@ -8,9 +8,11 @@ from models.wan.checkpoint import (
     CheckpointPaths,
     check_checkpoint,
     locate,
+    open_as_stored,
     open_text_encoder,
     open_transformer,
     read_variant,
+    without_mistaken,
 )
 from models.wan.component_shapes import Umt5Sizes, expected_umt5_shapes, text_encoder_sizes
 from models.wan.preflight import check_dit, check_pair
@@ -25,7 +27,8 @@ from utils.config.file_checks import (
 from utils.config.load import ConfigError
 from utils.config.schema import LoadedConfig, Problem, TrainConfig
 from utils.lora_targets import linear_modules, resolve_targets
-from utils.tensor_source import SCALED_FP8_MARK, Shape, TensorSource, open_safetensors
+from utils.scaled_source import has_mark
+from utils.tensor_source import Shape, TensorSource
 
 UMT5_XXL = Umt5Sizes(
     vocab_size=256384, d_model=4096, num_heads=64, d_kv=64, d_ff=10240, num_layers=24, num_buckets=32
@@ -72,12 +75,12 @@ def plan_model(loaded: LoadedConfig) -> PlannedModel:
     """
     config = loaded.train
     paths, problems = locate(config.model)
-    faulty = [problem for problem in problems if _is_about_dit(problem, paths)]
+    faulty = [problem for problem in without_mistaken(problems, paths) if _is_about_dit(problem, paths)]
     if faulty:
         raise ConfigError(loaded.path, [replace(problem, file=loaded.path) for problem in faulty])
-    read_variant(config.model)
     source = open_transformer(paths.transformer_dir)
     arch = load_arch(paths.config_json, source.shapes)
+    read_variant(config.model)
     # An adapter to start from is read by the run; a plan needs none.
     adapter = None if config.adapter is None else replace(config.adapter, init_from_existing=None)
     second = _open_second(config) if alternates(config) else None
@@ -98,7 +101,7 @@ def plan_model(loaded: LoadedConfig) -> PlannedModel:
         source=source,
         targets=tuple(targets),
         text_shapes=_text_shapes(config, paths, arch, notes),
-        layout=_layout(paths, source) + (", both experts" if second is not None else ""),
+        layout=_layout(paths) + (", both experts" if second is not None else ""),
         missing=_missing(config, problems),
         notes=tuple(notes),
         second=second,
@@ -116,13 +119,15 @@ def _open_second(config: TrainConfig) -> TensorSource:
 def _is_about_dit(problem: Problem, paths: CheckpointPaths) -> bool:
     if problem.key == "model.expert":
         return True
-    needed = (paths.transformer_dir, paths.config_json)
-    if all(path.exists() for path in needed):
-        return False
-    # "<path> is missing" of another part is told once the DiT is there.
-    return problem.key in ("model.ckpt_path", "model.transformer_path") and not any(
-        str(part) in problem.reason for part in (paths.text_encoder, paths.vae, paths.tokenizer_dir)
-    )
+    if problem.fix.endswith("with transformer_path"):  # one of several has to be chosen
+        return True
+    place = paths.transformer_dir
+    if not place.exists():
+        # "<path> is missing" of another part is told once the DiT is there.
+        others = (paths.text_encoder, paths.vae, paths.tokenizer_dir)
+        is_other = any(problem.reason.startswith(f"{part} ") for part in others)
+        return problem.key in ("model.ckpt_path", "model.transformer_path") and not is_other
+    return problem.reason.startswith(f"{place} holds no DiT")
 
 
 def _check_other_parts(config: TrainConfig, paths: CheckpointPaths, notes: list[str]) -> list[Problem]:
@@ -161,13 +166,16 @@ def _text_shapes(
     return shapes
 
 
-def _layout(paths: CheckpointPaths, source: TensorSource) -> str:
-    files = source.files
-    is_scaled = any(SCALED_FP8_MARK in open_safetensors([file]).shapes for file in files[:1])
-    kind = "fp8_scaled, " if is_scaled else ""
+def _layout(paths: CheckpointPaths) -> str:
+    """How the DiT is stored, such as `official directory, 3 files` or `fp8_scaled, single file, prefix model.diffusion_model.`."""
+    stored, naming = open_as_stored(paths.transformer_dir, "transformer")
+    words = ["fp8_scaled"] if has_mark(stored.shapes) else []
     if paths.transformer_dir.is_file():
-        return f"{kind}single file"
-    return f"{kind}official directory, {len(files)} file{'s' if len(files) != 1 else ''}"
+        words += ["single file"] if naming.style == "official" else ["single file", f"{naming.style} names"]
+    else:
+        count = len(stored.files)
+        words += [f"{naming.style} directory", f"{count} file{'s' if count != 1 else ''}"]
+    return ", ".join(words + ([f"prefix {naming.prefix}"] if naming.prefix else []))
 
 
 def _missing(config: TrainConfig, located: list[Problem]) -> tuple[Problem, ...]:

@@ -12,6 +12,7 @@ from models.wan.checkpoint import (
     text_encoder_sizes,
 )
 from models.wan.expert_files import check_initial_adapter, check_transformer_files
+from models.wan.tokenizer_place import read_spiece
 from utils.config.experts import BOTH, EXPERTS, name_origin, side_config, sides_of
 from utils.config.schema import Problem, TrainConfig
 from utils.errors import UserError
@@ -62,13 +63,15 @@ def _check_one(config: TrainConfig) -> list[Problem]:
     problems += check_dit(config, source, arch)
     if config.model.train_text_encoder and not any(problem.key == "model.llm_path" for problem in problems):
         problems += _check_trained_blocks(config, open_text_encoder(paths.text_encoder))
+        problems += _check_spiece(config, paths.tokenizer_dir)
     return problems
 
 
 def check_dit(config: TrainConfig, source: TensorSource, arch: WanArch) -> list[Problem]:
-    """What of a configuration does not fit this DiT: its expert, noise range, blocks to swap, the adapter's targets."""
+    """What of a configuration does not fit this DiT: expert, noise range, first frames, swapped blocks, adapter."""
     problems = check_transformer_files(config.model, source)
-    problems += _check_noise_range(config, arch) + _check_swapped_blocks(config, arch)
+    problems += _check_noise_range(config, arch) + _check_first_frame(config, arch)
+    problems += _check_swapped_blocks(config, arch)
     return problems if config.adapter is None else problems + _check_adapter(config, source)
 
 
@@ -76,6 +79,20 @@ def _check_noise_range(config: TrainConfig, arch: WanArch) -> list[Problem]:
     model = config.model
     key = "model.max_t" if model.expert == "low_noise" and model.max_t < 1 else "model.min_t"
     return _problem(key, lambda: arch.variant.sigma_range(model.expert, model.min_t, model.max_t))
+
+
+def _check_first_frame(config: TrainConfig, arch: WanArch) -> list[Problem]:
+    """Only TI2V-5B takes the first frame as a clean latent; I2V-A14B has channels for it, T2V-A14B takes none."""
+    share, variant = config.model.first_frame_prob, arch.variant
+    if share == 0 or variant.model_type == "ti2v":
+        return []
+    why = (
+        "sees the first frame of every clip in channels of its own"
+        if variant.model_type == "i2v"
+        else "is a text-to-video model, which takes no first frame"
+    )
+    reason = f"is {share:g}, which is for ti2v-5b only; {variant.name} {why}"
+    return [Problem("model.first_frame_prob", reason, "take it out")]
 
 
 def _check_swapped_blocks(config: TrainConfig, arch: WanArch) -> list[Problem]:
@@ -117,6 +134,17 @@ def _check_trained_blocks(config: TrainConfig, source: TensorSource) -> list[Pro
         return []
     reason = f"is {wanted}, but the encoder has {existing} blocks"
     return [Problem("model.text_train_blocks", reason, f"write at most {existing}, or 0 for all of them")]
+
+
+def _check_spiece(config: TrainConfig, tokenizer: Path) -> list[Problem]:
+    """A file for ComfyUI takes the SentencePiece model from the tokenizer: it must not be missed after training."""
+    key = "model.save_text_encoder_format"
+    if config.model.save_text_encoder_format != "comfyui":
+        return []
+    return [
+        Problem(key, f'is "comfyui", and {problem.reason}', problem.fix)
+        for problem in _problem(key, lambda: read_spiece(tokenizer))
+    ]
 
 
 def _problem(key: str, check: Callable[[], object]) -> list[Problem]:

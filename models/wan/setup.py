@@ -20,12 +20,13 @@ from models.wan.datasets import (
     data_fingerprint,
     scan_dataset,
 )
+from models.wan.layouts import weight_files
 from models.wan.media import MEMO_FILE
 from models.wan.model import WanModel
 from models.wan.prompts import neutral_prompts
 from models.wan.text_encoder import MAX_TEXT_TOKENS
 from utils.config.dump import config_hash
-from utils.config.schema import LoadedConfig
+from utils.config.schema import LoadedConfig, TrainConfig
 from utils.data.cache import CacheStore
 from utils.data.inspect import file_rows
 from utils.data.manifest import Manifest, SkippedFile, default_cache_dir
@@ -34,6 +35,7 @@ from utils.data.sampler import BatchPlan
 from utils.distributed import Processes, on_every_rank, on_main
 from utils.evaluate import EvalSet
 from utils.files import atomic_write_text, combined_fingerprint
+from utils.lora_targets import describe_targets
 from utils.nodes import check_same_inputs, check_shared
 
 THE_DIT = "the DiT"
@@ -178,14 +180,31 @@ def build_eval_sets(
     """What is evaluated of these datasets with this model."""
     train, sets = config.train, []
     for named, one in zip(train.eval_datasets, cached, strict=True):
-        samples = one.manifest.samples
-        batches = model.eval_batches(samples, one.cache, train.eval_quantiles)
-        levels = ", ".join(f"{sigma:.3g}" for sigma in batches.sigmas)
-        say(f"eval dataset {named.label}: each sample at {len(batches.sigmas)} noise level(s): {levels}")
-        facts = json.dumps([data_fingerprint(one.manifest), train.seed, batches.sigmas])
-        identity = xxhash.xxh3_128_hexdigest(facts.encode())
-        sets.append(EvalSet(named.label, samples, train.eval_quantiles, identity, batches))
+        label = f"eval dataset {named.label}"
+        sets.append(_eval_set(named.label, model, one, train, first_frame=False))
+        sigmas = map(model.batches.sigma_law.restricted_quantile, train.eval_quantiles)
+        levels = ", ".join(f"{sigma:.3g}" for sigma in sigmas)
+        say(f"{label}: each sample at {len(train.eval_quantiles)} noise level(s): {levels}")
+        videos = one.videos(model.arch.variant) if train.model.first_frame_prob > 0 else None
+        if videos is not None:
+            name = named.first_frame_label
+            sets.append(_eval_set(name, model, videos, train, first_frame=True))
+            say(
+                f"{label}: its {len(videos.manifest.samples)} video sample(s) again with a clean first frame, as {name}"
+            )
     return sets
+
+
+def _eval_set(
+    name: str, model: WanModel, cached: CachedDataset, train: TrainConfig, *, first_frame: bool
+) -> EvalSet:
+    samples, quantiles = cached.manifest.samples, train.eval_quantiles
+    batches = model.eval_batches(samples, cached.cache, quantiles, first_frame=first_frame)
+    facts = [data_fingerprint(cached.manifest), train.seed, batches.sigmas]
+    # Nothing more of the usual evaluation, so that it keeps its identity.
+    facts += ["first frame"] if first_frame else []
+    identity = xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())
+    return EvalSet(name, samples, quantiles, identity, batches)
 
 
 def check_nodes(config: LoadedConfig, model: WanModel, paths: CheckpointPaths, processes: Processes) -> None:
@@ -203,7 +222,11 @@ def check_nodes(config: LoadedConfig, model: WanModel, paths: CheckpointPaths, p
         "the dataset TOML": "-".join(config_hash(dataset) for dataset in datasets),
         "the project's version": version("ai-model-sandbox"),
     }
-    weights = {THE_DIT: model.base_files, "the VAE": [paths.vae], "the text encoder": [paths.text_encoder]}
+    weights = {
+        THE_DIT: model.base_files,
+        "the VAE": weight_files(paths.vae),
+        "the text encoder": weight_files(paths.text_encoder),
+    }
     # Names and sizes: reading 100 GB on every machine only to compare would cost minutes.
     for what, files in weights.items():
         facts[what] = ", ".join(f"{Path(file).name} {Path(file).stat().st_size}" for file in files)
@@ -270,4 +293,5 @@ def run_metadata(config: LoadedConfig, model: WanModel, data: PreparedData) -> d
     }
     if config.train.adapter is not None:
         metadata |= {"rank": str(config.train.adapter.rank), "num_targets": str(len(model.targets))}
+        metadata["targets"] = "; ".join(describe_targets(model.targets))
     return metadata

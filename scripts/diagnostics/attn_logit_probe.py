@@ -8,13 +8,13 @@ fed what the base computes; one block's weights are in memory at a time. See doc
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from models.wan.probes.base import arch_of, open_official
+from models.wan.probes.delta_report import add_adapter_inputs
 from models.wan.probes.logit_flags import add_logit_flags, check_logit_flags
 from models.wan.probes.logit_report import KINDS, add_logit_results, judge_logits
 from models.wan.probes.logit_subject import LogitSubject, choose_logit_subject, measure_logits
-from utils.probe_cli import add_flags, probe_parser, run_probe
+from utils.probe_cli import add_flags, path_of, probe_parser, run_probe
 from utils.report import Report, Verdict
 
 TOOL = "attn_logit_probe"
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--against",
         metavar="CKPT",
-        type=Path,
+        type=path_of,
         help="hold this checkpoint against the base, instead of an adapter",
     )
     parser.add_argument(
@@ -66,15 +66,13 @@ def probe(args: argparse.Namespace) -> Verdict:
     report = Report(TOOL, QUESTION, args.reports_dir, args.run_tag, args.seed)
     base = open_official(subject.base)
     arch = arch_of(subject.base, base)
-    result, remarks = measure_logits(subject, base, arch, KINDS[args.attention], args, say=print)
+    result, inputs, remarks = measure_logits(subject, base, arch, KINDS[args.attention], args, say=print)
     for remark in (*subject.remarks, *remarks):
         print(remark)
         report.note(remark)
     verdict, explanation = judge_logits(result, args.min_ratio, args.max_ratio)
     add_inputs(report, subject)
-    report.metric(
-        "inputs", "random" if args.synthetic else f"{args.samples} cached sample(s) at {args.quantiles}"
-    )
+    report.metric("inputs", inputs)
     report.metric("attention", args.attention)
     add_logit_results(report, result, args.min_ratio, args.max_ratio)
     directory = report.write(verdict, explanation, HOW_TO_READ, NEXT_STEPS[verdict])
@@ -85,7 +83,7 @@ def probe(args: argparse.Namespace) -> Verdict:
 def add_inputs(report: Report, subject: LogitSubject) -> None:
     """Name every file that the numbers come from."""
     if subject.adapter is not None:
-        report.add_input("adapter", subject.adapter)
+        add_adapter_inputs(report, subject.adapter)
     if subject.config_path is not None:
         report.add_input("config", subject.config_path)
     for role, place in (("base", subject.base), ("against", subject.against)):

@@ -18,7 +18,7 @@ from models.wan.checkpoint import TOKENIZER_FILES, locate
 from utils.config.load import load_config, load_dataset
 from utils.config.schema import TrainConfig
 from utils.errors import UserError
-from utils.probe_cli import probe_parser, run_probe
+from utils.probe_cli import config_file, path_of, probe_parser, run_probe
 from utils.report import Report, Verdict
 
 if TYPE_CHECKING:
@@ -68,15 +68,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser = probe_parser(
         TOOL, "What training makes of a dataset; opens no weights and writes only a report."
     )
-    parser.add_argument("--config", metavar="TOML", type=Path, required=True, help="training config")
+    parser.add_argument(
+        "--config",
+        metavar="TOML",
+        type=config_file,
+        required=True,
+        help="training config, or a run's directory",
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--dataset", metavar="TOML", type=Path, help="dataset TOML, instead of the one that the config names"
+        "--dataset",
+        metavar="TOML",
+        type=path_of,
+        help="dataset TOML, instead of the one that the config names",
     )
     source.add_argument(
         "--prompts",
         metavar="FILE",
-        type=Path,
+        type=path_of,
         help="count the tokens of these prompts alone (.txt, .json or .jsonl), without any dataset",
     )
     parser.add_argument(
@@ -237,6 +246,8 @@ def add_inputs(report: Report, config_path: Path, config: TrainConfig) -> None:
 def add_tokenizer(report: Report, config: TrainConfig) -> None:
     """Name the files of the tokenizer that counts."""
     paths, _ = locate(config.model)
+    if paths.tokenizer_dir.is_file():  # inside the encoder's file
+        report.add_input("tokenizer", paths.tokenizer_dir)
     for name in TOKENIZER_FILES:
         if (paths.tokenizer_dir / name).is_file():
             report.add_input("tokenizer", paths.tokenizer_dir / name)

@@ -17,11 +17,10 @@ from models.wan.probes.delta_report import add_delta_inputs, add_delta_results
 from models.wan.probes.logit_flags import add_logit_flags, check_logit_flags
 from models.wan.probes.logit_report import (
     KINDS,
-    LogitResult,
     add_logit_results,
     judge_logits,
 )
-from models.wan.probes.logit_subject import LogitSubject, measure_logits
+from models.wan.probes.logit_subject import LogitSubject, MeasuredLogits, measure_logits
 from models.wan.probes.subject import Subject, choose_subject
 from utils.adapter_runs import run_of_adapter
 from utils.eval_records import EVAL_FILE
@@ -43,8 +42,8 @@ NEXT_STEPS: dict[Verdict, str] = {
     "pass": "- Look at samples with a frozen seed, adapter off and on: numbers do not see how a picture is drawn.",
     "fail": "- Start with the part that failed: the probe of its name says more about it.",
     "inconclusive": (
-        "- No evaluation, or one that cannot tell: give the run `eval_datasets` with more held-out samples.\n"
-        "- An adapter that changes hardly anything: look at loss, learning rate and number of steps."
+        "- Where the evaluation is inconclusive: give the run `eval_datasets` with more held-out samples.\n"
+        "- Where delta or logits are: the adapter changes hardly anything; look at loss, learning rate and number of steps."
     ),
 }
 
@@ -85,9 +84,11 @@ def probe(args: argparse.Namespace) -> Verdict:
     report = Report(TOOL, QUESTION, args.reports_dir, args.run_tag, args.seed)
     source = open_transformer(subject.transformer)
     delta = measure_delta(subject, source)
-    logits, remarks = measure_part_of_logits(subject, delta, args)
+    logits = measure_part_of_logits(subject, delta, args)
     effects, about_effects = find_effects(subject)
-    for remark in dict.fromkeys((*subject.remarks, *delta.remarks, *remarks, *about_effects)):
+    for remark in dict.fromkeys(
+        (*subject.remarks, *delta.remarks, *(logits.remarks if logits else ()), *about_effects)
+    ):
         print(remark)
         report.note(remark)
     parts = [
@@ -110,12 +111,12 @@ def probe(args: argparse.Namespace) -> Verdict:
 
 def measure_part_of_logits(
     subject: Subject, delta: DeltaResult, args: argparse.Namespace
-) -> tuple[LogitResult | None, list[str]]:
+) -> MeasuredLogits | None:
     """Logits of the attentions that the adapter touches, in its blocks (see `attn_logit_probe`); None where it touches none."""
     touched = {type_of(module) for module in delta.adapter.modules}
     kinds = tuple(kind for kind in KINDS["both"] if kind in touched)
     if not kinds:
-        return None, []
+        return None
     base = open_official(subject.transformer)
     arch = arch_of(subject.transformer, base)
     chosen = LogitSubject(
@@ -124,13 +125,13 @@ def measure_part_of_logits(
     return measure_logits(chosen, base, arch, kinds, args, say=print)
 
 
-def judge_part_of_logits(logits: LogitResult | None, args: argparse.Namespace) -> Part:
+def judge_part_of_logits(logits: MeasuredLogits | None, args: argparse.Namespace) -> Part:
     """The verdict on the logits."""
     if logits is None:
         return Part(
             "logits", "inconclusive", "The adapter touches no attention, so there are no logits to judge."
         )
-    return Part("logits", *judge_logits(logits, args.min_ratio, args.max_ratio))
+    return Part("logits", *judge_logits(logits.result, args.min_ratio, args.max_ratio))
 
 
 def find_effects(subject: Subject) -> tuple[list[EvalEffect], list[str]]:
@@ -187,7 +188,7 @@ def fill(
     subject: Subject,
     caps: DeltaCaps,
     delta: DeltaResult,
-    logits: LogitResult | None,
+    logits: MeasuredLogits | None,
     effects: Sequence[EvalEffect],
     parts: Sequence[Part],
 ) -> None:
@@ -195,11 +196,10 @@ def fill(
     lines = [f"- **{part.name}: {part.verdict}.** {part.explanation}" for part in parts]
     report.section("The three parts", "\n".join(lines))
     report.metric("parts", {part.name: part.verdict for part in parts})
-    inputs = "random" if args.synthetic else f"{args.samples} cached sample(s) at {args.quantiles}"
-    report.metric("logit_inputs", "none" if logits is None else inputs)
+    report.metric("logit_inputs", "none" if logits is None else logits.inputs)
     add_delta_results(report, delta, caps, subject.expert)
     if logits is not None:
-        add_logit_results(report, logits, args.min_ratio, args.max_ratio)
+        add_logit_results(report, logits.result, args.min_ratio, args.max_ratio)
     report.metric("evaluation", {effect.dataset: asdict(effect) for effect in effects})
     if effects:
         rows = [asdict(effect) | {"verdict": effect.verdict} for effect in effects]

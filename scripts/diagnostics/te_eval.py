@@ -8,10 +8,10 @@ are read block by block. See docs/diagnostics/te_eval.md.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.wan.checkpoint import open_transformer
+from models.wan.layouts import weight_files
 from models.wan.probes.encoder_prompts import GROUPS, PromptPlan, plan_prompts
 from models.wan.probes.encoder_report import EncoderResults, add_encoder_results
 from models.wan.probes.encoder_subject import (
@@ -24,10 +24,11 @@ from models.wan.probes.subject import OUTPUT_ROOT
 from utils.devices import choose_device
 from utils.errors import UserError
 from utils.metrics import METRICS_FILE, read_metrics
-from utils.probe_cli import add_flags, positive_float, probe_parser, run_probe
+from utils.probe_cli import add_flags, path_of, positive_float, probe_parser, run_probe
 from utils.report import Report, Verdict
 
 if TYPE_CHECKING:
+    from models.wan.probes.cached_samples import CachedBatches
     from models.wan.probes.encoder_stream import EncoderPair
     from utils.trend import Trend
 
@@ -76,24 +77,27 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer",
         metavar="DIR",
-        type=Path,
+        type=path_of,
         help="directory of google/umt5-xxl's tokenizer (default: the run's)",
     )
     parser.add_argument(
         *("--prompts", "--neutral_prompts"),
         dest="prompts",
         metavar="FILE",
-        type=Path,
+        type=path_of,
         help="neutral prompts, UTF-8, one per line (default: the run's [budget], else configs/prompts/neutral.txt); the empty prompt and Wan's "
         "negative prompt are always among them",
     )
     parser.add_argument(
-        "--domain_prompts", metavar="FILE", type=Path, help="prompts that the encoder was tuned for (private)"
+        "--domain_prompts",
+        metavar="FILE",
+        type=path_of,
+        help="prompts that the encoder was tuned for (private)",
     )
     parser.add_argument(
         "--keywords_file",
         metavar="FILE",
-        type=Path,
+        type=path_of,
         help="domain keywords, one per line (private; default: those of the run's [model.caption_aug])",
     )
     parser.add_argument(
@@ -152,10 +156,12 @@ def probe(args: argparse.Namespace) -> Verdict:
     report = Report(
         TOOL, QUESTION, args.reports_dir, args.run_tag, args.seed if args.denoise_samples else None
     )
+    # Before the encoders run, which may take long.
+    samples = open_denoise_samples(args, subject, plan) if args.denoise_samples else None
     for remark in (*subject.remarks, *plan.remarks):
         print(remark)
         report.note(remark)
-    results = measure(args, subject, plan, report)
+    results = measure(args, subject, plan, samples, report)
     verdict, explanation = judge(results, cap.value)
     report.cap("max_neutral_drift", cap.value, f"neutral drift above it fails; from {cap.source}")
     report.cap(
@@ -171,8 +177,37 @@ def probe(args: argparse.Namespace) -> Verdict:
     return verdict
 
 
+def open_denoise_samples(
+    args: argparse.Namespace, subject: EncoderSubject, plan: PromptPlan
+) -> "CachedBatches":
+    """The run's cached samples, for the losses with a keyword alone.
+
+    Raises:
+        UserError: there is no run, no keyword or no cache, or --base names another DiT than the run's.
+    """
+    from models.wan.probes.keyword_loss import open_samples
+
+    if subject.config_path is None or not plan.of("keyword"):
+        raise UserError(
+            "--denoise_samples needs the run's config (--config) and keywords (--keywords_file): it takes cached "
+            "samples whose captions hold them"
+        )
+    data = open_samples(subject.config_path, args.seed, subject.overrides)
+    dit = data.paths.transformer_dir
+    if subject.transformer is not None and subject.transformer.resolve() != dit.resolve():
+        raise UserError(
+            f"--denoise_samples runs the DiT of {subject.config_path} ({dit}), and --base names {subject.transformer}; leave "
+            "one of the two flags out"
+        )
+    return data
+
+
 def measure(
-    args: argparse.Namespace, subject: EncoderSubject, plan: PromptPlan, report: Report
+    args: argparse.Namespace,
+    subject: EncoderSubject,
+    plan: PromptPlan,
+    samples: "CachedBatches | None",
+    report: Report,
 ) -> EncoderResults:
     """Everything that is measured; what could not be is noted in the report."""
     import torch
@@ -206,16 +241,10 @@ def measure(
     tokens = sorted({token for entry in keywords for token in ids[place[entry.text]][:-1]})
     table = table_drift(pair, tokens, args.neighbours)
     losses = None
-    if args.denoise_samples:
-        from models.wan.probes.keyword_loss import keyword_losses, open_samples
+    if samples is not None:
+        from models.wan.probes.keyword_loss import keyword_losses
 
-        if subject.config_path is None or not keywords:
-            raise UserError(
-                "--denoise_samples needs the run's config (--config) and keywords (--keywords_file): it takes cached "
-                "samples whose captions hold them"
-            )
-        data = open_samples(subject.config_path, args.seed)
-        losses = keyword_losses(data, keywords, place, base, tuned, args.denoise_samples, device)
+        losses = keyword_losses(samples, keywords, place, base, tuned, args.denoise_samples, device)
         if len(losses) < len(keywords):
             say(report, f"{len(keywords) - len(losses)} keywords stand in no caption of a cached sample")
     return EncoderResults(
@@ -292,8 +321,9 @@ def judge(results: EncoderResults, cap: float) -> tuple[Verdict, str]:
 
 def add_inputs(report: Report, args: argparse.Namespace, subject: EncoderSubject, plan: PromptPlan) -> None:
     """Name every file that the numbers come from. Private ones are not named: a short list can be guessed by its hash."""
-    report.add_input("text_encoder", subject.tuned)
-    report.add_input("base_text_encoder", subject.base)
+    for role, place in (("text_encoder", subject.tuned), ("base_text_encoder", subject.base)):
+        for file in weight_files(place):
+            report.add_input(role, file)
     if subject.config_path is not None:
         report.add_input("config", subject.config_path)
     if subject.transformer is not None:

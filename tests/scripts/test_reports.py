@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.rights import locked_folder
 from utils.report import Report
 from utils.report_runs import change, choose_report, compare_inputs, compare_metrics, find_reports
 
@@ -214,3 +215,14 @@ def test_changes_of_what_is_no_number():
     assert change("a", "b") == ("", "") and change(True, 2) == ("", "") and change(None, 1) == ("", "")
     assert change(0, 3) == ("+3", "") and change(-2.0, -1.0) == ("+1", "+50.00%")
     assert change(10**400, 1) == ("", "")
+
+
+@pytest.mark.parametrize("tool", [False, True])
+def test_a_directory_that_may_not_be_read_is_an_error(tool, capsys):
+    """Not "no reports": whoever lists them would believe it."""
+    with locked_folder(0o000) as folder:
+        place = folder.parent if tool else folder
+        status = script.main(["list", "--reports_dir", str(place), *(["--tool", "folder"] if tool else [])])
+    said = capsys.readouterr()
+    assert status == 2 and said.out == ""
+    assert said.err.startswith(f"error: {folder}") and "Permission denied" in said.err

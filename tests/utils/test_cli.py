@@ -20,6 +20,16 @@ def fail_with(error: BaseException):
         (UserError("two\nlines"), 2, "error: two\nlines\n"),
         (TrainingStoppedError("step 3: no"), 1, "stopped: step 3: no\n"),
         (RuntimeError("first\nsecond"), 1, "failed: RuntimeError: first (--debug shows where)\n"),
+        (
+            PermissionError(13, "Permission denied", "/a/locked/place"),
+            2,
+            "error: /a/locked/place: Permission denied; check the path and its rights, and run the same command again\n",
+        ),
+        (
+            OSError(5, "Input/output error"),
+            1,
+            "failed: OSError: [Errno 5] Input/output error (--debug shows where)\n",
+        ),
         (KeyError(), 1, "failed: KeyError: KeyError (--debug shows where)\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
@@ -75,3 +85,10 @@ def test_a_rank_that_is_no_number_is_no_reason_to_fail_again(capsys, monkeypatch
     monkeypatch.setenv("RANK", "many")
     assert run_command(fail_with(UserError("RANK is 'many'")), debug=False) == 2
     assert capsys.readouterr().err == "error: RANK is 'many'\n"
+
+
+def test_a_name_that_is_too_long_is_cut_in_the_message(capsys) -> None:
+    error = OSError(36, "File name too long", "/tmp/" + "x" * 5000)
+    assert run_command(fail_with(error), debug=False) == 2
+    said = capsys.readouterr().err
+    assert len(said) < 400 and "File name too long" in said

@@ -63,11 +63,12 @@ def test_the_evaluation_of_the_save_s_step_or_the_last_before_it(tmp_path):
         '{"dataset": "a"}',
         "[]",
         '{"step": "x", "dataset": "a"}',
+        '{"step": 1, "dataset": "a", "num_samples": 1e999, "loss": 1, "adapter_effect": 1, "adapter_effect_interval": null}',
         '{"step": 1, "dataset": "a", "num_samples": 3, "loss": 1, "adapter_effect": "low", "adapter_effect_interval": null}',
         '{"step": 1, "dataset": "a", "num_samples": 3, "loss": 1, "adapter_effect": -1, "adapter_effect_interval": [1]}',
     ],
 )
 def test_a_line_that_is_no_evaluation_is_named(tmp_path, line):
     (tmp_path / "eval.jsonl").write_text(json.dumps(row(0)) + "\n" + line + "\n")
-    with pytest.raises(UserError, match="eval.jsonl: line 2 is no evaluation"):
+    with pytest.raises(UserError, match="eval.jsonl: line 2 is (no evaluation|not a row of a run)"):
         read_effects(tmp_path, 5)

@@ -36,6 +36,13 @@ def test_a_run_without_metrics_has_none(tmp_path) -> None:
     assert read_metrics(tmp_path) == []
 
 
+@pytest.mark.parametrize("content", [b"[1]", b'{"loss": 1}', b'{"step": "1"}', b"\xff"])
+def test_what_is_no_row_of_a_run_is_named(tmp_path, content) -> None:
+    (tmp_path / METRICS_FILE).write_bytes(json.dumps(row(1)).encode() + b"\n" + content + b"\n")
+    with pytest.raises(UserError, match="metrics.jsonl: .*put back the file that the run wrote"):
+        read_metrics(tmp_path)
+
+
 def test_a_line_is_in_the_file_at_once(tmp_path) -> None:
     writer = MetricsWriter(tmp_path, 1)
     writer.write(row(1))

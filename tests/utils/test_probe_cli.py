@@ -3,7 +3,7 @@ import argparse
 import pytest
 
 from utils.errors import UserError
-from utils.probe_cli import positive_float, probe_parser, run_probe
+from utils.probe_cli import add_flags, config_file, positive_float, probe_parser, run_probe
 
 
 def run(outcome, argv=()):
@@ -25,6 +25,16 @@ def test_the_verdict_is_the_exit_status(verdict, status, capsys):
     ("error", "status", "line"),
     [
         (UserError("x.toml: is missing; make it"), 2, "error: x.toml: is missing; make it\n"),
+        (
+            PermissionError(13, "Permission denied", "reports"),
+            2,
+            "error: reports: Permission denied; check the path and its rights, and run the same command again\n",
+        ),
+        (
+            OSError(13, "Permission denied"),
+            70,
+            "unexpected error: PermissionError: [Errno 13] Permission denied " "(--debug shows the trace)\n",
+        ),
         (ValueError("odd\nvalue"), 70, "unexpected error: ValueError: odd value (--debug shows the trace)\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
@@ -73,3 +83,24 @@ def test_limits_are_numbers_above_zero():
     for text in ("0", "-1", "nan", "inf", "a"):
         with pytest.raises(argparse.ArgumentTypeError, match="above 0"):
             positive_float(text)
+
+
+def test_a_run_s_directory_stands_for_its_config(tmp_path):
+    assert config_file(str(tmp_path / "x.toml")) == tmp_path / "x.toml"
+    (tmp_path / "config.toml").touch()
+    assert config_file(str(tmp_path)) == tmp_path / "config.toml"
+
+
+@pytest.mark.parametrize("value", ["", "folder"])
+def test_a_path_that_cannot_be_meant_is_wrong_use(value, tmp_path, monkeypatch, capsys):
+    """An unset variable of a shell gives an empty one, which would mean the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    parser = probe_parser("x", "X?")
+    add_flags(parser, "config")
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(["--config", value])
+    assert stopped.value.code == 2
+    assert (
+        "is empty" if not value else "folder is a directory without config.toml"
+    ) in capsys.readouterr().err

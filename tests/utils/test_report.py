@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from tests.helpers.rights import locked_folder
 from utils.errors import UserError
 from utils.files import quick_fingerprint
 from utils.report import Report, read_summary, utc_run_tag
@@ -270,3 +271,12 @@ def test_a_summary_that_is_no_json_is_refused(tmp_path, content):
 def test_a_summary_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         read_summary(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o000])
+def test_a_place_without_rights_is_refused_before_anything_is_measured(mode):
+    with locked_folder(mode) as folder, pytest.raises((UserError, PermissionError)) as raised:
+        Report("probe", "Is it so?", folder / "reports")
+    assert str(folder) in str(raised.value)
+    if mode == 0o555:
+        assert "is not writable; choose another --reports_dir" in str(raised.value)

@@ -53,8 +53,13 @@ def sides_of(config: TrainConfig) -> tuple[Expert, ...]:
 
 
 def only_expert(config: TrainConfig) -> Expert | None:
-    """The one expert that is trained; None where there are none, and for a pair."""
-    return next((expert for expert in EXPERTS if expert == config.model.expert), None)
+    """The one expert that is trained; None where there are none, and for both."""
+    return expert_of_model(config.model)
+
+
+def expert_of_model(model: ModelConfig) -> Expert | None:
+    """`only_expert` of a `[model]`."""
+    return next((expert for expert in EXPERTS if expert == model.expert), None)
 
 
 def side_config(config: TrainConfig, expert: Expert) -> TrainConfig:

@@ -1,5 +1,7 @@
-"""Reading a private file of domain keywords. No message repeats what is in it."""
+"""Domain keywords: reading a private file of them, and finding them in a text. No message repeats what is in it."""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from utils.errors import UserError
@@ -18,3 +20,17 @@ def read_keywords(path: str | Path) -> tuple[str, ...]:
     if not keywords:
         raise UserError(f'"{path}" holds no keyword')
     return keywords
+
+
+def keyword_pattern(keywords: Iterable[str], *, case_insensitive: bool) -> re.Pattern[str]:
+    """Finds any of the keywords as whole words, whatever the space between them; of those that begin at one place the longest.
+
+    Args:
+        keywords: at least one.
+        case_insensitive: find a keyword also where its case differs.
+    """
+    # Longest first, because a regular expression takes the first alternative that fits.
+    ordered = sorted({" ".join(keyword.split()) for keyword in keywords}, key=lambda word: (-len(word), word))
+    any_keyword = "|".join(r"\s+".join(map(re.escape, keyword.split(" "))) for keyword in ordered)
+    flags = re.IGNORECASE if case_insensitive else re.NOFLAG
+    return re.compile(rf"(?<!\w)(?:{any_keyword})(?!\w)", flags)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
-from utils.config.keywords import read_keywords
+from utils.config.keywords import keyword_pattern, read_keywords
 from utils.config.schema import CaptionAugConfig
 from utils.rng import generator
 
@@ -62,13 +62,10 @@ def build_caption_aug(config: CaptionAugConfig | None) -> CaptionAug | None:
     if config is None or not config.enable:
         return None
     given = config.keywords if config.keywords_file is None else read_keywords(config.keywords_file)
-    # Longest first, because a regular expression takes the first alternative that fits.
     keywords = sorted({" ".join(keyword.split()) for keyword in given}, key=lambda word: (-len(word), word))
-    any_keyword = "|".join(r"\s+".join(map(re.escape, keyword.split(" "))) for keyword in keywords)
-    flags = re.IGNORECASE if config.case_insensitive else re.NOFLAG
     single, short = _shares(config)
     return CaptionAug(
-        pattern=re.compile(rf"(?<!\w)(?:{any_keyword})(?!\w)", flags),
+        pattern=keyword_pattern(keywords, case_insensitive=config.case_insensitive),
         keywords_digest=xxhash.xxh3_128_hexdigest("\0".join(keywords).encode()),
         single=single,
         short=short,

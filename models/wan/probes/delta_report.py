@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from models.wan.probes.delta import DeltaCaps, DeltaResult
@@ -19,12 +20,17 @@ if TYPE_CHECKING:
 _LOG_SPREAD = 30
 
 
-def add_delta_inputs(report: Report, subject: Subject, source: TensorSource) -> None:
-    """Name every file that the numbers come from."""
-    report.add_input("adapter", subject.adapter)
-    peft_config = subject.adapter.with_name("adapter_config.json")
+def add_adapter_inputs(report: Report, adapter: Path) -> None:
+    """Name an adapter's file, and what says its scale."""
+    report.add_input("adapter", adapter)
+    peft_config = adapter.with_name("adapter_config.json")
     if peft_config.is_file():
         report.add_input("adapter_config", peft_config)
+
+
+def add_delta_inputs(report: Report, subject: Subject, source: TensorSource) -> None:
+    """Name every file that the numbers come from."""
+    add_adapter_inputs(report, subject.adapter)
     if subject.config_path is not None:
         report.add_input("config", subject.config_path)
     for path in source.files:

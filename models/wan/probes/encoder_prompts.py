@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from models.wan.prompts import ALWAYS_NEUTRAL, EMPTY_PROMPT, NEGATIVE_PROMPT, neutral_prompts
-from utils.config.keywords import read_keywords
+from utils.config.keywords import keyword_pattern, read_keywords
 from utils.config.schema import TrainConfig
 from utils.errors import UserError
 from utils.prompt_files import read_prompt_file
@@ -119,7 +119,8 @@ def plan_prompts(
             f"{domain_prompts}: {len(both)} of its prompts are among the neutral ones too; a prompt is one or the other"
         )
     plan = [*neutral, *entries("domain", domain, is_hidden), *entries("keyword", keywords, is_hidden)]
-    holding = sum(any(_holds(entry.text, keyword) for keyword in keywords) for entry in neutral)
+    pattern = keyword_pattern(keywords, case_insensitive=True) if keywords else None
+    holding = sum(pattern is not None and pattern.search(entry.text) is not None for entry in neutral)
     if holding:
         remarks.append(
             f"warning: {holding} of {len(neutral)} neutral prompts hold a keyword, so they are meant to move and count as "
@@ -141,12 +142,3 @@ def _keywords(path: Path | None, config: TrainConfig | None, remarks: list[str])
     if found:
         remarks.append(f"keywords: {len(found)} of the run's [model.caption_aug]")
     return tuple(dict.fromkeys(" ".join(word.split()) for word in found))
-
-
-def _holds(text: str, keyword: str) -> bool:
-    """Whether a text holds a keyword as whole words, whatever the case."""
-    return f" {_words(keyword)} " in f" {_words(text)} "
-
-
-def _words(text: str) -> str:
-    return " ".join("".join(letter if letter.isalnum() else " " for letter in text.casefold()).split())

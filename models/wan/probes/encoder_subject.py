@@ -8,8 +8,10 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.wan.checkpoint import TEXT_ENCODER_FILE, TOKENIZER_DIR, CheckpointPaths, has_tokenizer, locate
-from models.wan.probes.subject import OUTPUT_ROOT, Cap, choose_optional_cap, choose_transformer
+from models.wan.checkpoint import CheckpointPaths, has_tokenizer, locate
+from models.wan.downloads import TEXT_ENCODER_FILE, TEXT_ENCODER_WEIGHTS
+from models.wan.layouts import text_encoder_in, tokenizers_in
+from models.wan.probes.subject import OUTPUT_ROOT, Cap, choose_optional_cap, choose_transformer, overrides_for
 from utils.config.experts import only_expert
 from utils.config.load import load_config
 from utils.config.schema import TrainConfig
@@ -23,9 +25,11 @@ from utils.saved_runs import (
     run_of_saved_file,
 )
 
-# The name that models/wan/export.py writes; spelled here too, since that module needs torch.
 SAVED_ENCODER = SavedKind(
-    "text_encoder.safetensors", "a text encoder", "--text_encoder and --base_text_encoder"
+    TEXT_ENCODER_WEIGHTS,
+    "a text encoder",
+    "--text_encoder and --base_text_encoder",
+    (TEXT_ENCODER_FILE,),
 )
 # Mean cosine of 0.98 on prompts that should not move. There is no published limit: this one is far above what rounding
 # to bfloat16 does (about 0.00001) and below what another training objective would.
@@ -36,7 +40,8 @@ DEFAULT_MAX_NEUTRAL_DRIFT = 0.02
 class EncoderSubject:
     """What is measured against what; `remarks` say how it was chosen where no flag said it.
 
-    `transformer` is None where there is none to look at, `run` where the encoder lies in no training run.
+    `transformer` is None where there is none to look at, `run` where the encoder lies in no training run. `overrides`
+    make the config name --base, where the checkpoint that it names has moved.
     """
 
     tuned: Path
@@ -47,6 +52,7 @@ class EncoderSubject:
     config_path: Path | None
     config: TrainConfig | None
     remarks: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
 
 
 def choose_encoders(args: argparse.Namespace) -> EncoderSubject:
@@ -62,14 +68,28 @@ def choose_encoders(args: argparse.Namespace) -> EncoderSubject:
     tuned = _choose_tuned(args, remarks)
     run = run_of_saved_file(tuned, SAVED_ENCODER)
     config_path = args.config or (run.config if run else None)
-    config = load_config(config_path).train if config_path else None
+    overrides = overrides_for(config_path, args.base) if config_path else ()
+    config = load_config(config_path, overrides).train if config_path else None
     parts = locate(config.model)[0] if config is not None else None
     transformer = _choose_dit(args, config, parts, config_path, remarks)
     base = _choose_base(args, tuned, parts, config_path, remarks)
     if base.resolve() == tuned.resolve():
         raise UserError(f"{tuned}: is held against itself; give the encoder that training started from")
     tokenizer = _choose_tokenizer(args, base, parts, config_path, remarks)
-    return EncoderSubject(tuned, base, tokenizer, transformer, run, config_path, config, tuple(remarks))
+    return EncoderSubject(
+        tuned, base, tokenizer, transformer, run, config_path, config, tuple(remarks), overrides
+    )
+
+
+def find_encoder(place: Path) -> Path:
+    """The encoder that a path means: a file, a directory of shards, or that of a checkpoint, of a save or of a training run.
+
+    Raises:
+        UserError: as `find_saved_file`.
+    """
+    if any(place.glob("*.safetensors.index.json")) and not (place / TEXT_ENCODER_FILE).is_file():
+        return place
+    return text_encoder_in(place) or find_saved_file(place, SAVED_ENCODER)
 
 
 def choose_drift_cap(flag: float | None, config: TrainConfig | None, where: Path | None) -> Cap:
@@ -81,7 +101,7 @@ def choose_drift_cap(flag: float | None, config: TrainConfig | None, where: Path
 
 def _choose_tuned(args: argparse.Namespace, remarks: list[str]) -> Path:
     if args.text_encoder is not None:
-        tuned = find_saved_file(args.text_encoder, SAVED_ENCODER)
+        tuned = find_encoder(args.text_encoder)
         if tuned != args.text_encoder:
             remarks.append(f"text encoder: {tuned} (found in {args.text_encoder})")
         return tuned
@@ -105,14 +125,17 @@ def _choose_base(
 ) -> Path:
     given: Path | None = args.base_text_encoder
     if given is not None:
-        if given.is_dir() and (given / TEXT_ENCODER_FILE).is_file():
-            return given / TEXT_ENCODER_FILE
-        return find_saved_file(given, SAVED_ENCODER)
+        return find_encoder(given)
     if parts is not None:
+        if not parts.text_encoder.exists():
+            raise UserError(
+                f"{parts.text_encoder}: is not there any more, and {config_path} names it as the base text encoder; name it "
+                "with --base_text_encoder, or the checkpoint's directory with --base"
+            )
         remarks.append(f"base text encoder: {parts.text_encoder} (from {config_path})")
         return parts.text_encoder
-    if args.base is not None and (args.base / TEXT_ENCODER_FILE).is_file():
-        found: Path = args.base / TEXT_ENCODER_FILE
+    found = None if args.base is None else text_encoder_in(args.base)
+    if found is not None:
         remarks.append(f"base text encoder: {found} (of --base)")
         return found
     raise UserError(
@@ -135,9 +158,10 @@ def _choose_tokenizer(
             )
         return given
     places = [(parts.tokenizer_dir, f"from {config_path}")] if parts is not None else []
-    places.append((base.parent / TOKENIZER_DIR, "beside the base text encoder"))
+    places += [(place, "beside the base text encoder") for place in tokenizers_in(base.parent)]
     if args.base is not None:
-        places.append((args.base / TOKENIZER_DIR, "of --base"))
+        places += [(place, "of --base") for place in tokenizers_in(args.base)]
+    places.append((base, "inside the base text encoder"))
     for place, why in places:
         if has_tokenizer(place):
             remarks.append(f"tokenizer: {place} ({why})")

@@ -5,7 +5,6 @@ the two sides differ by the text states alone. The DiT runs layer by layer: each
 both sides through, and is dropped.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,22 +15,13 @@ import torch
 from torch import Tensor
 
 from models.wan.arch import load_arch
-from models.wan.caching import WanCache
-from models.wan.checkpoint import CheckpointPaths, find_checkpoint, open_transformer
-from models.wan.datasets import MEMO_FILE, scan_dataset
-from models.wan.evaluation import WanEvalBatches
+from models.wan.checkpoint import find_checkpoint, open_transformer
 from models.wan.layers import Workload, dit_layers
+from models.wan.probes.cached_samples import CachedBatches, open_cached
 from models.wan.probes.encoder_prompts import Entry
 from models.wan.stages import TextWire
-from utils.config.experts import first_side
+from utils.config.keywords import keyword_pattern
 from utils.config.load import load_config
-from utils.config.schema import TrainConfig
-from utils.data.cache import CacheStore
-from utils.data.cache_keys import LATENTS
-from utils.data.manifest import SampleRecord, default_cache_dir
-from utils.data.memo import HashMemo
-from utils.data.sampler import MicroBatch, Visit
-from utils.errors import UserError
 from utils.flow_matching import per_sample_loss
 from utils.layers import PreparedBatch
 from utils.paired import Paired, paired_difference
@@ -48,62 +38,35 @@ class KeywordLoss:
     change: Paired
 
 
-@dataclass(frozen=True)
-class CachedSamples:
-    """Samples of a run, those of them whose latents are in the cache, and what makes micro-batches of them."""
-
-    config: TrainConfig
-    samples: Sequence[SampleRecord]
-    cached: frozenset[int]
-    batches: WanEvalBatches
-    paths: CheckpointPaths
-
-    def holding(self, keyword: str, count: int) -> list[int]:
-        """Indices of the first `count` cached samples, by id, whose first caption holds the keyword as whole words."""
-        words = r"\s+".join(map(re.escape, keyword.split()))
-        pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
-        found = [index for index in self.cached if pattern.search(self.samples[index].captions[0])]
-        return sorted(found, key=lambda index: self.samples[index].sample_id)[:count]
-
-
-def open_samples(config_path: Path, seed: int) -> CachedSamples:
-    """The run's dataset as an evaluation sees it. Reads only: nothing is encoded or written.
+def open_samples(config_path: Path, seed: int, overrides: Sequence[str] = ()) -> CachedBatches:
+    """The run's dataset as an evaluation sees it, without text. Reads only: nothing is encoded or written.
 
     Args:
         config_path: of the run.
         seed: of the noise.
+        overrides: of the config, as `load_config` takes them.
 
     Raises:
         UserError: the dataset, the checkpoint or the cache is not there, or no sample is in the cache.
     """
-    loaded = load_config(config_path, check_files=True)
-    dataset = loaded.dataset
-    # One DiT runs here: of two experts the first, at its own noise levels.
-    config = replace(loaded.train, seed=seed, model=first_side(loaded.train.model))
+    loaded = load_config(config_path, overrides, check_files=True)
+    config, dataset = replace(loaded.train, seed=seed), loaded.dataset
     assert dataset is not None, "load_config with check_files has read it"
-    root = default_cache_dir(dataset)
-    if not root.is_dir():
-        raise UserError(
-            f"{root}: holds no cache of the run's dataset; train first, or leave --denoise_samples out"
-        )
     paths = find_checkpoint(config.model)
     variant = load_arch(paths.config_json, open_transformer(paths.transformer_dir).shapes).variant
-    manifest, hashes = scan_dataset(dataset, variant, paths, HashMemo(root / MEMO_FILE, read_only=True))
-    cache = WanCache(manifest, CacheStore(root), hashes, config.model, variant)
-    missing = cache.missing(LATENTS)
-    cached = frozenset(index for index, want in enumerate(cache.wants(LATENTS)) if want.key not in missing)
-    if not cached:
-        raise UserError(
-            f"{root}: holds no latents of the run's dataset; train first, or leave --denoise_samples out"
-        )
-    batches = WanEvalBatches(
-        config, variant, manifest.samples, cache, paths.tokenizer_dir, config.eval_quantiles
-    )
-    return CachedSamples(config, manifest.samples, cached, batches, paths)
+    instead = "leave --denoise_samples out"
+    return open_cached(config, dataset, variant, config.eval_quantiles, with_text=False, instead=instead)
+
+
+def samples_holding(data: CachedBatches, keyword: str, count: int) -> list[int]:
+    """Indices of the first `count` samples, by id, whose first caption holds the keyword as whole words."""
+    pattern = keyword_pattern([keyword], case_insensitive=True)
+    found = [index for index in data.in_order() if pattern.search(data.samples[index].captions[0])]
+    return found[:count]
 
 
 def keyword_losses(
-    data: CachedSamples,
+    data: CachedBatches,
     keywords: Sequence[Entry],
     place: dict[str, int],
     base: Sequence[Tensor],
@@ -121,13 +84,13 @@ def keyword_losses(
         samples_per_keyword: at most.
         device: where the DiT runs, one layer at a time.
     """
-    chosen = [(entry, data.holding(entry.text, samples_per_keyword)) for entry in keywords]
+    chosen = [(entry, samples_holding(data, entry.text, samples_per_keyword)) for entry in keywords]
     chosen = [(entry, indices) for entry, indices in chosen if indices]
     wires: list[Any] = []
     labels: list[tuple[Tensor, ...]] = []
     for entry, indices in chosen:
         for index in indices:
-            prepared = _prepare(data, index)
+            prepared = data.prepare(index, range(len(data.sigmas)), need_labels=True)
             for side in (base, tuned):
                 wires.append(_with_text(prepared, side[place[entry.text]]))
                 assert prepared.labels is not None, "asked for"
@@ -143,13 +106,6 @@ def keyword_losses(
     return records
 
 
-def _prepare(data: CachedSamples, index: int) -> PreparedBatch:
-    """One sample at every noise level of an evaluation."""
-    visits = tuple(Visit(index, quantile) for quantile in range(len(data.config.eval_quantiles)))
-    batch = MicroBatch(visits, data.samples[index].bucket, epoch=0)
-    return data.batches.prepare(batch, 1.0, need_inputs=True, need_labels=True)
-
-
 def _with_text(prepared: PreparedBatch, states_LD: Tensor) -> TextWire:
     assert prepared.inputs is not None, "asked for"
     wire = TextWire(*prepared.inputs)
@@ -160,7 +116,7 @@ def _with_text(prepared: PreparedBatch, states_LD: Tensor) -> TextWire:
 
 @torch.no_grad()
 def _losses(
-    data: CachedSamples, wires: list[Any], labels: Sequence[tuple[Tensor, ...]], device: torch.device
+    data: CachedBatches, wires: list[Any], labels: Sequence[tuple[Tensor, ...]], device: torch.device
 ) -> list[float]:
     """The mean loss of each micro-batch. One layer of the DiT is in memory at a time."""
     config = replace(data.config, blocks_to_swap=0, activation_checkpointing=False)
@@ -171,6 +127,6 @@ def _losses(
         for number, wire in enumerate(wires):
             wires[number] = layer(tuple(tensor.to(device) for tensor in wire))
     found = []
-    for velocity_BCFHW, (target_BCFHW, _, _, _, *mask_BHW) in zip(wires, labels, strict=True):
-        found.append(float(per_sample_loss(velocity_BCFHW.cpu(), target_BCFHW, *mask_BHW).mean()))
+    for velocity_BCFHW, (target_BCFHW, _, _, _, *mask_BFHW) in zip(wires, labels, strict=True):
+        found.append(float(per_sample_loss(velocity_BCFHW.cpu(), target_BCFHW, *mask_BFHW).mean()))
     return found

@@ -2,9 +2,9 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from models.wan.arch import WanArch
 from models.wan.probes.base import arch_of, open_official
@@ -15,6 +15,7 @@ from models.wan.probes.subject import (
     base_remarks,
     choose_subject,
     choose_transformer,
+    overrides_for,
     read_fitting_adapter,
 )
 from utils.config.experts import BOTH, only_expert, side_config
@@ -26,8 +27,13 @@ from utils.lora_names import AdapterPair
 from utils.module_paths import block_of, type_of
 from utils.tensor_source import TensorSource
 
-if TYPE_CHECKING:
-    pass
+
+class MeasuredLogits(NamedTuple):
+    """What was measured, on which inputs, and what a reader should know."""
+
+    result: LogitResult
+    inputs: str
+    remarks: list[str]
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,8 @@ def measure_logits(
     kinds: Sequence[Kind],
     args: argparse.Namespace,
     say: Callable[[str], None],
-) -> tuple[LogitResult, list[str]]:
-    """Measure; also returns what a reader should know.
+) -> MeasuredLogits:
+    """Measure.
 
     Args:
         chosen: what to compare.
@@ -123,7 +129,8 @@ def measure_logits(
         blocks = touched if adapter else range(arch.num_layers)
     pair = Pair(base, other, adapter, arch, device)
     if args.synthetic:
-        return measure_synthetic(pair, blocks, kinds, args.seed, args.tokens), remarks
+        result = measure_synthetic(pair, blocks, kinds, args.seed, args.tokens)
+        return MeasuredLogits(result, f"random, {args.tokens} queries", remarks)
 
     import torch
 
@@ -131,26 +138,33 @@ def measure_logits(
 
     if chosen.config_path is None:
         raise UserError("no run says which samples to use; give --config, or --synthetic for random inputs")
-    loaded = load_config(chosen.config_path, check_files=True)
+    overrides = chosen.subject.overrides if chosen.subject else overrides_for(chosen.config_path, chosen.base)
+    loaded = load_config(chosen.config_path, overrides, check_files=True)
     assert loaded.dataset is not None, "load_config with check_files has read it"
-    config = loaded.train
+    config = replace(loaded.train, seed=args.seed)
     if config.model.expert == BOTH and chosen.expert is not None:
         config = side_config(config, chosen.expert)
-    cached = open_cached(config, loaded.dataset, arch.variant, parse_quantiles(args.quantiles))
+    cached = open_cached(
+        config,
+        loaded.dataset,
+        arch.variant,
+        parse_quantiles(args.quantiles),
+        with_text=True,
+        instead="use --synthetic",
+    )
     if cached.num_left_out:
         remarks.append(
             f"{cached.num_left_out} sample(s) of the dataset are not in the cache and are left out (clips that cannot be decoded "
             "never are; train.py --cache_only makes the others)"
         )
     dtype: torch.dtype = getattr(torch, loaded.train.model.dtype)
-    say(
-        f"{min(args.samples, len(cached.samples))} sample(s) at noise levels {', '.join(f'{s:.3f}' for s in cached.sigmas)}"
-    )
+    used = f"{min(args.samples, len(cached.samples))} of {len(cached.samples)} cached sample(s)"
+    say(f"{used} at noise levels {', '.join(f'{s:.3f}' for s in cached.sigmas)}")
     last = max(blocks)
     result = measure_cached(
         pair, cached.wires(args.samples), blocks, kinds, dtype, lambda block: say(f"block {block} of {last}")
     )
-    return result, remarks
+    return MeasuredLogits(result, f"{used} at quantiles {args.quantiles}", remarks)
 
 
 def _adapter(
@@ -162,7 +176,9 @@ def _adapter(
     remarks = base_remarks(adapter.path, base)
     unseen = sorted({type_of(module) for module in adapter.modules} - set(kinds))
     if unseen:
-        remarks.append(f"the adapter also touches {', '.join(unseen)}, which this report does not look at")
+        remarks.append(
+            f"the logits are those of {' and '.join(kinds)} alone; the adapter also touches {', '.join(unseen)}"
+        )
     if not any(type_of(module) in kinds for module in adapter.modules):
         raise UserError(
             f"{adapter.path}: adapts {', '.join(unseen)} alone, and no logits of that kind are looked at; choose another "

@@ -5,14 +5,15 @@ whatever no flag said becomes a remark, so that the report names it.
 """
 
 import argparse
-import math
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from models.wan.arch import PUBLISHED, Shape, expected_shapes
-from models.wan.checkpoint import EXPERT_DIRS
+from models.wan.downloads import DIFFUSERS_EXPERTS, EXPERT_DIRS
 from models.wan.expert_files import expert_of_adapter
+from models.wan.layouts import has_two_experts, transformer_place
 from models.wan.names import dit_to_diffusers
 from models.wan.probes.base import official_names
 from utils.adapter_runs import find_adapter_file, last_save, newest_adapter_run, run_of_adapter
@@ -21,11 +22,18 @@ from utils.config.load import load_config
 from utils.config.schema import BudgetConfig, Expert, TrainConfig
 from utils.errors import UserError
 from utils.files import combined_fingerprint
-from utils.lora_names import AdapterFile, AdapterPair, kohya_aliases, read_adapter
+from utils.lora_names import (
+    AdapterFile,
+    AdapterPair,
+    adapted_shape,
+    kohya_aliases,
+    matrix_shape,
+    read_adapter,
+)
+from utils.safetensors_header import FLOAT_DTYPES
 from utils.tensor_source import TensorSource, open_safetensors
 
 OUTPUT_ROOT = Path("output")
-_FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _TEXT_ENCODER_MODULES = ("lora_te", "text_encoder")
 
 
@@ -39,7 +47,10 @@ class Cap:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured against what; `remarks` say how it was chosen where no flag said it."""
+    """What is measured against what; `remarks` say how it was chosen where no flag said it.
+
+    `overrides` make the config name the base, where what it names has moved.
+    """
 
     adapter: Path
     transformer: Path
@@ -47,6 +58,16 @@ class Subject:
     config: TrainConfig | None
     expert: Expert | None
     remarks: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+
+
+def overrides_for(config_path: Path, base: Path | None) -> tuple[str, ...]:
+    """What makes a run's config name `base`, where the checkpoint that it names has moved: for `load_config`."""
+    if base is None or not base.is_dir() or Path(load_config(config_path).train.model.ckpt_path).is_dir():
+        return ()
+    # Someone may have named the expert itself, as the config cannot.
+    root = base.parent if base.name in EXPERT_DIRS.values() else base
+    return (f"model.ckpt_path={json.dumps(str(root))}",)
 
 
 def choose_subject(args: argparse.Namespace) -> Subject:
@@ -62,7 +83,8 @@ def choose_subject(args: argparse.Namespace) -> Subject:
     adapter = choose_adapter(args, remarks)
     run = run_of_adapter(adapter)
     config_path = args.config or (run.config if run else None)
-    config = load_config(config_path).train if config_path else None
+    overrides = overrides_for(config_path, args.base) if config_path else ()
+    config = load_config(config_path, overrides).train if config_path else None
     base = args.base
     if base is None:
         if config is None:
@@ -80,7 +102,7 @@ def choose_subject(args: argparse.Namespace) -> Subject:
     transformer = choose_transformer(base, expert, is_asked_for=args.expert is not None)
     if config is not None and expert is not None and is_pair(config):
         config = side_config(config, expert)
-    return Subject(adapter, transformer, config_path, config, expert, tuple(remarks))
+    return Subject(adapter, transformer, config_path, config, expert, tuple(remarks), overrides)
 
 
 def base_remarks(adapter: Path, source: TensorSource) -> list[str]:
@@ -120,10 +142,12 @@ def choose_transformer(base: Path, expert: Expert | None, *, is_asked_for: bool)
     """
     if not base.exists():
         raise UserError(f"{base}: no such checkpoint; check --base or the config's ckpt_path")
-    if any((base / folder).is_dir() for folder in EXPERT_DIRS.values()):
+    if has_two_experts(base):
         if expert is None:
             raise UserError(f"{base}: is an A14B checkpoint with two experts; say which with --expert")
-        return base / EXPERT_DIRS[expert]
+        return transformer_place(base, expert)
+    if (base / DIFFUSERS_EXPERTS["high_noise"]).is_dir():
+        return transformer_place(base, expert)
     if is_asked_for and expert is not None and base.is_dir() and base.name != EXPERT_DIRS[expert]:
         raise UserError(
             f"{base}: holds no {EXPERT_DIRS[expert]}/, which --expert {expert} asks for; check both"
@@ -157,7 +181,7 @@ def read_fitting_adapter(subject: Subject, source: TensorSource) -> tuple[Adapte
             f"{'; '.join(mismatches[:10])}{more}; give the base that the adapter was trained on"
         )
     dtypes = {module: source.dtypes[base_keys[module]] for module in adapter.modules}
-    quantised = next((module for module in dtypes if dtypes[module] not in _FLOAT_DTYPES), None)
+    quantised = next((module for module in dtypes if dtypes[module] not in FLOAT_DTYPES), None)
     if quantised is not None:
         raise UserError(
             f"{subject.transformer}: {quantised} is stored as {dtypes[quantised]}, whose scale is kept elsewhere; give the "
@@ -168,14 +192,14 @@ def read_fitting_adapter(subject: Subject, source: TensorSource) -> tuple[Adapte
 
 def _mismatch(module: str, pair: AdapterPair, source: TensorSource, base_keys: dict[str, str]) -> str | None:
     """Why a module's adapter does not fit the base, with the variants that both shapes belong to; None where it does."""
-    adapted = (pair.up.shape[0], math.prod(pair.down.shape[1:]))
+    adapted = adapted_shape(pair.down.shape, pair.up.shape)
+    assert adapted is not None, "read_adapter has checked it"
     if module not in base_keys:
         if module.startswith(_TEXT_ENCODER_MODULES):
             return f"{module} belongs to a text encoder"
         names = _variants(module, adapted)
         return f"the base has no {module}{f' (that of {names} fits)' if names else ''}"
-    stored = source.shapes[base_keys[module]]
-    shape = (stored[0], math.prod(stored[1:]))
+    shape = matrix_shape(source.shapes[base_keys[module]])
     if adapted == shape:
         return None
     return f"{module} adapts {_with_variants(module, adapted)}, the base has {_with_variants(module, shape)}"
@@ -191,7 +215,7 @@ def _variants(module: str, shape: tuple[int, int]) -> str:
     return ", ".join(
         name
         for name, shapes in _published_shapes().items()
-        if (found := shapes.get(f"{module}.weight")) is not None and (found[0], math.prod(found[1:])) == shape
+        if (found := shapes.get(f"{module}.weight")) is not None and matrix_shape(found) == shape
     )
 
 

@@ -1,12 +1,12 @@
 """Which expert a file is for, by its header and by names, and refusing the other one."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.wan.expert_files import expert_in_name, expert_of_adapter
+from models.wan.checkpoint import open_transformer
+from models.wan.expert_files import expert_of_adapter
+from models.wan.layouts import named_expert
 from models.wan.preflight import preflight
 from tests.helpers.workspace import linked_copy
 
@@ -29,8 +29,10 @@ from tests.helpers.workspace import linked_copy
         ("diffusion_pytorch_model-00001-of-00006.safetensors", None),
     ],
 )
-def test_names(name, expert):
-    assert expert_in_name(Path(name)) == expert
+def test_names(tmp_path, name, expert):
+    if name == "transformer_2":
+        (tmp_path / name).mkdir()
+    assert named_expert(tmp_path / name) == expert
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,17 @@ def test_files_of_the_other_expert_are_refused(make_config, tiny_t2v, tmp_path):
     assert problems(make_config, tiny_t2v, "high_noise", transformer_path=str(folder)) == []
     (problem,) = problems(make_config, tiny_t2v, "low_noise", transformer_path=str(folder))
     assert problem.key == "model.expert"
-    assert "the name wan_high_noise says" in problem.reason and "is the high_noise expert" in problem.reason
+    assert f"is 'low_noise', but the weights are in {folder}" in problem.reason
+
+
+def test_metadata_that_name_the_other_expert_are_refused(make_config, tiny_t2v, tmp_path):
+    source = open_transformer(tiny_t2v / "high_noise_model")
+    tensors = {name: source.get(name).clone() for name in source.shapes}
+    file = tmp_path / "dit.safetensors"
+    save_file(tensors, file, metadata={"expert": "high_noise"})
+    assert problems(make_config, tiny_t2v, "high_noise", transformer_path=str(file)) == []
+    (problem,) = problems(make_config, tiny_t2v, "low_noise", transformer_path=str(file))
+    assert problem.key == "model.expert" and "say that it is the high_noise expert" in problem.reason
 
 
 def test_a_pair_needs_two_transformers(make_config, tiny_t2v, tmp_path):

@@ -167,6 +167,36 @@ def test_time_follows_from_flops(plan):
     assert compute["step_seconds"] / 2 < split["step_seconds"] < compute["step_seconds"]
 
 
+def test_a_timestep_per_frame_is_planned_where_first_frames_may_be_clean(plan):
+    """The largest bucket has 21 latent frames: 20 further rows of what is told of time, in the wire and in the work."""
+    settings = ("pipeline_stages=2", "activation_checkpointing=false")
+    without, some = plan("ti2v-5b", *settings), plan("ti2v-5b", *settings, "model.first_frame_prob=0.1")
+    largest = without["dataset"]["buckets"][0]["bucket"]
+    row = 3072 * 4
+
+    def at(document, stage, key):
+        return document["stages"][stage][key][largest]
+
+    # Time embedding and six rows of modulation; what a block keeps of the latter, where it has a backward pass.
+    assert at(some, 1, "transfers") - at(without, 1, "transfers") == 20 * 7 * row
+    lowest = min(int(target.split(".")[1]) for target in without["training"]["targets"])
+    blocks = without["model"]["num_blocks"] - lowest
+    more = sum(
+        (at(some, n, "activations") - at(without, n, "activations"))
+        / without["stages"][n]["micro_batches_in_flight"]
+        for n in range(2)
+    )
+    assert more == pytest.approx(blocks * 20 * 8 * row)
+    flops = some["stages"][0]["forward_flops"] - without["stages"][0]["forward_flops"]
+    assert flops == pytest.approx(20 * 2 * (256 * 3072 + 7 * 3072 * 3072))
+    small = str(without["dataset"]["buckets"][-1]["bucket"])  # of one frame
+    assert all(
+        some["stages"][n][key][small] == without["stages"][n][key][small]
+        for n in range(2)
+        for key in ("activations", "transfers", "device")
+    )
+
+
 def test_what_would_make_it_fit_really_does(plan):
     document = plan("t2v-a14b", "adapter.train_blocks_range=[30, 39]")
     small = document["fit"][0]

@@ -133,15 +133,17 @@ def test_a_run_s_own_adapter_on_its_own_samples_and_the_run_stays_as_it_is(
     status, directory, summary = run(tmp_path, "--adapter", trained.run())
     assert {path: path.stat().st_mtime_ns for path in trained.root.rglob("*")} == before
     assert status == 0, summary
-    assert summary.metrics["inputs"] == "2 cached sample(s) at 0.1,0.5,0.9"
+    assert summary.metrics["inputs"] == "2 of 6 cached sample(s) at quantiles 0.1,0.5,0.9"
     with (directory / "logit_heads.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len({row["sigma"] for row in rows}) == 3
-    assert [entry.role for entry in summary.inputs][:2] == ["adapter", "config"]
+    assert [entry.role for entry in summary.inputs][:3] == ["adapter", "adapter_config", "config"]
     said = capsys.readouterr().out
-    assert "2 sample(s) at noise levels" in said and "block 0 of" in said
+    assert "2 of 6 cached sample(s) at noise levels" in said and "block 0 of" in said
     again = run(tmp_path / "again", "--adapter", trained.run())[2]
     assert again.metrics == summary.metrics
+    other = run(tmp_path / "other", "--adapter", trained.run(), "--seed", 7)[2]
+    assert other.seed == 7 and other.metrics["mean_std_ratio"] != summary.metrics["mean_std_ratio"]
 
 
 def test_only_what_is_asked_for_is_read(tmp_path, tiny_ti2v, monkeypatch):
@@ -245,7 +247,7 @@ def test_nothing_is_written_where_samples_are_new_or_changed(trained, tmp_path, 
     status, _, summary = run(tmp_path, "--adapter", adapter, "--samples", 50)
     assert content(root) == before
     assert status == 0 and any("1 sample(s) of the dataset are not in the cache" in n for n in summary.notes)
-    assert "6 sample(s) at noise levels" in capsys.readouterr().out
+    assert "6 of 6 cached sample(s) at noise levels" in capsys.readouterr().out
 
 
 def test_a_damaged_item_is_named_and_left_where_it_is(trained, tmp_path, capsys):
@@ -326,3 +328,22 @@ def test_cached_samples_of_image_to_video_and_both_experts(tmp_path, tiny_i2v, t
     assert all(
         row["mean_std_ratio"] == 1 for (_, kind), row in blocks_of(directory).items() if kind == "self_attn"
     )
+
+
+def test_a_base_that_has_moved_is_named_with_base(trained, tmp_path, capsys):
+    """The run's config names a checkpoint that is not there any more; its cache is known by content."""
+    adapter = copied_run(trained, tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("config.toml"):
+        path.write_text(path.read_text().replace(str(trained.checkpoint), str(tmp_path / "gone")))
+    assert run(tmp_path, "--adapter", adapter)[0] == 2
+    assert "check --base" in capsys.readouterr().err
+    status, _, summary = run(tmp_path, "--adapter", adapter, "--base", trained.checkpoint)
+    assert status == 0 and summary.metrics["inputs"] == "2 of 6 cached sample(s) at quantiles 0.1,0.5,0.9"
+
+
+def test_a_run_s_directory_stands_for_its_config(trained, tmp_path):
+    status, _, summary = run(tmp_path, "--config", trained.run())
+    assert status == 0
+    assert [entry.path for entry in summary.inputs if entry.role == "config"] == [
+        str(trained.run() / "config.toml")
+    ]

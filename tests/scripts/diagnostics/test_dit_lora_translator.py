@@ -126,7 +126,7 @@ def test_blocks_and_noise_levels_of_the_logits_can_be_chosen(trained, tmp_path):
     _, directory, summary = run(tmp_path, "--adapter", trained.run(), *flags)
     lines = (directory / "logit_blocks.csv").read_text().splitlines()[1:]
     assert [line.split(",")[0] for line in lines] == ["1", "3"]
-    assert summary.metrics["logit_inputs"] == "2 cached sample(s) at 0.5"
+    assert summary.metrics["logit_inputs"] == "2 of 6 cached sample(s) at quantiles 0.5"
 
 
 def test_without_an_evaluation_it_is_inconclusive(trained, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from models.wan.names import umt5_to_hf
 from models.wan.probes.encoder_stream import TABLE
 from models.wan.text_encoder import WanTokenizer
 from tests.helpers.workspace import Workspace, environment, make_workspace
+from utils.data.cache import CacheStore
 from utils.metrics import read_metrics
 from utils.report import read_summary
 
@@ -419,8 +421,52 @@ def test_a_cache_that_is_gone_is_said(trained, monkeypatch, tmp_path, capsys):
     )
     flags = ["--config", str(tmp_path / "config.toml"), "--text_encoder", str(trained.run())]
     assert probe.main([*flags, "--denoise_samples", "1"]) == 2
-    assert "holds no cache" in capsys.readouterr().err
+    assert "gone: no cache there" in capsys.readouterr().err
     assert not (tmp_path / "gone").exists()
+    (tmp_path / "gone").mkdir()  # a probe does not make a cache of an empty folder
+    assert probe.main([*flags, "--denoise_samples", "1"]) == 2
+    assert list((tmp_path / "gone").iterdir()) == []
+
+
+def test_what_the_losses_need_is_asked_before_the_encoders_run(trained, monkeypatch, tmp_path, capsys):
+    from models.wan.probes import encoder_stream
+
+    monkeypatch.chdir(trained.root)
+    monkeypatch.setattr(encoder_stream, "stream_states", lambda *_: pytest.fail("the encoders ran"))
+    shutil.copytree(trained.checkpoint, tmp_path / "another")
+    flags = ["--config", str(trained.run()), "--denoise_samples", "1"]
+    assert probe.main([*flags, "--base", str(tmp_path / "another")]) == 2
+    assert "leave one of the two flags out" in capsys.readouterr().err
+
+
+def test_a_damaged_item_is_left_where_it_is(trained, monkeypatch, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained.root, copy, symlinks=True)
+    for path in (copy / "dataset.toml", *copy.rglob("config.toml")):
+        path.write_text(path.read_text().replace(str(trained.root), str(copy)))
+    store = CacheStore(copy / "cache")
+    for key in store.keys("latents"):
+        place = store.place(key)
+        data = bytearray(place.shard.path.read_bytes())
+        data[place.entry.offset + place.entry.length - 1] ^= 1
+        place.shard.path.write_bytes(data)
+    before = contents(copy / "cache")
+    monkeypatch.chdir(copy)
+    (config,) = copy.glob("out/*/config.toml")
+    assert probe.main(["--config", str(config), "--denoise_samples", "1"]) == 2
+    assert "does not match its checksum" in capsys.readouterr().err
+    assert contents(copy / "cache") == before
+
+
+@pytest.mark.parametrize("content", [b"[]\n", b'{"loss": 1}\n', b"\xff\xfe\n"])
+def test_damaged_metrics_are_named(trained, monkeypatch, tmp_path, capsys, content):
+    copy = tmp_path / "run"
+    shutil.copytree(trained.run(), copy)
+    (copy / "metrics.jsonl").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    assert probe.main(["--config", str(copy), "--text_encoder", str(copy)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "metrics.jsonl" in said and "put back the file" in said
 
 
 def test_as_a_person_runs_it(place):

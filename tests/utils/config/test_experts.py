@@ -3,7 +3,16 @@
 import pytest
 
 from utils.config.dump import dump_config
-from utils.config.experts import EXPERTS, first_side, settled, side_config, sides_of
+from utils.config.experts import (
+    EXPERTS,
+    alternates,
+    expert_of_turn,
+    first_side,
+    is_pair,
+    settled,
+    side_config,
+    sides_of,
+)
 from utils.config.guardrails import RULES
 from utils.config.load import load_config
 from utils.config.parse import parse_table
@@ -204,9 +213,13 @@ def test_what_an_experts_table_may_say(document):
     assert found_in(document) == []
 
 
-def test_both_experts_have_no_encoder_each():
+def test_one_encoder_is_trained_through_both_in_turn():
     document = table("both")
     del document["adapter"]
     document["model"] |= {"cache_text_embeddings": False, "train_text_encoder": True}
-    (problem,) = found_in(document)
-    assert problem.key == "model.expert" and "one text encoder" in problem.reason
+    assert found_in(document) == []
+    encoder = parse_table(TrainConfig, document).draft
+    assert alternates(encoder) and not is_pair(encoder)
+    assert is_pair(config("both")) and not alternates(config("both"))
+    assert [expert_of_turn(4, turn) for turn in range(3)] == ["high_noise", "low_noise", "high_noise"]
+    assert [expert_of_turn(5, turn) for turn in range(3)] == ["low_noise", "high_noise", "low_noise"]

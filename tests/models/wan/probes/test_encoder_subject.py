@@ -108,7 +108,8 @@ def test_what_is_missing_is_named(tiny_ti2v, tmp_path, monkeypatch):
         ({"text_encoder": tuned}, "--base_text_encoder"),
         ({"text_encoder": tuned, "base_text_encoder": tuned}, "against itself"),
         ({"text_encoder": tuned, "base_text_encoder": loose}, "--tokenizer"),
-        ({"text_encoder": run}, "--tokenizer"),
+        ({"text_encoder": run}, "the checkpoint's directory with --base"),
+        ({"text_encoder": run, "base_text_encoder": loose}, "--tokenizer"),
         (
             {"text_encoder": tuned, "base_text_encoder": tiny_ti2v, "base": tmp_path / "x"},
             "no such checkpoint",

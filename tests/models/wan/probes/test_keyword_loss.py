@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.wan.arch import load_arch
+from models.wan.arch import VARIANTS, load_arch
 from models.wan.checkpoint import open_text_encoder, open_transformer
 from models.wan.datasets import MEMO_FILE
+from models.wan.evaluation import WanEvalBatches
 from models.wan.layers import Workload, dit_layers, text_layers
 from models.wan.probes.encoder_prompts import Entry
 from models.wan.probes.encoder_stream import open_encoder_pair, stream_states
-from models.wan.probes.keyword_loss import keyword_losses, open_samples
+from models.wan.probes.keyword_loss import keyword_losses, open_samples, samples_holding
 from models.wan.stages import TextWire
 from models.wan.text_encoder import WanTokenizer, pad_token_ids
 from tests.helpers.workspace import make_workspace
@@ -66,14 +67,14 @@ def by_training_layers(data, encoder, entry, index):
     with torch.no_grad():
         for spec in specs:
             wire = spec.build(CPU)(wire)
-    return float(per_sample_loss(wire, prepared.labels[0]).mean())
+    return float(per_sample_loss(wire, prepared.labels[0], *prepared.labels[4:]).mean())
 
 
 def test_the_loss_is_that_of_the_layers_of_training(measured):
     data, tuned, _, _, records = measured
     assert [record.entry.text for record in records] == ["circle", "square"]  # no caption holds a hexagon
     for record in records:
-        indices = data.holding(record.entry.text, 2)
+        indices = samples_holding(data, record.entry.text, 2)
         assert record.num_samples == len(indices) >= 1
         assert all(record.entry.text in data.samples[index].captions[0] for index in indices)
         for encoder, found in ((data.paths.text_encoder, record.base), (tuned, record.tuned)):
@@ -81,6 +82,26 @@ def test_the_loss_is_that_of_the_layers_of_training(measured):
             assert found == pytest.approx(sum(expected) / len(expected), rel=1e-6)
         assert record.change.mean == pytest.approx(record.tuned - record.base, abs=1e-9)
         assert abs(record.change.mean) > 1e-6
+
+
+def test_the_loss_of_an_image_conditioned_run_leaves_the_first_frame_out(measured):
+    data, tuned, place, states, _ = measured
+    batches = WanEvalBatches(
+        replace(data.config, model=replace(data.config.model, first_frame_prob=1.0)),
+        VARIANTS["ti2v-5b"],
+        data.samples,
+        data.batches._cache,
+        data.paths.tokenizer_dir,
+        data.config.eval_quantiles,
+    )
+    clean = replace(data, batches=batches)
+    records = keyword_losses(clean, KEYWORDS, place, *states, 9, CPU)
+    for record in records:
+        indices = samples_holding(clean, record.entry.text, 9)
+        expected = [by_training_layers(clean, tuned, record.entry, index) for index in indices]
+        assert record.tuned == pytest.approx(sum(expected) / len(expected), rel=1e-6)
+    assert any(data.samples[index].bucket.num_frames > 1 for index in samples_holding(clean, "circle", 9))
+    assert records[0].tuned != keyword_losses(data, KEYWORDS, place, *states, 9, CPU)[0].tuned
 
 
 def test_one_encoder_on_both_sides_differs_by_nothing(measured):
@@ -92,8 +113,11 @@ def test_one_encoder_on_both_sides_differs_by_nothing(measured):
 
 def test_keywords_are_whole_words(measured):
     data = measured[0]
-    assert data.holding("circl", 9) == [] and data.holding("CIRCLE", 9) == data.holding("circle", 9) != []
-    assert data.holding("dark  background", 9) == data.holding("dark background", 9) != []
+    assert (
+        samples_holding(data, "circl", 9) == []
+        and samples_holding(data, "CIRCLE", 9) == samples_holding(data, "circle", 9) != []
+    )
+    assert samples_holding(data, "dark  background", 9) == samples_holding(data, "dark background", 9) != []
 
 
 def test_samples_that_are_not_in_the_cache_are_left_out(run, tmp_path):
@@ -104,7 +128,7 @@ def test_samples_that_are_not_in_the_cache_are_left_out(run, tmp_path):
         text.replace(str(run.root / "dataset.toml"), str(tmp_path / "dataset.toml"))
     )
     CacheStore(tmp_path / "cache")
-    with pytest.raises(UserError, match="holds no latents"):
+    with pytest.raises(UserError, match="item.s. of this run are missing in the cache"):
         open_samples(tmp_path / "config.toml", 0)
 
 
@@ -112,7 +136,7 @@ def test_what_is_found_out_about_files_is_not_written_down(run, tmp_path):
     memo = run.cache / MEMO_FILE
     memo.rename(tmp_path / "memo")
     try:
-        assert open_samples(run.run() / "config.toml", 0).cached
+        assert open_samples(run.run() / "config.toml", 0).samples
         assert not memo.exists()
     finally:
         (tmp_path / "memo").rename(memo)
