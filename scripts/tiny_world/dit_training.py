@@ -38,7 +38,7 @@ ARCH = WanArch(
     eps=1e-6,
     text_dim=UMT5.d_model,
 )
-JOINT = Schedule(num_steps=3800, lr=1.5e-3, betas=(0.9, 0.98), ema=0.999)
+JOINT = Schedule(num_steps=3000, lr=1.5e-3, betas=(0.9, 0.98), decay=0.3, ema=0.999)
 NUM_PICTURES = 6144
 BATCH = 64
 # The shapes that the DiT learns to draw are near the middle of the picture.

@@ -10,8 +10,8 @@ from scripts.tiny_world.checker import read_picture
 from scripts.tiny_world.drawing import Drawing, draw
 from scripts.tiny_world.world import Pixels
 
-GUIDANCE, SHIFTS, STEPS = (1.5, 2.0, 3.0, 4.0), (2.0, 3.0), (16,)
-SWEEP_COUNT, COUNT = 108, 216
+GUIDANCE, SHIFTS, STEPS = (2.0, 3.0, 4.0), (2.0, 3.0), (16,)
+SWEEP_COUNT, COUNT = 72, 216
 # The sweep draws with other noise than what is reported, so that choosing does not flatter the choice.
 SWEEP_SEED, SEED = 1, 2
 
