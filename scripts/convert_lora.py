@@ -6,11 +6,11 @@ See docs/lora_files.md.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from models.wan.lora_convert import convert_lora
 from models.wan.lora_dialects import DIALECTS
 from utils.cli import run_command
+from utils.probe_cli import path_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0, or 2 for what the user can mend.",
         allow_abbrev=False,
     )
-    parser.add_argument("adapter", type=Path, help="LoRA file, the directory it is in, or a training run")
+    parser.add_argument("adapter", type=path_of, help="LoRA file, the directory it is in, or a training run")
     parser.add_argument(
         "--to",
         required=True,
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         required=True,
-        type=Path,
+        type=path_of,
         metavar="PATH",
         help="the file to write (.safetensors); for peft the directory",
     )

@@ -6,15 +6,16 @@ See docs/lora_files.md.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
+from models.wan.expert_files import expert_of_adapter
 from models.wan.lora_merge import MergeDtype, merge_lora
-from models.wan.probes.subject import choose_transformer, expert_of_adapter
+from models.wan.probes.subject import choose_transformer
 from utils.adapter_runs import find_adapter_file
 from utils.cli import run_command
 from utils.config.schema import Expert
 from utils.errors import UserError
+from utils.probe_cli import path_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,18 +27,20 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0, or 2 for what the user can mend.",
         allow_abbrev=False,
     )
-    parser.add_argument("adapter", type=Path, help="LoRA file, the directory it is in, or a training run")
+    parser.add_argument("adapter", type=path_of, help="LoRA file, the directory it is in, or a training run")
     parser.add_argument(
         "--base",
         required=True,
-        type=Path,
+        type=path_of,
         metavar="CKPT",
         help="checkpoint directory, or one .safetensors file",
     )
     parser.add_argument(
         "--expert", choices=get_args(Expert), help="A14B: which of the two experts (default: the adapter's)"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="PATH", help="directory or file to write")
+    parser.add_argument(
+        "--out", required=True, type=path_of, metavar="PATH", help="directory or file to write"
+    )
     parser.add_argument(
         "--dtype",
         choices=get_args(MergeDtype),

@@ -1,5 +1,6 @@
 """The same weights in every layout train the same numbers, bit for bit, and save the same names."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 from safetensors import safe_open
 
 from models.wan.checkpoint import TEXT_ENCODER_FILE, open_text_encoder, open_transformer
+from models.wan.probes.encoder_subject import find_encoder
+from scripts.diagnostics import te_eval
 from tests.helpers.layouts import write_comfyui, write_diffusers
 from tests.helpers.workspace import Workspace, make_workspace
 from utils.files import combined_fingerprint
@@ -68,6 +71,10 @@ def test_a_layout_trains_the_numbers_of_the_official_one(runs, checkpoint, mode)
         place = checkpoint / "transformer"
         if not place.is_dir():
             (place,) = (checkpoint / "diffusion_models").glob("*.safetensors")
+        assert metadata["targets"] == "cross_attn.k in blocks 0-3; cross_attn.v in blocks 0-3"
+        assert metadata["rank"] == "4" and metadata["num_targets"] == "8"
+        assert (metadata["variant"], metadata["expert"], metadata["boundary"]) == ("ti2v-5b", "none", "none")
+        assert len(metadata["encoder_hash"]) == 32
         assert metadata["base_hash"] == combined_fingerprint(open_transformer(place).files)
     else:
         saved = open_text_encoder(run / "epoch1" / "text_encoder.safetensors")
@@ -99,3 +106,19 @@ def test_experts_are_found_in_every_layout(tiny_t2v, tiny_dataset, tmp_path, exp
         assert losses == expected, layout
         shutil.rmtree(run)
     assert expected != runs.reference("dit_lora", f"model.expert={other}")
+
+
+def test_a_tuned_encoder_is_found_and_read_in_every_format(runs, tmp_path):
+    """One encoder, saved in four formats: probes find each, and all train one translator."""
+    losses, drifts = {}, {}
+    for name in ("hf", "official", "official_pth", "comfyui"):
+        _, run = runs.train("encoder_ft", runs.official, f"model.save_text_encoder_format={name}")
+        assert find_encoder(run) == find_encoder(run / "epoch1")
+        losses[name] = runs.train("dit_lora", runs.official, f"model.llm_path={run / 'epoch1'}")[0]
+        flags = ["--text_encoder", str(run), "--reports_dir", str(tmp_path), "--run_tag", name]
+        assert te_eval.main(flags) == 0
+        summary = json.loads((tmp_path / "te_eval" / name / "summary.json").read_text())
+        drifts[name] = summary["metrics"]["neutral_drift"]
+    assert all(values == losses["hf"] for values in losses.values())
+    assert losses["hf"] != runs.reference("dit_lora")  # it was trained
+    assert len(set(drifts.values())) == 1 and drifts["hf"] > 0

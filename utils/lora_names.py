@@ -16,7 +16,7 @@ needs it.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -123,6 +123,18 @@ def kohya_aliases(modules: Iterable[str]) -> dict[str, str]:
                 f"{module} and {aliases[module.replace('.', '_')]} have one name in kohya's naming"
             )
     return aliases
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """[out, in] of a weight as an adapter sees it: the places of a convolution's kernel count as inputs."""
+    return shape[0], math.prod(shape[1:])
+
+
+def adapted_shape(down: Sequence[int], up: Sequence[int]) -> tuple[int, int] | None:
+    """[out, in] of the weight that A [rank, in, ...] and B [out, rank, ...] adapt; None where they do not fit together."""
+    if len(down) < 2 or len(up) < 2 or down[0] != up[1] or not math.prod(down):
+        return None
+    return up[0], math.prod(down[1:])
 
 
 def parse_adapter_key(key: str, aliases: Mapping[str, str] | None = None) -> AdapterTensor | None:
@@ -240,7 +252,7 @@ def _pair(
                 f"{path}: {key} holds NaN or infinite values; the training broke, use an earlier save"
             )
     down, up = tensors[keys.a], tensors[keys.b]
-    if down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1] or not down.numel():
+    if adapted_shape(down.shape, up.shape) is None:
         raise UserError(
             f"{path}: {keys.module}: A is {list(down.shape)} and B is {list(up.shape)}, but they should be [rank, in] and [out, rank]"
         )

@@ -33,10 +33,19 @@ EXIT_BY_VERDICT: dict[Verdict, int] = {
 }
 
 
+def path_of(text: str) -> Path:
+    """An argparse `type`: a path; an empty one, such as an unset variable of a shell gives, would mean this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(text)
+
+
 def config_file(text: str) -> Path:
     """An argparse `type`: a TOML file; a run's directory stands for the `config.toml` in it."""
-    path = Path(text)
-    return path / CONFIG_FILE if (path / CONFIG_FILE).is_file() else path
+    path = path_of(text)
+    if path.is_dir() and not (path / CONFIG_FILE).is_file():
+        raise argparse.ArgumentTypeError(f"{path} is a directory without {CONFIG_FILE}, so it is no run")
+    return path / CONFIG_FILE if path.is_dir() else path
 
 
 # Flags that several probes share; each probe names those that it reads.
@@ -48,7 +57,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
     "base": {
         "metavar": "CKPT",
-        "type": Path,
+        "type": path_of,
         "help": "base checkpoint: directory or .safetensors file (default: the run's)",
     },
     "expert": {
@@ -57,22 +66,22 @@ _FLAGS: dict[str, dict[str, Any]] = {
     },
     "adapter": {
         "metavar": "FILE_OR_DIR",
-        "type": Path,
+        "type": path_of,
         "help": "LoRA file, the directory it is in, or a run (default: the newest run's)",
     },
     "text_encoder": {
         "metavar": "FILE",
-        "type": Path,
+        "type": path_of,
         "help": "the tuned UMT5: a weight file, the directory it is in, or a run (default: the newest run's)",
     },
     "base_text_encoder": {
         "metavar": "FILE",
-        "type": Path,
+        "type": path_of,
         "help": "the UMT5 that it is held against: a weight file or a checkpoint directory (default: the run's)",
     },
     "prompts": {
         "metavar": "FILE",
-        "type": Path,
+        "type": path_of,
         "help": "UTF-8 text file, one prompt per line (default: the neutral ones of configs/prompts/)",
     },
     "device": {"metavar": "DEVICE", "default": "cpu", "help": "cpu, cuda or cuda:N (default: %(default)s)"},

@@ -9,16 +9,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from utils.errors import UserError
+from utils.finite import all_finite
 from utils.safetensors_header import SafetensorsHeader, read_index, read_safetensors_header, tensor_bytes
 from utils.tensor_source import more_names, open_pth
 
-if TYPE_CHECKING:
-    import torch
-
-PIECE_BYTES = 64 << 20
+PIECE_BYTES = 16 << 20
 _INDEX_GLOB = "*.safetensors.index.json"
 # Names of torch's dtypes whose numbers can be NaN or infinite, as safetensors spells them.
 _FLOATS = {
@@ -182,16 +180,8 @@ def _are_finite(pieces: Iterator[bytearray], dtype: str) -> bool:
     is_finite = True
     for piece in pieces:
         if is_finite and dtype in _FLOATS:
-            is_finite = _all_finite(torch.frombuffer(piece, dtype=getattr(torch, _FLOATS[dtype])))
+            is_finite = all_finite(torch.frombuffer(piece, dtype=getattr(torch, _FLOATS[dtype])))
     return is_finite
-
-
-def _all_finite(tensor: "torch.Tensor") -> bool:
-    import torch
-
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.to(torch.bfloat16)  # which keeps NaN and infinity of both
-    return bool(torch.isfinite(tensor).all())
 
 
 def _read_pth(path: Path, on_bytes: OnBytes) -> ReadFile:
@@ -210,12 +200,12 @@ def _read_pth(path: Path, on_bytes: OnBytes) -> ReadFile:
         tensor = source.get(name)
         rows = max(1, PIECE_BYTES * (shape[0] if shape else 1) // max(1, tensor.nbytes))
         pieces = tensor.split(rows) if shape else (tensor,)
-        if tensor.is_floating_point() and not all(_all_finite(piece) for piece in pieces):
+        if not all(all_finite(piece) for piece in pieces):
             bad.append(name)
         num_bytes += tensor.nbytes
         on_bytes(tensor.nbytes)
         unreleased += tensor.nbytes
-        if unreleased > 16 * PIECE_BYTES:  # mapped pages count as this process's memory
+        if unreleased > 64 * PIECE_BYTES:  # mapped pages count as this process's memory
             source.release()
             unreleased = 0
     return ReadFile(path, len(source.shapes), num_bytes, _non_finite(path, bad))

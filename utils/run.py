@@ -1,5 +1,6 @@
 """The steps of a run around the loop: world size, run directory, pipeline, resume, closing summary."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from utils.budget import Drift
 from utils.checkpoint import LoopState, checkpoint_name, load_checkpoint
-from utils.config.schema import LoadedConfig, TrainConfig
+from utils.config.schema import BudgetConfig, LoadedConfig, TrainConfig
 from utils.data.sampler import BatchPlan
 from utils.distributed import Processes, gather_objects, limit_waits, on_every_rank, on_main
 from utils.errors import UserError
@@ -42,6 +43,15 @@ class Ready:
     pipeline: Pipeline
     recorder: LossRecorder
     processes: Processes
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: where it is, what stopped it before its last step, and whether it was asked to stop at all."""
+
+    state: LoopState
+    stopped_by: str | None
+    is_told_to_stop: bool
 
 
 def speaker(processes: Processes) -> Say:
@@ -134,14 +144,19 @@ def build(
     return Ready(config, plan, model, pipeline, recorder, processes)
 
 
-def _within_budget(row: Mapping[str, Any]) -> str:
+def _within_budget(row: Mapping[str, Any], budget: BudgetConfig | None) -> str:
     """What the last step's metrics say about `[budget]`, as the end of a sentence."""
     if row.get("neutral_drift") is not None:
         return f"; drift of the neutral prompts {row['neutral_drift']:.4f}"
     if row.get("max_delta_ratio") is not None:
-        return (
-            f"; ||dW|| / ||W|| at most {row['max_delta_ratio']:.4f}, {row['mean_delta_ratio']:.4f} on average"
+        largest, mean = row["max_delta_ratio"], row["mean_delta_ratio"]
+        is_scaled = (
+            budget is not None
+            and budget.action == "project"
+            and (largest > budget.max_delta_ratio or mean > (budget.max_mean_delta_ratio or math.inf))
         )
+        scaled = " (what is saved is scaled onto the caps)" if is_scaled else ""
+        return f"; ||dW|| / ||W|| at most {largest:.4f}, {mean:.4f} on average{scaled}"
     return ""
 
 
@@ -158,7 +173,7 @@ def run(
     say: Say,
     eval_sets: Sequence[EvalSet] = (),
     drift: Drift | None = None,
-) -> None:
+) -> Ended:
     """Train to the end, from the run's checkpoint where it has one, and say what was made.
 
     Raises:
@@ -208,7 +223,8 @@ def run(
         if ready.processes.is_main:
             for line in describe_outcomes(read_outcomes(run_dir.path)):
                 say(f"  {line}")
-        probes.raise_if_failed(run_dir.path, is_complete=trainer.stopped_by is None)
+        probes.raise_if_failed(run_dir.resume_path, is_complete=trainer.stopped_by is None)
+    return Ended(final, trainer.stopped_by, trainer.is_told_to_stop())
 
 
 def _say_end(ready: Ready, trainer: Trainer, run_dir: RunDir, final: LoopState, say: Say) -> None:
@@ -217,7 +233,7 @@ def _say_end(ready: Ready, trainer: Trainer, run_dir: RunDir, final: LoopState, 
         say(
             f"stopped by {trainer.stopped_by} after step {final.step} of {trainer.total_steps}; everything up to here is in "
             f"{run_dir.path / checkpoint_name(final.step)}. To go on, give the same command with "
-            f"--resume_from_checkpoint {run_dir.path}"
+            f"--resume_from_checkpoint {run_dir.resume_path}"
         )
         return
     rows = read_metrics(run_dir.path) if ready.processes.is_main else []
@@ -225,7 +241,7 @@ def _say_end(ready: Ready, trainer: Trainer, run_dir: RunDir, final: LoopState, 
         say(
             f"done: {final.step} steps, {final.samples_seen} samples, {final.train_seconds:.1f} s; loss "
             f"{rows[0]['loss']:.4f} at step 1, {rows[-1]['loss']:.4f} at step {rows[-1]['step']}"
-            f"{_within_budget(rows[-1])}"
+            f"{_within_budget(rows[-1], ready.config.budget)}"
         )
         for path in sorted(run_dir.path.glob("epoch*/*")):
             if path.suffix in (".safetensors", ".pth"):

@@ -17,6 +17,8 @@ Shape = tuple[int, ...]
 # The limit of the safetensors library itself.
 _MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
+# Plain numbers: what is stored in fewer bits has its scale elsewhere.
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 DTYPE_BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),

@@ -71,6 +71,10 @@ def find_saved_file(path: Path, kind: SavedKind) -> Path:
     found = (
         f"{len(files)} .safetensors files" if files else f"neither {kind.name} nor another .safetensors file"
     )
+    found_saves = (save for name in kind.names for save in path.glob(f"*/{name}"))
+    saves = sorted(save.parent.name for save in found_saves if _save_number(save) is not None)
+    if saves and not files:
+        found = f"{', '.join(saves)} but no {RUN_CONFIG_NAME}, so it is no whole run"
     raise UserError(f"{path}: holds {found}; name the file of {kind.what} itself")
 
 

@@ -1,11 +1,11 @@
 """Weights in 8 bits with a scale beside each, read as plain numbers; other kinds of quantisation are refused by name."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError
-from utils.safetensors_header import Shape
 from utils.tensor_source import TensorSource, more_names
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ def plain_weights(source: TensorSource) -> TensorSource:
     Raises:
         UserError: weights are quantised in a way that is not known here, or have no scale.
     """
-    quantised = [name for name, dtype in source.dtypes.items() if is_quantised(name, dtype, source.shapes)]
-    if SCALED_FP8_MARK in source.shapes or any(
+    quantised = [name for name, dtype in source.dtypes.items() if is_quantised(name, dtype)]
+    if has_mark(source.shapes) or any(
         name.removesuffix(".weight") + _WEIGHT_SCALE in source.shapes for name in quantised
     ):
         return ScaledSource(source)
@@ -38,9 +38,18 @@ def plain_weights(source: TensorSource) -> TensorSource:
     )
 
 
-def is_quantised(name: str, dtype: str, shapes: dict[str, Shape]) -> bool:
+def has_mark(names: Iterable[str]) -> bool:
+    """Whether one of the names is the mark of scaled files, with or without the prefix of its part."""
+    return any(_is_mark(name) for name in names)
+
+
+def _is_mark(name: str) -> bool:
+    return name == SCALED_FP8_MARK or name.endswith(f".{SCALED_FP8_MARK}")
+
+
+def is_quantised(name: str, dtype: str) -> bool:
     """Whether a tensor is a weight in 8 bits or fewer, which is not what its numbers say."""
-    if name == SCALED_FP8_MARK or not name.endswith(".weight") or shapes[name] == (0,):
+    if not name.endswith(".weight"):
         return False
     return dtype.startswith(("F8", "F4", "F6")) or dtype in ("I8", "U8")
 
@@ -65,7 +74,7 @@ class ScaledSource(TensorSource):
         """
         self._base = base
         self.files = base.files
-        hidden = {name for name in base.shapes if name == SCALED_FP8_MARK or name.endswith(_SCALE_SUFFIXES)}
+        hidden = {name for name in base.shapes if _is_mark(name) or name.endswith(_SCALE_SUFFIXES)}
         self._scale_of = {
             name.removesuffix(_WEIGHT_SCALE) + ".weight": name
             for name in hidden

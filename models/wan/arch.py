@@ -46,10 +46,12 @@ class VariantInfo:
     def sigma_range(self, expert: str | None, min_t: float, max_t: float) -> tuple[float, float]:
         """The part of [min_t, max_t] that this expert is responsible for; sigma >= boundary is the high-noise one's.
 
+        All of it for `both`, and where there are no experts. A bound of 0 or 1 is none: it asks for nothing.
+
         Raises:
-            UserError: nothing is left of the range.
+            UserError: nothing is left of the range, or a bound asks for levels of the other expert.
         """
-        if self.boundary is None or expert is None:
+        if self.boundary is None or expert in (None, "both"):
             return min_t, max_t
         low = max(min_t, self.boundary) if expert == "high_noise" else min_t
         high = max_t if expert == "high_noise" else min(max_t, self.boundary)
@@ -58,6 +60,16 @@ class VariantInfo:
                 f"model.min_t = {min_t:g} and model.max_t = {max_t:g} leave nothing to the {expert} expert of {self.name}, "
                 f"whose noise levels are {'at least' if expert == 'high_noise' else 'below'} {self.boundary:g}; leave "
                 "min_t and max_t out"
+            )
+        if expert == "high_noise" and 0 < min_t < low:
+            raise UserError(
+                f"model.min_t = {min_t:g} lies below {low:g}, where the high_noise expert of {self.name} begins: it never "
+                "sees such noise levels; leave min_t out, or train the low_noise expert there"
+            )
+        if expert == "low_noise" and high < max_t < 1:
+            raise UserError(
+                f"model.max_t = {max_t:g} lies above {high:g}, where the low_noise expert of {self.name} ends: it never "
+                "sees such noise levels; leave max_t out, or train the high_noise expert there"
             )
         return low, high
 

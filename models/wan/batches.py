@@ -13,10 +13,12 @@ from models.wan.arch import VariantInfo
 from models.wan.caching import EMPTY_CAPTION, WanCache
 from models.wan.layers import Workload
 from models.wan.media import time_rows, video_tokens
+from models.wan.noise import build_sigma_law
 from models.wan.stages import TextWire
 from models.wan.text_encoder import WanTokenizer, pad_token_ids
+from utils.config.experts import alternates, expert_of_turn, side_config, sides_of
 from utils.config.guardrails import mode_of
-from utils.config.schema import ModelConfig, TrainConfig
+from utils.config.schema import TrainConfig
 from utils.data.caption_aug import CaptionAug, build_caption_aug
 from utils.data.manifest import SampleRecord
 from utils.data.sampler import MicroBatch
@@ -36,16 +38,6 @@ class _NoisedSample:
     target_CFHW: Tensor
     sigma: float
     clean_first: bool
-
-
-def build_sigma_law(model: ModelConfig, variant: VariantInfo) -> SigmaLaw:
-    """The configured law of the noise level, restricted to what the chosen expert is responsible for.
-
-    Raises:
-        UserError: nothing is left of the range.
-    """
-    low, high = variant.sigma_range(model.expert, model.min_t, model.max_t)
-    return SigmaLaw(model.timestep_sample_method, model.sigmoid_scale, model.shift, low, high)
 
 
 class WanBatches:
@@ -69,7 +61,11 @@ class WanBatches:
         self.caption_aug: CaptionAug | None = (
             build_caption_aug(config.model.caption_aug) if self._mode == "encoder_ft" else None
         )
+        # Where the experts take turns, this is the whole law, and each step draws from its expert's part.
         self.sigma_law = build_sigma_law(config.model, variant)
+        self._laws = {
+            expert: build_sigma_law(side_config(config, expert).model, variant) for expert in sides_of(config)
+        }
 
     @cached_property
     def tokenizer(self) -> WanTokenizer:
@@ -126,7 +122,8 @@ class WanBatches:
         """Read, noise and label one micro-batch; see `TrainableModel.prepare`. A stage that needs neither reads nothing."""
         if not (need_inputs or need_labels):
             return PreparedBatch(None, None)
-        noised = [self._noised(visit.sample_index, visit.visit) for visit in batch.visits]
+        law = self._law_of(batch)
+        noised = [self._noised(visit.sample_index, visit.visit, law) for visit in batch.visits]
         sigma_B = torch.tensor([sample.sigma for sample in noised], dtype=torch.float32)
         inputs = None
         if need_inputs:
@@ -161,10 +158,16 @@ class WanBatches:
         place = f" (clip from {sample.clip_start_seconds:.2f} s)" if sample.clip_start_seconds else ""
         return f"{sample.path}{place}"
 
-    def _noised(self, sample_index: int, visit: int) -> _NoisedSample:
+    def _law_of(self, batch: MicroBatch) -> SigmaLaw:
+        """The law that a step draws from."""
+        if not alternates(self._config):
+            return self.sigma_law
+        return self._laws[expert_of_turn(self._config.seed, batch.turn)]
+
+    def _noised(self, sample_index: int, visit: int, law: SigmaLaw) -> _NoisedSample:
         item = self._cache.read_latents(sample_index)
         latents = item["latents"].float()
-        random, sigma = self._noise_of(self._samples[sample_index].sample_id, visit)
+        random, sigma = self._noise_of(self._samples[sample_index].sample_id, visit, law)
         noise = torch.randn(latents.shape, generator=random)
         inputs = add_noise(latents, noise, sigma)
         clean_first = self._is_conditioned(self._samples[sample_index], visit)
@@ -174,10 +177,10 @@ class WanBatches:
             inputs = torch.cat((inputs, item["cond"].float()))
         return _NoisedSample(inputs, velocity_target(latents, noise), sigma, clean_first)
 
-    def _noise_of(self, sample_id: int, visit: int) -> tuple[torch.Generator, float]:
+    def _noise_of(self, sample_id: int, visit: int, law: SigmaLaw) -> tuple[torch.Generator, float]:
         """What the noise of a visit is drawn from, and its level sigma."""
         seed = self._config.seed
-        return generator(seed, "noise", sample_id, visit), self.sigma_law.sample(
+        return generator(seed, "noise", sample_id, visit), law.sample(
             generator(seed, "sigma", sample_id, visit)
         )
 

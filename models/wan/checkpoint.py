@@ -26,9 +26,10 @@ from models.wan.downloads import EXPERT_DIRS, TEXT_ENCODER_FILE, TOKENIZER_DIR, 
 from models.wan.layouts import CheckpointPaths, check_expert, is_undecided, locate, read_config_variant
 from models.wan.namings import Kind, Naming, find_part, shown_names
 from models.wan.tokenizer_place import TOKENIZER_FILES, has_tokenizer
+from utils.config.experts import first_side
 from utils.config.schema import ModelConfig, Problem
 from utils.errors import UserError
-from utils.scaled_source import SCALED_FP8_MARK, is_quantised, plain_weights
+from utils.scaled_source import has_mark, is_quantised, plain_weights
 from utils.tensor_source import (
     RenamedSource,
     Shape,
@@ -103,8 +104,8 @@ def open_text_encoder_part(path: Path) -> TensorSource:
     """
     path = Path(path)
     source = _open_files(path)
-    quantised = any(is_quantised(name, dtype, source.shapes) for name, dtype in source.dtypes.items())
-    if SCALED_FP8_MARK in source.shapes or quantised:
+    quantised = any(is_quantised(name, dtype) for name, dtype in source.dtypes.items())
+    if quantised or has_mark(source.shapes):
         raise UserError(
             f"{path}: is quantised to fp8, which cannot be trained or encoded with here; give the bf16 or fp16 file"
         )
@@ -208,6 +209,7 @@ def check_checkpoint(model: ModelConfig) -> list[Problem]:
     Covers existence, truncation, indices against shards, `config.json` against headers, `variant` and the VAE's kind
     against the DiT, and UMT5's width against the DiT's text input.
     """
+    model = first_side(model)
     paths, problems = locate(model)
     arch = None
     if paths.transformer_dir.exists() and not is_undecided(model, paths):

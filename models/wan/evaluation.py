@@ -12,6 +12,7 @@ from models.wan.caching import WanCache
 from utils.config.schema import TrainConfig
 from utils.data.manifest import SampleRecord
 from utils.rng import generator
+from utils.sigma_law import SigmaLaw
 
 
 class WanEvalBatches(WanBatches):
@@ -40,7 +41,7 @@ class WanEvalBatches(WanBatches):
         self._quantiles = tuple(quantiles)
         self.sigmas = tuple(self.sigma_law.restricted_quantile(quantile) for quantile in quantiles)
 
-    def _noise_of(self, sample_id: int, visit: int) -> tuple[torch.Generator, float]:
+    def _noise_of(self, sample_id: int, visit: int, law: SigmaLaw) -> tuple[torch.Generator, float]:
         # By the quantile's value: it keeps its noise when other quantiles come and go.
         name = repr(self._quantiles[visit])
         return generator(self._config.seed, "eval", sample_id, name), self.sigmas[visit]

@@ -23,6 +23,7 @@ from models.wan.text_encoder import umt5_config
 from models.wan.tokenizer_place import SPIECE_TENSOR, read_spiece
 from utils.config.schema import TextEncoderFormat
 from utils.errors import UserError
+from utils.finite import all_finite
 
 TEXT_ENCODER_CONFIG = "config.json"
 # A `.pth` of plain tensors has no place for what the header of a `.safetensors` says.
@@ -116,7 +117,7 @@ def _check_saved(
         if shape != base.shapes[name]:
             raise _unsound(weights, f"{name} is {list(shape)} instead of {list(base.shapes[name])}")
         tensor = saved.get(name)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise _unsound(weights, f"{name} holds NaN or infinite values, so its training has diverged")
         if not torch.equal(tensor, tensors[name]):
             raise _unsound(weights, f"{name} was written with other values than it has")

@@ -24,6 +24,7 @@ from models.wan.downloads import (
 )
 from models.wan.namings import Kind, find_naming, split_prefixes
 from models.wan.tokenizer_place import TOKENIZER_FILES, has_tokenizer
+from utils.config.experts import BOTH, expert_of_model, first_side
 from utils.config.schema import Expert, ModelConfig, Problem
 from utils.errors import UserError
 from utils.safetensors_header import read_safetensors_header
@@ -38,7 +39,10 @@ _FOLDERS_OF: dict[Kind, tuple[str, ...]] = {
     "text_encoder": ("text_encoders", "clip", "."),
     "vae": ("vae", "."),
 }
-_EXPERT_IN_NAME = re.compile(r"(?<![a-z])(high|low)[ _-]?noise(?![a-z])", re.IGNORECASE)
+# `wan2.2_t2v_high_noise_14B_fp16`, `Wan2_2-T2V-A14B-LOW_fp8`, `high_noise_model`. "high" alone may mean anything.
+_EXPERT_IN_NAME = re.compile(
+    r"(?<![a-z])(high|low)[ _.-]?noise(?![a-z])|a14b[ _.-](high|low)(?![a-z])", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,15 @@ class CheckpointPaths:
 
 
 def locate(model: ModelConfig) -> tuple[CheckpointPaths, list[Problem]]:
-    """Where each part is or should be, and what is missing. Nothing is read but `config.json` and headers of single files."""
+    """Where each part is or should be, and what is missing. Nothing is read but `config.json` and headers of single files.
+
+    Of both experts: what they share, and the first of the two.
+    """
+    asked, model = model, first_side(model)
     root, problems = Path(model.ckpt_path), list[Problem]()
     base = Path(model.transformer_path) if model.transformer_path else root
-    transformer = _find_transformer(base, model.expert, problems, _key(model, "transformer_path"))
+    expert = expert_of_model(model)
+    transformer = _find_transformer(base, expert, problems, _key(model, "transformer_path"))
     config_json = _find_config_json(transformer, root, model)
     info = read_config_variant(config_json)
     text_encoder = _find_text_encoder(model, root, problems)
@@ -76,10 +85,10 @@ def locate(model: ModelConfig) -> tuple[CheckpointPaths, list[Problem]]:
         tokenizer_dir=_find_tokenizer(model, root, text_encoder),
     )
     if not root.is_dir():
-        command = download_command("everything", _variant(model, info), model.expert, root)
+        command = download_command("everything", _variant(model, info), expert, root)
         fix = f"give the checkpoint's directory, or download it: {command}"
         problems.append(Problem("model.ckpt_path", f"{root} is not a directory", fix))
-    check_expert(model, base, transformer, info, problems)
+    check_expert(asked, base, transformer, info, problems)
     _check_present(model, paths, info, problems)
     return paths, problems
 
@@ -148,7 +157,7 @@ def named_expert(place: Path) -> Expert | None:
     """The expert that a file's or folder's own name says (`..._high_noise_...`, `low_noise_model`, `transformer_2`)."""
     if place.name in DIFFUSERS_EXPERTS.values() and has_two_experts(place.parent):
         return next(expert for expert, name in DIFFUSERS_EXPERTS.items() if name == place.name)
-    found = {match[1].lower() for match in _EXPERT_IN_NAME.finditer(place.name)}
+    found = {(match[1] or match[2]).lower() for match in _EXPERT_IN_NAME.finditer(place.name)}
     return next((one for one in get_args(Expert) if found == {one.partition("_")[0]}), None)
 
 
@@ -166,7 +175,7 @@ def _find_config_json(transformer: Path, root: Path, model: ModelConfig) -> Path
     beside = (transformer if transformer.is_dir() else transformer.parent) / "config.json"
     is_foreign = transformer.is_file() and is_config_of_another_part(beside)
     if (model.transformer_path or is_foreign) and (is_foreign or not beside.exists()):
-        return transformer_place(root, model.expert) / "config.json"
+        return transformer_place(root, expert_of_model(model)) / "config.json"
     return beside
 
 
@@ -251,13 +260,15 @@ def check_expert(
     has_experts = info.has_experts if info else has_two_experts(base)
     if has_experts and model.expert is None:
         reason = f"is missing, but {base} is an A14B model, which has two experts"
-        problems.append(Problem("model.expert", reason, 'write expert = "high_noise" or "low_noise"'))
+        problems.append(Problem("model.expert", reason, 'write expert = "high_noise", "low_noise" or "both"'))
     if info and not info.has_experts and model.expert is not None:
         problems.append(
             Problem("model.expert", f"is {model.expert!r}, but {info.name} has no experts", "leave it out")
         )
     named = named_expert(transformer)
-    if model.expert is not None and named not in (None, model.expert):
+    # The place of both is that of the first of them, unless there is only one.
+    is_found_below = model.expert == BOTH and transformer != base
+    if model.expert is not None and named not in (None, model.expert) and not is_found_below:
         reason = f"is {model.expert!r}, but the weights are in {transformer}"
         problems.append(Problem("model.expert", reason, "choose the expert whose weights these are"))
 
@@ -282,7 +293,9 @@ def _check_present(
         is_own = getattr(model, option) is not None
         root = path.parent if is_own else Path(model.ckpt_path)
         layout = not is_own and is_diffusers_root(root)
-        command = download_command(part, _variant(model, info), model.expert, root, diffusers=layout)
+        command = download_command(
+            part, _variant(model, info), expert_of_model(model), root, diffusers=layout
+        )
         if is_own:
             fix = f"check the path, or download it: {command}"
         else:

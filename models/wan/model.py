@@ -10,11 +10,19 @@ from torch import Tensor, nn
 from models.wan.arch import load_arch
 from models.wan.batches import WanBatches
 from models.wan.caching import WanCache
-from models.wan.checkpoint import CheckpointPaths, TensorSource, open_text_encoder, open_transformer
+from models.wan.checkpoint import (
+    CheckpointPaths,
+    TensorSource,
+    find_checkpoint,
+    open_text_encoder,
+    open_transformer,
+)
 from models.wan.evaluation import WanEvalBatches
 from models.wan.export import EncoderFormat, save_text_encoder
 from models.wan.layers import dit_layers, text_layers
 from models.wan.neutral_drift import NeutralDrift
+from models.wan.noise import describe_noise
+from utils.config.experts import alternates, side_config, side_model, sides_of
 from utils.config.schema import TrainConfig
 from utils.data.manifest import SampleRecord
 from utils.data.sampler import MicroBatch
@@ -44,6 +52,12 @@ class WanModel:
         self._paths = paths
         self.base: TensorSource = open_transformer(paths.transformer_dir)
         self.arch = load_arch(paths.config_json, self.base.shapes)
+        # The low-noise expert, where one encoder is trained through both.
+        self.second: TensorSource | None = None
+        if alternates(config):
+            other = find_checkpoint(side_config(config, "low_noise").model)
+            self.second = open_transformer(other.transformer_dir)
+            load_arch(other.config_json, self.second.shapes)
         self.targets: list[str] = []
         self._initial: dict[str, Tensor] = {}
         self._base_norms: dict[str, float] = {}
@@ -53,6 +67,12 @@ class WanModel:
             self.targets = resolve_targets(linear_modules(self.base.shapes), adapter, config.budget)
             if adapter.init_from_existing is not None:
                 self._initial = load_initial_adapter(Path(adapter.init_from_existing), self.targets, adapter)
+
+    @property
+    def base_files(self) -> list[Path]:
+        """All files of DiTs that take part."""
+        sources = [self.base] if self.second is None else [self.base, self.second]
+        return [Path(file) for source in sources for file in source.files]
 
     def attach_data(self, samples: Sequence[SampleRecord], cache: WanCache) -> None:
         """Give the model its data. Comes before everything below."""
@@ -87,13 +107,19 @@ class WanModel:
     def describe(self) -> list[str]:
         """What is trained, for people."""
         variant, law = self.arch.variant, self.batches.sigma_law
-        expert = f", {self._config.model.expert} expert" if self._config.model.expert else ""
+        chosen = self._config.model.expert
+        expert = "" if chosen is None else ", both experts" if chosen == "both" else f", {chosen} expert"
         lines = [
             f"{variant.name}{expert}: {self.arch.num_layers} blocks of width {self.arch.dim}; noise levels "
             f"{law.min_t:g}-{law.max_t:g}, {law.method} with shift {law.shift:g}"
         ]
         if self.targets:
             lines.append(f"{len(self.targets)} adapter targets: {'; '.join(describe_targets(self.targets))}")
+        if alternates(self._config):
+            lines.append("the experts take turns by optimizer step, each at its own noise levels")
+        sides = [side_model(self._config.model, side) for side in sides_of(self._config)]
+        for model in sides or [self._config.model]:
+            lines += describe_noise(model, variant)
         return lines + self.batches.describe_first_frame() + self.batches.describe_captions()
 
     def layer_specs(self) -> list[LayerSpec]:
@@ -102,7 +128,9 @@ class WanModel:
         text = []
         if config.model.train_text_encoder:
             text = text_layers(config, open_text_encoder(self._paths.text_encoder), workload)
-        return text + dit_layers(config, self.base, self.arch, self.targets, self._initial, workload)
+        return text + dit_layers(
+            config, self.base, self.arch, self.targets, self._initial, workload, self.second
+        )
 
     def prepare(
         self, batch: MicroBatch, weight: float, *, need_inputs: bool, need_labels: bool

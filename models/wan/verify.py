@@ -1,12 +1,14 @@
 """`train.py --verify`: every tensor of every part that a configuration uses is read, and held against index and header."""
 
+import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from models.wan.checkpoint import check_checkpoint, locate
 from models.wan.layouts import CheckpointPaths
-from models.wan.text_encoder import WanTokenizer
+from utils.config.experts import BOTH, EXPERTS, side_model
+from utils.config.load import load_config
 from utils.config.schema import LoadedConfig, ModelConfig
 from utils.errors import UserError
 from utils.progress import Progress
@@ -15,15 +17,30 @@ from utils.read_through import ReadFile, find_shards, read_file
 _MIB = 1 << 20
 
 
-def verify(config: LoadedConfig, say: Callable[[str], None]) -> None:
+def verify(arguments: argparse.Namespace) -> int:
+    """`train.py --verify`; returns the exit status.
+
+    Args:
+        arguments: with `config` and `set`.
+
+    Raises:
+        UserError: as `read_everything`, or the configuration is not right.
+    """
+    read_everything(load_config(arguments.config, arguments.set), print)
+    return 0
+
+
+def read_everything(config: LoadedConfig, say: Callable[[str], None]) -> None:
     """Read everything, and say part by part what was found. Nothing is written.
 
     Raises:
         UserError: something is missing, damaged, surplus or not finite; every problem is in the message.
     """
-    model, began = config.train.model, time.monotonic()
-    paths, _ = locate(model)
-    parts = {"DiT": paths.transformer_dir, "text encoder": paths.text_encoder, "VAE": paths.vae}
+    began = time.monotonic()
+    models = _models(config.train.model)
+    paths = locate(next(iter(models.values())))[0]
+    parts = {label: locate(model)[0].transformer_dir for label, model in models.items()}
+    parts |= {"text encoder": paths.text_encoder, "VAE": paths.vae}
     found, problems = {}, list[str]()
     for label, place in parts.items():
         if place.exists():
@@ -39,7 +56,10 @@ def verify(config: LoadedConfig, say: Callable[[str], None]) -> None:
         problems += own
         say(_describe(label, parts[label], results, is_sound=not own))
     progress.close()
-    problems += _header_problems(model, paths, problems)
+    known = list(problems)
+    for model in models.values():
+        in_headers = _header_problems(model, locate(model)[0], known)
+        problems += [problem for problem in in_headers if problem not in problems]
     problems += _tokenizer_problems(paths.tokenizer_dir, say)
     num_bytes, seconds = sum(one.num_bytes for one in read), time.monotonic() - began
     say(f"read {num_bytes / 1e9:.2f} GB in {seconds:.1f} s")
@@ -49,6 +69,13 @@ def verify(config: LoadedConfig, say: Callable[[str], None]) -> None:
             "\n".join((f"{config.path}: {count} with its weights", *(f"  - {one}" for one in problems)))
         )
     say("everything is there, whole and finite")
+
+
+def _models(model: ModelConfig) -> dict[str, ModelConfig]:
+    """What is verified, by the label of its DiT: each expert where both are trained."""
+    if model.expert != BOTH:
+        return {"DiT": model}
+    return {expert: side_model(model, expert) for expert in EXPERTS}
 
 
 def _describe(label: str, place: Path, results: list[ReadFile], *, is_sound: bool) -> str:
@@ -79,6 +106,8 @@ def _header_problems(model: ModelConfig, paths: CheckpointPaths, known: list[str
 def _tokenizer_problems(place: Path, say: Callable[[str], None]) -> list[str]:
     if not place.exists():
         return []  # said by the check of what is there
+    from models.wan.text_encoder import WanTokenizer  # torch, which a help text should not wait for
+
     try:
         WanTokenizer(place)("a red circle moves to the right")
     except UserError as error:

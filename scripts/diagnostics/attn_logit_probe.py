@@ -8,14 +8,13 @@ fed what the base computes; one block's weights are in memory at a time. See doc
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from models.wan.probes.base import arch_of, open_official
 from models.wan.probes.delta_report import add_adapter_inputs
 from models.wan.probes.logit_flags import add_logit_flags, check_logit_flags
 from models.wan.probes.logit_report import KINDS, add_logit_results, judge_logits
 from models.wan.probes.logit_subject import LogitSubject, choose_logit_subject, measure_logits
-from utils.probe_cli import add_flags, probe_parser, run_probe
+from utils.probe_cli import add_flags, path_of, probe_parser, run_probe
 from utils.report import Report, Verdict
 
 TOOL = "attn_logit_probe"
@@ -50,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--against",
         metavar="CKPT",
-        type=Path,
+        type=path_of,
         help="hold this checkpoint against the base, instead of an adapter",
     )
     parser.add_argument(

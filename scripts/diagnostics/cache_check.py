@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.wan.layouts import weight_files
-from utils.adapter_runs import RUN_CONFIG_NAME
+from models.wan.probes.encoder_subject import find_encoder
 from utils.config.load import load_config
 from utils.config.schema import LoadedConfig
-from utils.errors import UserError
-from utils.probe_cli import add_flags, probe_parser, run_probe
+from utils.devices import choose_device
+from utils.newest_run import newest_run_config
+from utils.probe_cli import add_flags, path_of, probe_parser, run_probe
 from utils.report import Report, Verdict
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 TOOL = "cache_check"
 QUESTION = "Were the cached embeddings made with the encoder that this run names?"
 OUTPUT_ROOT = Path("output")
-ENCODER_NAME = "text_encoder.safetensors"
 DEFAULT_VERIFY = 8
 ALL = -1
 _HASH_CHARACTERS = 12
@@ -72,8 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--text_encoder",
         metavar="FILE_OR_DIR",
-        type=Path,
-        help="another UMT5 than the config names: a weight file, or an epochN/ of an encoder run",
+        type=path_of,
+        help="another UMT5 than the config names: a weight file, the directory it is in, or a run",
     )
     parser.add_argument(
         "--verify",
@@ -101,10 +101,10 @@ def _count(text: str) -> int:
 def probe(args: argparse.Namespace) -> Verdict:
     """Look up, encode, write the report, and return the verdict."""
     report = Report(TOOL, QUESTION, args.reports_dir, args.run_tag, args.seed)
-    path = choose_config(args.config)
+    path = args.config or newest_run_config(OUTPUT_ROOT)
     _remark(report, f"config: {path}" + ("" if args.config else f" (of the newest run below {OUTPUT_ROOT})"))
     config = _with_encoder(load_config(path, check_files=True), args.text_encoder)
-    _check_device(args.device)
+    choose_device(args.device)
 
     from models.wan.probes.cache_check import check_keys
 
@@ -119,45 +119,16 @@ def probe(args: argparse.Namespace) -> Verdict:
     return verdict
 
 
-def choose_config(config: Path | None) -> Path:
-    """The TOML, or that of a run; without either the one of the newest run.
-
-    Raises:
-        UserError: there is none.
-    """
-    if config is not None:
-        return config / RUN_CONFIG_NAME if config.is_dir() else config
-    # What training copies into a run's directory tells a run from other directories with a config.toml.
-    found = [path for path in OUTPUT_ROOT.rglob(RUN_CONFIG_NAME) if (path.parent / "inputs").is_dir()]
-    if not found:
-        raise UserError(f"{OUTPUT_ROOT}: there is no run below it; name a config with --config")
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, str(path)))
-
-
 def _with_encoder(config: LoadedConfig, encoder: Path | None) -> LoadedConfig:
     """The configuration with this encoder instead of its own.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or more than one.
     """
     if encoder is None:
         return config
-    file = encoder / ENCODER_NAME if encoder.is_dir() else encoder
-    if not file.is_file():
-        raise UserError(
-            f"{encoder}: no such encoder; give --text_encoder a file, or a directory with {ENCODER_NAME}"
-        )
+    file = find_encoder(encoder)
     return replace(config, train=replace(config.train, model=replace(config.train.model, llm_path=str(file))))
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(f"--device {device}: cannot be used ({first_line}); the default is cpu") from None
 
 
 def _remark(report: Report, text: str) -> None:
@@ -260,12 +231,14 @@ def count_all(checked: "Checked") -> dict[str, int]:
 
 def add_inputs(report: Report, config: Path, checked: "Checked") -> None:
     """Name the files that the answer is about."""
+    from models.wan.media import MEMO_FILE
+
     report.add_input("config", config)
     for file in weight_files(checked.paths.text_encoder):
         report.add_input("text_encoder", file)
     for check in checked.datasets:
-        if check.store is not None and (check.root / "content_hashes.jsonl").is_file():
-            report.add_input("hashes", check.root / "content_hashes.jsonl")
+        if check.store is not None and (check.root / MEMO_FILE).is_file():
+            report.add_input("hashes", check.root / MEMO_FILE)
 
 
 def add_results(report: Report, checked: "Checked", comparisons: "Sequence[Comparison]") -> None:

@@ -18,7 +18,7 @@ from models.wan.checkpoint import TOKENIZER_FILES, locate
 from utils.config.load import load_config, load_dataset
 from utils.config.schema import TrainConfig
 from utils.errors import UserError
-from utils.probe_cli import config_file, probe_parser, run_probe
+from utils.probe_cli import config_file, path_of, probe_parser, run_probe
 from utils.report import Report, Verdict
 
 if TYPE_CHECKING:
@@ -77,12 +77,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--dataset", metavar="TOML", type=Path, help="dataset TOML, instead of the one that the config names"
+        "--dataset",
+        metavar="TOML",
+        type=path_of,
+        help="dataset TOML, instead of the one that the config names",
     )
     source.add_argument(
         "--prompts",
         metavar="FILE",
-        type=Path,
+        type=path_of,
         help="count the tokens of these prompts alone (.txt, .json or .jsonl), without any dataset",
     )
     parser.add_argument(

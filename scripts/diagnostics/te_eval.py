@@ -8,7 +8,6 @@ are read block by block. See docs/diagnostics/te_eval.md.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.wan.checkpoint import open_transformer
@@ -25,7 +24,7 @@ from models.wan.probes.subject import OUTPUT_ROOT
 from utils.devices import choose_device
 from utils.errors import UserError
 from utils.metrics import METRICS_FILE, read_metrics
-from utils.probe_cli import add_flags, positive_float, probe_parser, run_probe
+from utils.probe_cli import add_flags, path_of, positive_float, probe_parser, run_probe
 from utils.report import Report, Verdict
 
 if TYPE_CHECKING:
@@ -78,24 +77,27 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer",
         metavar="DIR",
-        type=Path,
+        type=path_of,
         help="directory of google/umt5-xxl's tokenizer (default: the run's)",
     )
     parser.add_argument(
         *("--prompts", "--neutral_prompts"),
         dest="prompts",
         metavar="FILE",
-        type=Path,
+        type=path_of,
         help="neutral prompts, UTF-8, one per line (default: the run's [budget], else configs/prompts/neutral.txt); the empty prompt and Wan's "
         "negative prompt are always among them",
     )
     parser.add_argument(
-        "--domain_prompts", metavar="FILE", type=Path, help="prompts that the encoder was tuned for (private)"
+        "--domain_prompts",
+        metavar="FILE",
+        type=path_of,
+        help="prompts that the encoder was tuned for (private)",
     )
     parser.add_argument(
         "--keywords_file",
         metavar="FILE",
-        type=Path,
+        type=path_of,
         help="domain keywords, one per line (private; default: those of the run's [model.caption_aug])",
     )
     parser.add_argument(

@@ -30,7 +30,7 @@ from utils.config.schema import Expert
 from utils.errors import UserError
 from utils.files import atomic_write_text
 from utils.newest_run import newest_run_config
-from utils.probe_cli import add_flags, probe_parser, run_probe
+from utils.probe_cli import add_flags, path_of, probe_parser, run_probe
 from utils.report import Report, Verdict, check_writable, refuse_training_run
 
 TOOL = "weights_inspect"
@@ -71,11 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
         "checkpoints",
         metavar="CKPT",
         nargs="*",
-        type=Path,
+        type=path_of,
         help="file or directory; with a second one, they are compared",
     )
     add_flags(parser, "config", "base")
-    parser.add_argument("--against", metavar="CKPT", type=Path, help="the same as a second CKPT")
+    parser.add_argument("--against", metavar="CKPT", type=path_of, help="the same as a second CKPT")
     parser.add_argument(
         "--expert",
         choices=get_args(Expert),
@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         metavar="FILE",
-        type=Path,
+        type=path_of,
         help=f"with --targets: write the list there too, not only {TARGETS_FILE} of the report",
     )
     return parser
@@ -109,7 +109,8 @@ def probe(args: argparse.Namespace) -> Verdict:
     for side in sides:
         found_problems, found_remarks = look_at_experts(side)
         problems += found_problems
-        remarks += [*side.remarks, *found_remarks, *part_remarks(side)]
+        remarks += [*side.remarks, *found_remarks]
+    remarks += part_remarks(sides)
     diffs = compare(*sides) if len(sides) == 2 else []
     targets = write_targets(args, sides[0], report) if args.targets else []
     verdict, explanation = judge(sides, problems, diffs, targets)
@@ -142,18 +143,18 @@ def part_problems(side: Checkpoint) -> list[str]:
     return [f"{part.path}: {problem}" for part in side.parts for problem in part.problems]
 
 
-def part_remarks(side: Checkpoint) -> list[str]:
-    """What each part's header says beside the numbers."""
+def part_remarks(sides: Sequence[Checkpoint]) -> list[str]:
+    """What each part's header says beside the numbers, each under the part's name in the tables."""
     remarks = []
-    for part in side.parts:
-        remarks += [f"{part.path.name}: {remark}" for remark in part.remarks]
+    for name, part in named_parts(sides):
+        remarks += [f"{name}: {remark}" for remark in part.remarks]
         if part.kind == "transformer" and part.expert_basis.startswith("nothing"):
-            remarks.append(f"{part.path.name}: which expert it is: told by {part.expert_basis}")
+            remarks.append(f"{name}: which expert it is: told by {part.expert_basis}")
         if part.adapter is not None and part.adapter.targets:
-            remarks.append(f"{part.path.name}: targets: {'; '.join(part.adapter.targets)}")
+            remarks.append(f"{name}: targets: {'; '.join(part.adapter.targets)}")
         if part.metadata:
             known = ", ".join(f"{key} {value}" for key, value in part.metadata.items())
-            remarks.append(f"{part.path.name}: metadata: {known}")
+            remarks.append(f"{name}: metadata: {known}")
     return remarks
 
 

@@ -38,3 +38,10 @@ def test_messages_name_the_kind(tmp_path):
         find_saved_file(tmp_path, ENCODER)
     with pytest.raises(UserError, match=r"epochN/text_encoder\.safetensors .* --text_encoder"):
         newest_saved_run(tmp_path, ENCODER)
+
+
+def test_a_run_without_its_config_is_told_from_an_empty_folder(tmp_path):
+    save(tmp_path / "te", 2, ENCODER, 100)
+    (tmp_path / "te" / "config.toml").unlink()
+    with pytest.raises(UserError, match=r"holds epoch2 but no config\.toml, so it is no whole run"):
+        find_saved_file(tmp_path / "te", ENCODER)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from utils.config.caption_rules import CAPTION_RULES
 from utils.config.eval_rules import EVAL_RULES
+from utils.config.experts import EXPERT_RULES, on_each_side
 from utils.config.introspect import keys_of
 from utils.config.probe_rules import PROBE_RULES
 from utils.config.rules import Rule
@@ -146,6 +147,7 @@ def check_encoder_format(config: TrainConfig) -> list[Problem]:
     return [Problem("model.save_text_encoder_format", reason, fix)]
 
 
+@on_each_side
 def check_blocks_range(config: TrainConfig) -> list[Problem]:
     """train_blocks_range is [first, last] with first <= last."""
     if config.adapter is None or config.adapter.train_blocks_range is None:
@@ -251,6 +253,7 @@ RULES = (
     Rule(check_encoder_format, ("model.save_text_encoder_format", "model.save_text_encoder_full")),
     Rule(check_encoder_options, (*_MODE_KEYS, *(f"model.{name}" for name in _ENCODER_ONLY_KEYS))),
     *CAPTION_RULES,
+    *EXPERT_RULES,
     *TARGET_RULES,
     Rule(check_blocks_range, ("adapter.train_blocks_range",)),
     Rule(check_budget_fits_mode, (*_MODE_KEYS, "adapter", "budget")),

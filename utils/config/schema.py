@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 DType = Literal["float32", "bfloat16"]
 Expert = Literal["high_noise", "low_noise"]
+ExpertChoice = Literal["high_noise", "low_noise", "both"]
 Variant = Literal["ti2v-5b", "t2v-a14b", "i2v-a14b"]
 TextEncoderFormat = Literal["hf", "official", "official_pth", "comfyui"]
 ActivationCheckpointing = Literal[True, False, "selective", "offload"]
@@ -99,7 +100,11 @@ class ModelConfig:
     tokenizer_path: str | None = option(
         "Tokenizer directory, if not that of ckpt_path; or a .safetensors file that holds spiece_model.", None
     )
-    expert: Expert | None = option("A14B only: which of the two experts to load. Required there.", None)
+    expert: ExpertChoice | None = option(
+        "A14B only, and required there: which of the two experts to train on. both: in dit_lora first high_noise, then "
+        "low_noise, a run and an adapter each; in encoder_ft the frozen experts in turn, step by step (docs/experts.md).",
+        None,
+    )
     dtype: DType = option("Compute precision, and storage of frozen weights.", "bfloat16")
     residual_dtype: DType = option(
         "Precision of the DiT's residual stream. bfloat16 saves memory and costs exactness.", "float32"
@@ -143,8 +148,18 @@ class ModelConfig:
     shift: float = option(
         "sigma' = shift * sigma / (1 + (shift - 1) * sigma). 1 is off.", 1.0, gt=0.0, le=1000.0
     )
-    min_t: float = option("Lowest noise level (after the shift) that is trained.", 0.0, ge=0.0, lt=1.0)
-    max_t: float = option("Highest noise level (after the shift) that is trained.", 1.0, gt=0.0, le=1.0)
+    min_t: float = option(
+        "Lowest noise level (after the shift) that is trained. An expert begins at its boundary without it.",
+        0.0,
+        ge=0.0,
+        lt=1.0,
+    )
+    max_t: float = option(
+        "Highest noise level (after the shift) that is trained. An expert ends at its boundary without it.",
+        1.0,
+        gt=0.0,
+        le=1.0,
+    )
     first_frame_prob: float = option(
         "ti2v-5b only: probability that a visit of a video is image-conditioned: the first latent frame stays clean, is "
         "told as timestep 0 and is left out of the loss.",
@@ -163,6 +178,25 @@ class SelfAttnApproval:
     blocks: tuple[int, ...] = option(
         "The blocks it is approved for; at most 4. self_attn adapters go nowhere else.", ge=0
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertAdapterConfig:
+    """`[adapter.<expert>]`: what is different in the adapter of one expert. Keys left out are those of `[adapter]`."""
+
+    rank: int | None = option("Overrides [adapter].", None, ge=1, le=1024)
+    alpha: float | None = option("Overrides [adapter].", None, gt=0.0)
+    dropout: float | None = option("Overrides [adapter].", None, ge=0.0, lt=1.0)
+    include: tuple[str, ...] | None = option("Overrides [adapter], its include_file too.", None)
+    exclude: tuple[str, ...] | None = option("Overrides [adapter], its include_file too.", None)
+    include_file: str | None = option(
+        "Overrides [adapter], its include, exclude and train_blocks_range too.", None
+    )
+    train_blocks_range: tuple[int, ...] | None = option(
+        "Overrides [adapter], its include_file too.", None, ge=0
+    )
+    init_from_existing: str | None = option("Overrides [adapter].", None)
+    self_attn_approval: SelfAttnApproval | None = option("Overrides [adapter].", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +220,8 @@ class AdapterConfig:
     )
     init_from_existing: str | None = option("Adapter file or directory to start from.", None)
     self_attn_approval: SelfAttnApproval | None = option("Written approval for self_attn targets.", None)
+    high_noise: ExpertAdapterConfig | None = option("What is different for the high-noise expert.", None)
+    low_noise: ExpertAdapterConfig | None = option("What is different for the low-noise expert.", None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 
     The form goes by the ending:
 
-    - `.txt`: one on each line; blank lines are passed over.
+    - `.txt`: one on each line; blank lines and lines that begin with `#` are passed over.
     - `.json`: what a `captions.json` is, {name: text or list of texts}, where the names need not be files; or a list
       of rows; or one row.
     - `.jsonl`: a row on each line, as in a `captions.jsonl`.
@@ -45,7 +45,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     try:
         content = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
     except OSError as error:
-        raise UserError(f"{path}: prompts cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: prompts cannot be read ({error.strerror}); check the path") from error
     read = {".txt": _read_lines, ".json": _read_json, ".jsonl": _read_jsonl}[path.suffix.lower()]
     prompts: list[Prompt] = []
     problems: list[str] = []
@@ -70,7 +70,7 @@ def _read_lines(content: bytes) -> Iterator[Prompt | str]:
         except UnicodeDecodeError as error:
             yield f"line {number}: not UTF-8 (byte {error.start}); save it as UTF-8"
             continue
-        if text:
+        if text and not text.startswith("#"):  # as in every file of prompts (utils/prompt_files.py)
             yield Prompt(text, f"line {number}")
 
 

@@ -10,10 +10,9 @@ from models.wan.arch import VARIANTS, Shape, WanArch, expected_shapes
 from models.wan.names import dit_to_diffusers
 from models.wan.probes.expected_parts import PUBLISHED_DITS
 from utils.errors import UserError
-from utils.lora_names import KOHYA_PREFIX, kohya_aliases, parse_adapter_key
+from utils.lora_names import KOHYA_PREFIX, adapted_shape, kohya_aliases, matrix_shape, parse_adapter_key
 from utils.lora_targets import describe_targets
 
-_MAX_LAYERS = 40
 _IN_BLOCK = re.compile(r"blocks\.\d{1,4}\.[a-z_]+\.[a-z0-9]+")
 _KIND = re.compile(r"this is a (.+) adapter, which")
 
@@ -105,8 +104,8 @@ def misfits(facts: AdapterFacts, shapes: Mapping[str, Shape]) -> list[str]:
         shape = shapes.get(f"{module}.weight")
         if shape is None:
             found.append(f"the base has no {module}")
-        elif shape != adapted:
-            found.append(f"{module} adapts {list(adapted)}, the base has {list(shape)}")
+        elif matrix_shape(shape) != adapted:
+            found.append(f"{module} adapts {list(adapted)}, the base has {list(matrix_shape(shape))}")
     return found
 
 
@@ -122,12 +121,13 @@ def _modules(
             problems.append(f"{module} has no {'A' if 'A' not in found else 'B'}")
             continue
         down, up = shapes[found["A"]], shapes[found["B"]]
-        if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0]:
+        adapted = adapted_shape(down, up)
+        if adapted is None:
             problems.append(
                 f"{module}: A is {list(down)} and B is {list(up)}, not [rank, in] and [out, rank]"
             )
             continue
-        modules[module] = (up[0], down[1])
+        modules[module] = adapted
         ranks.add(down[0])
     return modules, tuple(sorted(ranks)), problems
 
@@ -178,7 +178,7 @@ def _naming(shapes: Mapping[str, Shape]) -> str:
 
 @cache
 def _published_linears(variant: str) -> dict[str, Shape]:
-    """Module paths and weight shapes of all linear layers of a published variant."""
+    """Module paths of all layers of a published variant that can be adapted, and the shapes [out, in] of their weights."""
     info = VARIANTS[variant]
     sizes = PUBLISHED_DITS[variant]
     arch = WanArch(
@@ -193,9 +193,9 @@ def _published_linears(variant: str) -> dict[str, Shape]:
         **sizes,
     )
     return {
-        name.removesuffix(".weight"): shape
+        name.removesuffix(".weight"): matrix_shape(shape)
         for name, shape in expected_shapes(arch).items()
-        if name.endswith(".weight") and len(shape) == 2
+        if name.endswith(".weight") and len(shape) >= 2
     }
 
 

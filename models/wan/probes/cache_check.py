@@ -16,17 +16,24 @@ from torch import Tensor
 
 from models.wan.arch import VariantInfo
 from models.wan.caching import EMPTY_CAPTION, WanCache, WeightHashes, all_captions, hash_weights
-from models.wan.checkpoint import CheckpointPaths, find_checkpoint, read_variant
+from models.wan.checkpoint import (
+    CheckpointPaths,
+    find_checkpoint,
+    open_text_encoder,
+    read_variant,
+    text_encoder_sizes,
+)
 from models.wan.datasets import MEMO_FILE, scan_dataset
 from models.wan.text_encoder import MAX_TEXT_TOKENS, TextEncoder, WanTokenizer
 from utils.config.introspect import keys_of
 from utils.config.schema import DatasetConfig, DType, LoadedConfig, ModelConfig, TrainConfig
-from utils.data.cache import CacheStore
+from utils.data.cache import FORMAT_FILE, CacheStore
 from utils.data.cache_keys import LATENTS, TEXT, make_key
 from utils.data.cache_upkeep import open_existing
 from utils.data.manifest import default_cache_dir
 from utils.data.memo import HashMemo
 from utils.data.reasons import MEMORY_FILE, MadeOf, Want, caption_identity
+from utils.errors import UserError
 
 Status = Literal["this encoder", "another encoder", "other settings", "damaged", "missing"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -136,9 +143,10 @@ def check_keys(config: LoadedConfig, *, full_hash: bool) -> Checked:
         full_hash: read the files of encoder, tokenizer and VAE instead of believing the memo about unchanged ones.
 
     Raises:
-        UserError: weights or a dataset are missing, or a cache has another format.
+        UserError: weights or a dataset are missing, the encoder's file is no UMT5 encoder, or a cache has another format.
     """
     paths = find_checkpoint(config.train.model)
+    check_text_encoder(paths.text_encoder)
     variant = read_variant(config.train.model)
     assert config.dataset is not None, "load_config with check_files has read it"
     named = [("dataset", config.dataset)]
@@ -149,13 +157,26 @@ def check_keys(config: LoadedConfig, *, full_hash: bool) -> Checked:
     checks = []
     for label, dataset in named:
         root = default_cache_dir(dataset)
-        if not (root / "FORMAT").is_file():
+        if not (root / FORMAT_FILE).is_file():
             checks.append(DatasetCheck(label, root, None))
             continue
         check, used = _check_dataset(label, dataset, config.train, variant, paths, real)
         checks.append(check)
         hashes = hashes or used
     return Checked(paths, hashes or WeightHashes("", "", ""), tuple(checks))
+
+
+def check_text_encoder(path: Path) -> None:
+    """By its header: a hash of any file can be compared, but only an encoder's says something.
+
+    Raises:
+        UserError: it is damaged, no UMT5 encoder, or only a part of one.
+    """
+    try:
+        text_encoder_sizes(open_text_encoder(path).shapes)
+    except UserError as error:
+        where = "" if str(path) in str(error) else f"{path}: "
+        raise UserError(f"{where}{error}") from None
 
 
 def _check_dataset(
@@ -238,18 +259,21 @@ class _Finder:
         return CaptionItem(want.identity, caption, file, want.key, status, made_by)
 
     def _of_another(self, item: CaptionItem, want: Want) -> CaptionItem:
-        """The newest item of the same caption, as any other encoder, precision, tokenizer or attention would name it."""
-        newest, found = -1, item
+        """An item of the same caption, as another encoder, precision, tokenizer or attention would name it.
+
+        Of this encoder before others: that one lies there too is no trouble. Of several the newest.
+        """
+        newest, found = (False, -1), item
         for weights, dtype in self._makers:
             for tokenizer in self._tokenizers:
                 for attention in ATTENTIONS:
                     settings = {"attention": attention, "max_tokens": MAX_TEXT_TOKENS}
                     other = {"weights": weights, "dtype": dtype, "tokenizer": tokenizer, "settings": settings}
                     place = self._store.place(make_key(TEXT, {**want.parts, **other}))
-                    if place is None or place.entry.written_ns <= newest:
-                        continue
-                    newest = place.entry.written_ns
                     is_own = weights == self._hashes.text_encoder
+                    if place is None or (is_own, place.entry.written_ns) <= newest:
+                        continue
+                    newest = (is_own, place.entry.written_ns)
                     status: Status = "other settings" if is_own else "another encoder"
                     found = CaptionItem(item.identity, item.caption, item.file, item.key, status, weights)
         return found

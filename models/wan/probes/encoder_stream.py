@@ -29,9 +29,9 @@ from models.wan.text_encoder import (
 )
 from utils.errors import UserError
 from utils.overlay_source import OverlaySource
+from utils.safetensors_header import FLOAT_DTYPES
 
 TABLE = "token_embedding.weight"
-_FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _MAX_BATCH = 16
 _MAX_BATCH_TOKENS = 2048
 
@@ -257,7 +257,7 @@ def _change(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> float:
 
 
 def _checked(path: Path, source: TensorSource) -> TensorSource:
-    bad = next((name for name, dtype in source.dtypes.items() if dtype not in _FLOAT_DTYPES), None)
+    bad = next((name for name, dtype in source.dtypes.items() if dtype not in FLOAT_DTYPES), None)
     if bad is not None:
         raise UserError(
             f"{path}: {bad} is stored as {source.dtypes[bad]}, so the file is quantised; give the bf16, fp16 or float32 file"

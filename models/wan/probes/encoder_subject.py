@@ -12,6 +12,7 @@ from models.wan.checkpoint import CheckpointPaths, has_tokenizer, locate
 from models.wan.downloads import TEXT_ENCODER_FILE, TEXT_ENCODER_WEIGHTS
 from models.wan.layouts import text_encoder_in, tokenizers_in
 from models.wan.probes.subject import OUTPUT_ROOT, Cap, choose_optional_cap, choose_transformer, overrides_for
+from utils.config.experts import only_expert
 from utils.config.load import load_config
 from utils.config.schema import TrainConfig
 from utils.errors import UserError
@@ -80,6 +81,17 @@ def choose_encoders(args: argparse.Namespace) -> EncoderSubject:
     )
 
 
+def find_encoder(place: Path) -> Path:
+    """The encoder that a path means: a file, a directory of shards, or that of a checkpoint, of a save or of a training run.
+
+    Raises:
+        UserError: as `find_saved_file`.
+    """
+    if any(place.glob("*.safetensors.index.json")) and not (place / TEXT_ENCODER_FILE).is_file():
+        return place
+    return text_encoder_in(place) or find_saved_file(place, SAVED_ENCODER)
+
+
 def choose_drift_cap(flag: float | None, config: TrainConfig | None, where: Path | None) -> Cap:
     """The cap on neutral drift: the flag, else the run's [budget], else the default."""
     return choose_optional_cap("max_neutral_drift", flag, config, where) or Cap(
@@ -89,7 +101,7 @@ def choose_drift_cap(flag: float | None, config: TrainConfig | None, where: Path
 
 def _choose_tuned(args: argparse.Namespace, remarks: list[str]) -> Path:
     if args.text_encoder is not None:
-        tuned = find_saved_file(args.text_encoder, SAVED_ENCODER)
+        tuned = find_encoder(args.text_encoder)
         if tuned != args.text_encoder:
             remarks.append(f"text encoder: {tuned} (found in {args.text_encoder})")
         return tuned
@@ -113,12 +125,7 @@ def _choose_base(
 ) -> Path:
     given: Path | None = args.base_text_encoder
     if given is not None:
-        inside = text_encoder_in(given)
-        if inside is not None:
-            return inside
-        if any(given.glob("*.safetensors.index.json")):
-            return given
-        return find_saved_file(given, SAVED_ENCODER)
+        return find_encoder(given)
     if parts is not None:
         if not parts.text_encoder.exists():
             raise UserError(
@@ -170,7 +177,7 @@ def _choose_dit(
     remarks: list[str],
 ) -> Path | None:
     if args.base is not None:
-        expert = args.expert or (config.model.expert if config else None)
+        expert = args.expert or (only_expert(config) if config else None)
         return choose_transformer(args.base, expert, is_asked_for=args.expert is not None)
     if parts is None:
         remarks.append("without a DiT (--base) nothing is said about its text embedding")

@@ -23,7 +23,7 @@ from models.wan.probes.expected_parts import Expectation, count_blocks, expect_p
 from utils.config.schema import Expert
 from utils.errors import UserError
 from utils.report import Verdict
-from utils.scaled_source import SCALED_FP8_MARK, ScaledSource
+from utils.scaled_source import ScaledSource, has_mark
 from utils.tensor_source import Shape, TensorSource
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -132,7 +132,9 @@ class Part:
 
     @property
     def official_of(self) -> dict[str, str]:
-        """Official name by stored name."""
+        """Official name by stored name; of an adapter the module's, with `.A`, `.B` or `.alpha`."""
+        if self.adapter is not None:
+            return self.adapter.keys
         return {stored: official for official, stored in self.naming.official.items()}
 
     @property
@@ -241,7 +243,7 @@ def _part_remarks(part: Part, expectation: Expectation) -> list[str]:
 
 def _storage(source: TensorSource, names: Sequence[str]) -> str:
     eight = any(source.dtypes[name].startswith("F8") and source.shapes[name] != (0,) for name in names)
-    if SCALED_FP8_MARK in source.shapes:
+    if has_mark(source.shapes):
         return "fp8_scaled"
     if eight and any(name.endswith((".scale_weight", ".weight_scale")) for name in names):
         return "fp8 with scales and without the mark"

@@ -6,27 +6,34 @@ whatever no flag said becomes a remark, so that the report names it.
 
 import argparse
 import json
-import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import get_args
 
 from models.wan.arch import PUBLISHED, Shape, expected_shapes
 from models.wan.downloads import DIFFUSERS_EXPERTS, EXPERT_DIRS
+from models.wan.expert_files import expert_of_adapter
 from models.wan.layouts import has_two_experts, transformer_place
 from models.wan.names import dit_to_diffusers
 from models.wan.probes.base import official_names
 from utils.adapter_runs import find_adapter_file, last_save, newest_adapter_run, run_of_adapter
+from utils.config.experts import is_pair, only_expert, side_config
 from utils.config.load import load_config
 from utils.config.schema import BudgetConfig, Expert, TrainConfig
 from utils.errors import UserError
 from utils.files import combined_fingerprint
-from utils.lora_names import SECOND_PREFIX, AdapterFile, AdapterPair, kohya_aliases, read_adapter
+from utils.lora_names import (
+    AdapterFile,
+    AdapterPair,
+    adapted_shape,
+    kohya_aliases,
+    matrix_shape,
+    read_adapter,
+)
+from utils.safetensors_header import FLOAT_DTYPES
 from utils.tensor_source import TensorSource, open_safetensors
 
 OUTPUT_ROOT = Path("output")
-_FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _TEXT_ENCODER_MODULES = ("lora_te", "text_encoder")
 
 
@@ -87,12 +94,14 @@ def choose_subject(args: argparse.Namespace) -> Subject:
         base = Path(config.model.transformer_path or config.model.ckpt_path)
         remarks.append(f"base: {base} (from {config_path})")
     saved_for = expert_of_adapter(adapter)
-    expert = args.expert or (config.model.expert if config else None) or saved_for
+    expert = args.expert or (only_expert(config) if config else None) or saved_for
     if saved_for not in (None, expert):
         remarks.append(
             f"{adapter} says that it is for the expert {saved_for}, but it is held against {expert}"
         )
     transformer = choose_transformer(base, expert, is_asked_for=args.expert is not None)
+    if config is not None and expert is not None and is_pair(config):
+        config = side_config(config, expert)
     return Subject(adapter, transformer, config_path, config, expert, tuple(remarks), overrides)
 
 
@@ -123,18 +132,6 @@ def choose_adapter(args: argparse.Namespace, remarks: list[str]) -> Path:
     adapter = newest_adapter_run(root).adapter
     remarks.append(f"adapter: {adapter} (of the newest run below {root})")
     return adapter
-
-
-def expert_of_adapter(adapter: Path) -> Expert | None:
-    """The expert that the file is for, if it says so: by its metadata, which this project writes, or by diffusers' names.
-
-    In diffusers `transformer_2` is the low-noise expert. `transformer` says nothing: each expert's own file has it too.
-    """
-    source = open_safetensors([adapter])
-    value = source.metadata().get("expert")
-    if value is None and source.shapes and all(key.startswith(SECOND_PREFIX) for key in source.shapes):
-        return "low_noise"
-    return next((expert for expert in get_args(Expert) if expert == value), None)
 
 
 def choose_transformer(base: Path, expert: Expert | None, *, is_asked_for: bool) -> Path:
@@ -184,7 +181,7 @@ def read_fitting_adapter(subject: Subject, source: TensorSource) -> tuple[Adapte
             f"{'; '.join(mismatches[:10])}{more}; give the base that the adapter was trained on"
         )
     dtypes = {module: source.dtypes[base_keys[module]] for module in adapter.modules}
-    quantised = next((module for module in dtypes if dtypes[module] not in _FLOAT_DTYPES), None)
+    quantised = next((module for module in dtypes if dtypes[module] not in FLOAT_DTYPES), None)
     if quantised is not None:
         raise UserError(
             f"{subject.transformer}: {quantised} is stored as {dtypes[quantised]}, whose scale is kept elsewhere; give the "
@@ -195,14 +192,14 @@ def read_fitting_adapter(subject: Subject, source: TensorSource) -> tuple[Adapte
 
 def _mismatch(module: str, pair: AdapterPair, source: TensorSource, base_keys: dict[str, str]) -> str | None:
     """Why a module's adapter does not fit the base, with the variants that both shapes belong to; None where it does."""
-    adapted = (pair.up.shape[0], math.prod(pair.down.shape[1:]))
+    adapted = adapted_shape(pair.down.shape, pair.up.shape)
+    assert adapted is not None, "read_adapter has checked it"
     if module not in base_keys:
         if module.startswith(_TEXT_ENCODER_MODULES):
             return f"{module} belongs to a text encoder"
         names = _variants(module, adapted)
         return f"the base has no {module}{f' (that of {names} fits)' if names else ''}"
-    stored = source.shapes[base_keys[module]]
-    shape = (stored[0], math.prod(stored[1:]))
+    shape = matrix_shape(source.shapes[base_keys[module]])
     if adapted == shape:
         return None
     return f"{module} adapts {_with_variants(module, adapted)}, the base has {_with_variants(module, shape)}"
@@ -218,7 +215,7 @@ def _variants(module: str, shape: tuple[int, int]) -> str:
     return ", ".join(
         name
         for name, shapes in _published_shapes().items()
-        if (found := shapes.get(f"{module}.weight")) is not None and (found[0], math.prod(found[1:])) == shape
+        if (found := shapes.get(f"{module}.weight")) is not None and matrix_shape(found) == shape
     )
 
 

@@ -83,10 +83,12 @@ def block_rows(parts: Sequence[tuple[str, Part]]) -> list[dict[str, Any]]:
 
 
 def block_sentences(parts: Sequence[tuple[str, Part]]) -> list[str]:
-    """The blocks in a few lines: those that are alike together, so that an odd one stands out."""
+    """The blocks in a few lines: those that are alike together, so that an odd one stands out; of an adapter its targets."""
     rows = block_rows(parts)
     sentences = []
-    for name, _ in parts:
+    for name, part in parts:
+        if part.adapter is not None:
+            sentences += [f"{name}: {target}" for target in part.adapter.targets]
         alike: dict[tuple[int, int, int, str], list[int]] = {}
         for row in rows:
             if row["part"] == name and row["block"] != "outside":

@@ -212,6 +212,21 @@ def test_scales_count_also_without_the_mark(tiny_ti2v, scaled, tmp_path, make_co
     assert all(torch.equal(unmarked.get(name), marked.get(name)) for name in marked.shapes)
 
 
+def test_a_prefix_is_no_hindrance(scaled, tmp_path, tiny_ti2v, make_config):
+    path = tmp_path / "prefixed.safetensors"
+    save_file({f"model.diffusion_model.{name}": one for name, one in load_file(scaled).items()}, path)
+    config = make_config("dit_lora", model={"ckpt_path": str(tiny_ti2v), "transformer_path": str(path)})
+    assert preflight(config) == []
+    plain, prefixed = open_transformer(scaled), open_transformer(path)
+    assert prefixed.shapes == plain.shapes and prefixed.files == (path,)
+    for name in plain.shapes:
+        assert torch.equal(prefixed.get(name), plain.get(name))
+        mine, theirs = prefixed.stored_in_8_bits(name), plain.stored_in_8_bits(name)
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            assert all(torch.equal(a.float(), b.float()) for a, b in zip(mine, theirs, strict=True))
+
+
 def test_scales_of_another_kind_are_refused_and_not_left_out(tiny_ti2v, tmp_path, make_config):
     path = write_scaled(tiny_ti2v, tmp_path / "other.safetensors", mark=False)
     tensors = {

@@ -176,6 +176,13 @@ def test_the_command(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     assert script.main([str(path), "--to", "diffusers", "--out", str(tmp_path / "d.bin")]) == 2
     assert script.main([str(path), "--to", "peft", "--out", str(tmp_path / "peft")]) == 0
+    (tmp_path / "run").mkdir()
+    for name in ("config.toml", "metrics.jsonl"):
+        (tmp_path / "run" / name).touch()
+    assert script.main([str(path), "--to", "peft", "--out", str(tmp_path / "run" / "peft")]) == 2
+    assert "lies in the training run" in capsys.readouterr().err
+    assert script.main([str(path), "--to", "peft", "--out", "/proc/peft"]) == 2
+    assert capsys.readouterr().err.startswith("error: /proc/")
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 4
     foreign = {
         "blocks.0.cross_attn.k_img.lora_A.weight": torch.ones(2, 4),

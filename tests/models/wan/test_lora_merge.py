@@ -126,6 +126,15 @@ def test_bad_input(tmp_path, tiny_ti2v, tiny_t2v, capsys):
     assert "--expert" in capsys.readouterr().err
     assert script.main([str(adapter), "--base", str(tiny_ti2v), *new, "--strength", "nan"]) == 2
     assert "finite" in capsys.readouterr().err
+    assert script.main([*arguments[:3], "--out", str(tmp_path / "new.safetensors")]) == 2
+    assert "--out names a directory too" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    for name in ("config.toml", "metrics.jsonl"):
+        (tmp_path / "run" / name).touch()
+    assert script.main([*arguments[:3], "--out", str(tmp_path / "run" / "new")]) == 2
+    assert "lies in the training run" in capsys.readouterr().err
+    assert script.main([*arguments[:3], "--out", "/proc/new"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
     make_adapter(adapter, base, size=1e6)
     assert script.main([str(adapter), "--base", str(tiny_ti2v), *new, "--dtype", "float16"]) == 2
     assert "leaves the range of torch.float16" in capsys.readouterr().err

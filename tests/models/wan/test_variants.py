@@ -25,7 +25,7 @@ from utils.sparse_weights import write_sparse_safetensors
 
 PAIRS = list(permutations(VARIANTS, 2))
 EXPERTS = {"high_noise": "high_noise_model", "low_noise": "low_noise_model"}
-CHOOSE = 'write expert = "high_noise" or "low_noise"'
+CHOOSE = 'write expert = "high_noise", "low_noise" or "both"'
 CHANNELS = {"ti2v-5b": (48, 48), "t2v-a14b": (16, 16), "i2v-a14b": (36, 16)}
 VAE_OF = {"ti2v-5b": "2.2", "t2v-a14b": "2.1", "i2v-a14b": "2.1"}
 OTHER_VAE = {"2.1": "2.2", "2.2": "2.1"}

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from models.wan.checkpoint import open_text_encoder
 from scripts.diagnostics import cache_check as probe
 from tests.helpers.workspace import ROOT, Workspace, make_workspace
 from utils.data.cache import CacheStore
@@ -275,7 +278,7 @@ def test_without_arguments_it_takes_the_newest_run_and_leaves_it_alone(setting, 
     ("arguments", "words"),
     [
         (["--config", "missing.toml"], "does not exist"),
-        (["--text_encoder", "missing.pth"], "no such encoder"),
+        (["--text_encoder", "missing.pth"], "no such file"),
         (["--device", "nonsense"], "--device nonsense"),
     ],
 )
@@ -297,3 +300,45 @@ def test_help_needs_no_torch() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("what", ["text", "code", "vae", "adapter", "part"])
+def test_what_is_no_encoder_gets_no_verdict(setting, tmp_path, what, capsys) -> None:
+    """Its hash could be compared all the same, and would say "another encoder"."""
+    file = tmp_path / ("other.pth" if what in ("text", "code", "vae") else "other.safetensors")
+    if what == "text":
+        file.write_text("not weights")
+    elif what == "code":
+        torch.save({"blocks.0.attn.q.weight": subprocess.run}, file)
+    elif what == "vae":
+        shutil.copy(setting.workspace.checkpoint / "Wan2.2_VAE.pth", file)
+    else:
+        name = "diffusion_model.blocks.0.cross_attn.k.lora_A.weight" if what == "adapter" else "norm.weight"
+        save_file({name: torch.zeros(4, 4) if what == "adapter" else torch.zeros(4)}, file)
+    assert setting.check("--text_encoder", file) == (2, None)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"error: {file}: ") and error.count(str(file)) == 1
+
+
+def test_a_run_s_directory_means_the_encoder_that_it_saved_last(setting, tmp_path) -> None:
+    run = tmp_path / "encoder_run"
+    source = open_text_encoder(setting.encoder)
+    for epoch, scale in ((1, 1.5), (2, 1.0)):
+        (run / f"epoch{epoch}").mkdir(parents=True)
+        tensors = {name: source.get(name).clone() for name in source.shapes}
+        tensors["blocks.0.attn.v.weight"] *= scale
+        save_file(tensors, run / f"epoch{epoch}" / "text_encoder.safetensors")
+        os.utime(run / f"epoch{epoch}" / "text_encoder.safetensors", ns=(OLD_NS + epoch, OLD_NS + epoch))
+    shutil.copy(setting.config, run / "config.toml")
+    _, summary = setting.check("--text_encoder", run)
+    assert summary.metrics["encoder_path"] == str(run / "epoch2" / "text_encoder.safetensors")
+
+
+def test_own_states_in_other_settings_are_no_trouble_of_another_encoder(setting, tmp_path) -> None:
+    """A newer item of another encoder beside an older one of this encoder in another precision."""
+    other = write_encoder(setting.encoder, tmp_path / "b.pth", 1.5)
+    setting.fill(f"model.llm_path={other}")
+    write_config(setting.workspace, setting.encoder, "bfloat16")
+    status, summary = setting.check()
+    assert status == 3 and summary.metrics["num_other_settings"] == NUM_CAPTIONS
+    assert summary.metrics["num_another_encoder"] == 0

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.wan.arch import WanArch, expected_shapes
+from tests.helpers.rights import locked_folder
 from tests.helpers.weight_files import (
     NUM_SHARDS,
     as_diffusers,
@@ -345,6 +346,50 @@ def test_an_adapter_is_described(look, tmp_path, naming):
     assert (status, part["kind"], part["naming"], part["what"]) == (0, "adapter", naming, "LoRA of rank 16")
     assert part["ranks"] == [16] and part["fits"] == ["ti2v-5b"]
     assert part["targets"] == ["cross_attn.k in blocks 20-29"]
+
+
+@pytest.mark.parametrize("naming", ["PEFT", "kohya", "diffusers"])
+def test_the_tensors_of_an_adapter_are_grouped_over_blocks(look, tmp_path, naming):
+    look(one_file(tmp_path / "lora", adapter_shapes(naming)))
+    directory = next((tmp_path / "reports" / "weights_inspect").iterdir())
+    rows = list(csv.DictReader((directory / "shapes.csv").open(newline="")))
+    assert {(row["pattern"], row["shape"], row["tensors"]) for row in rows} == {
+        ("blocks.N.cross_attn.k.A", "16x3072", "10"),
+        ("blocks.N.cross_attn.k.B", "3072x16", "10"),
+    }
+    text = (directory / "report.md").read_text()
+    assert "adapter: cross_attn.k in blocks 20-29" in text and "No blocks" not in text
+
+
+def test_an_adapter_of_the_patch_convolution_fits_its_variant(look, tmp_path):
+    """As lora_delta_budget accepts it: A has the kernel's shape."""
+    name = "diffusion_model.patch_embedding.lora_{}.weight"
+    shapes = {name.format("A"): (4, 48, 1, 2, 2), name.format("B"): (3072, 4, 1, 1, 1)}
+    adapter = one_file(tmp_path / "lora", shapes)
+    status, summary, _ = look(adapter)
+    assert status == 0 and only_part(summary)["fits"] == ["ti2v-5b"]
+    status, _, said = look(adapter, one_file(tmp_path / "five", dit("ti2v-5b")))
+    assert status == 0 and "all 1 adapted modules are in the DiT" in said
+
+
+def test_remarks_about_two_files_of_one_name_say_which(look, tmp_path):
+    one = one_file(tmp_path / "a", adapter_shapes("PEFT"))
+    other = one_file(tmp_path / "b", adapter_shapes("PEFT", rank=8))
+    _, summary, _ = look(one, other)
+    assert len(set(summary.notes)) == len(summary.notes)
+    assert {note.partition(": ")[0] for note in summary.notes} == {"A:adapter", "B:adapter"}
+
+
+def test_a_checkpoint_and_a_config_are_two_questions(look, tmp_path, capsys):
+    status, _, said = look(one_file(tmp_path / "a", adapter_shapes("PEFT")), "--config", "x.toml")
+    assert status == 2 and "leave one of them out" in said
+
+
+def test_a_place_for_targets_that_is_not_writable_is_refused_before_the_report(tmp_path, capsys):
+    with locked_folder(0o555) as folder:
+        words = ["x", "--targets", "cross_attn.k", "--out", str(folder / "targets.txt")]
+        assert probe.main([*words, "--reports_dir", str(tmp_path / "reports")]) == 2
+    assert "choose another --out" in capsys.readouterr().err and not (tmp_path / "reports").exists()
 
 
 def test_broken_and_other_kinds_of_adapters(look, tmp_path):

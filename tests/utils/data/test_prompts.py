@@ -11,6 +11,11 @@ def write(path, content):
     return path
 
 
+def test_a_line_that_begins_with_a_hash_is_a_comment(tmp_path):
+    path = write(tmp_path / "p.txt", "# shapes\na red circle\n  # more\na # blue square")
+    assert [prompt.text for prompt in read_prompts(path)] == ["a red circle", "a # blue square"]
+
+
 def test_lines_of_a_text_file(tmp_path):
     path = write(tmp_path / "p.txt", "\ufeff  a red circle\r\n\n \t\na blue square\na red circle")
     assert read_prompts(path) == (
