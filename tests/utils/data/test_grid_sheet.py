@@ -39,4 +39,5 @@ def test_a_clip_shows_its_first_middle_and_last_frame():
     assert red[0] < green[0] < blue[0]
     assert places(sheet, second) is None
     assert places(sheet, fourth) is None
-    assert red[2] == 5 * 32 * 16  # not below 32 px, however many columns there are
+    # Five columns share the 820 px beside the labels, and three frames each of them.
+    assert red[2] == 5 * 52 * 26
