@@ -62,3 +62,9 @@ def test_a_file_of_one_expert_stays_that_experts(tiny_t2v, make_config):
     )
     assert expert_model(config.model, "high_noise").transformer_path == own
     assert expert_model(config.model, "low_noise").transformer_path is None
+    both = make_config(
+        "dit_lora", model={"ckpt_path": "unused", "expert": "both", "transformer_path": str(tiny_t2v)}
+    )
+    assert [expert_model(both.model, expert).transformer_path for expert in ("high_noise", "low_noise")] == (
+        [str(tiny_t2v)] * 2
+    )
