@@ -64,7 +64,18 @@ class WanTokenizer:
 
     def count(self, caption: str) -> int:
         """Number of tokens of the whole caption, before it is cut at 512."""
-        return len(self._tokenizer(clean_caption(caption), truncation=False, verbose=False)["input_ids"])
+        return len(self._whole(caption))
+
+    def cut_off(self, caption: str) -> str:
+        """The end of a caption that is cut off, which Wan does not see; empty where nothing is."""
+        ids = self._whole(caption)
+        if len(ids) <= MAX_TEXT_TOKENS:
+            return ""
+        # The end token stays, in the last of the 512 places.
+        return str(self._tokenizer.decode(ids[MAX_TEXT_TOKENS - 1 : -1]))
+
+    def _whole(self, caption: str) -> list[int]:
+        return list(self._tokenizer(clean_caption(caption), truncation=False, verbose=False)["input_ids"])
 
 
 def _tokenizer_of_spiece(model: bytes) -> Any:

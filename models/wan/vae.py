@@ -1,9 +1,11 @@
 """The VAE of Wan 2.1 and 2.2, through `diffusers`' AutoencoderKLWan, loaded from the official tensor names.
 
-With the sampler the only door to `diffusers`, and the only place of the latent statistics. Shapes: B batch, C channels,
+With schedulers.py the only door to `diffusers`, and the only place of the latent statistics. Shapes: B batch, C channels,
 F frames, H height, W width; a video has 4n+1 frames of 3 channels in [-1, 1], its latents have n+1 frames.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -112,6 +114,24 @@ class WanVae:
             latents = latents_BCFHW.to(self._device, torch.float32)
             latents = latents * self._per_channel(self._std_C) + self._per_channel(self._mean_C)
             return self._module.decode(latents.to(self._dtype)).sample.float().clamp(-1.0, 1.0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._device
+
+    @contextmanager
+    def tiling(self) -> Iterator[None]:
+        """Decode in overlapping tiles of 256 px for the body: less memory, and a little other pixels.
+
+        The attention in the middle of the decoder sees one tile, so tiles differ from the whole everywhere, not only where
+        they meet.
+        """
+        self._module.enable_tiling()
+        try:
+            yield
+        finally:
+            self._module.disable_tiling()
 
     def to(self, device: torch.device) -> Self:
         """Move weights and statistics; returns itself."""

@@ -1,4 +1,4 @@
-"""Videos: what is in a file, and the frames of it that are shown at given times. The only module that uses PyAV.
+"""Videos: what is in a file, the frames of it that are shown at given times, and writing one. The only module with PyAV.
 
 Everything streams: at no time are more than two decoded frames held, however long the video.
 """
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
+from utils.files import atomic_path
 
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf"}
@@ -162,6 +163,26 @@ def nearest_frames(
     if held is None or held[0] + held[1] < times[-1]:
         raise ValueError(f"its frames end before {times[-1]:.3f} s")
     yield held[2], len(times) - index
+
+
+def write_video(path: Path, frames_FHWC: np.ndarray, fps: int) -> None:
+    """Write uint8 RGB frames as an .mp4 (H.264, or MPEG-4 part 2 where ffmpeg has no encoder for it), whole or not at all.
+
+    Args:
+        path: the file.
+        frames_FHWC: height and width are even.
+        fps: frames a second.
+    """
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    _, height, width, _ = frames_FHWC.shape
+    with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream: Any = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": "14"} if codec == "libx264" else {"qscale": "2"}
+        for frame_HWC in frames_FHWC:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
 
 
 def _open(path: Path) -> Any:
