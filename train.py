@@ -8,6 +8,7 @@ python train.py --config configs/smoke_dit_lora.toml
 import argparse
 from functools import partial
 
+from models.wan.verify import verify
 from utils.cli import end_process, run_command
 from utils.plan_cli import add_plan_flags, check_plan_flags, print_plan
 
@@ -76,40 +77,35 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def train(arguments: argparse.Namespace) -> int:
     """Load, check, cache, build and loop."""
-    from models.wan.checkpoint import find_checkpoint
     from models.wan.preflight import preflight
     from utils.config.load import load_config
 
     config = load_config(arguments.config, arguments.set, check_files=True, preflight=preflight)
 
     from models.wan.datasets import CacheUse
-    from models.wan.model import WanModel
-    from models.wan.setup import (
-        check_nodes,
-        prepare_data,
-        prepare_eval_data,
-        run_metadata,
-        write_inputs,
-    )
+    from models.wan.pair import PairOptions, train_pair
+    from models.wan.setup import prepare, run_metadata, write_inputs
     from utils import distributed
     from utils import run as runs
+    from utils.config.experts import is_pair
     from utils.resume import Inputs, find_run
 
+    use = CacheUse(regenerate=arguments.regenerate_cache, trust_sizes=arguments.trust_cache)
+    resume, allowed = arguments.resume_from_checkpoint, arguments.allow_changed
     with distributed.process_group(config.train.timeout_minutes) as processes:
         runs.check_world_size(config.train, processes.world_size)
         say = runs.speaker(processes)
-        paths = distributed.on_every_rank(lambda: find_checkpoint(config.train.model))
-        model = distributed.on_every_rank(lambda: WanModel(config.train, paths))
-        check_nodes(config, model, paths, processes)
-        use = CacheUse(regenerate=arguments.regenerate_cache, trust_sizes=arguments.trust_cache)
-        data = prepare_data(config, model, paths, processes, use, say)
-        evals = prepare_eval_data(config, model, paths, processes, use, say)
+        if is_pair(config.train):
+            options = PairOptions(arguments.cache_only, arguments.dry_run, resume, allowed)
+            train_pair(config, options, use, processes, say)
+            return 0
+        prepared = prepare(config, processes, use, say)
+        model, data = prepared.model, prepared.data
         if arguments.cache_only:
             say(f"cache complete: {data.store_root}")
             return 0
         inputs = Inputs(data.fingerprints, data.descriptions)
         copies = processes.world_size // config.train.pipeline_stages
-        resume, allowed = arguments.resume_from_checkpoint, arguments.allow_changed
         found = find_run(config, resume, allowed, data.plan, inputs, copies, say)
         if found is not None:
             config = found.config
@@ -121,24 +117,24 @@ def train(arguments: argparse.Namespace) -> int:
             say("dry run: everything is in place; no step was taken and nothing was written to output_dir")
             return 0
         run_dir = found.run_dir if found else runs.begin_run(config, partial(write_inputs, model, data), say)
-        runs.run(ready, run_dir, inputs, run_metadata(config, model, data), say, evals, drift)
+        runs.run(ready, run_dir, inputs, run_metadata(config, model, data), say, prepared.evals, drift)
         return 0
 
 
 def plan(arguments: argparse.Namespace) -> int:
     """Say what the configuration would train, from headers alone."""
-    from models.wan.plan import make_plan_document
+    from models.wan.plan_pair import plan_document
     from utils.config.load import load_config
 
     loaded = load_config(arguments.config, arguments.set)
-    print_plan(make_plan_document(loaded, arguments.gpus, arguments.tflops), as_json=arguments.json)
+    print_plan(plan_document(loaded, arguments.gpus, arguments.tflops), as_json=arguments.json)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = parse_arguments(argv)
-    body = plan if arguments.plan else train
+    body = verify if arguments.verify else plan if arguments.plan else train
     return run_command(lambda: body(arguments), debug=arguments.debug)
 
 

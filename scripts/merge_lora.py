@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
+from models.wan.expert_files import expert_of_adapter
 from models.wan.lora_merge import MergeDtype, merge_lora
-from models.wan.probes.subject import choose_transformer, expert_of_adapter
+from models.wan.probes.subject import choose_transformer
 from utils.adapter_runs import find_adapter_file
 from utils.cli import run_command
 from utils.config.schema import Expert

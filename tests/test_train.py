@@ -52,6 +52,7 @@ ROW_KEYS = {
     "epoch",
     "loss",
     "loss_by_timestep",
+    "timesteps",
     "lr",
     "grad_norm",
     "samples_seen",

@@ -239,6 +239,12 @@ def limit_waits(timeout_minutes: float) -> None:
         _set_pg_timeout(timedelta(minutes=timeout_minutes), group)
 
 
+def lift_waits() -> None:
+    """Again a process may take long alone, as before `limit_waits`: another model is read and built."""
+    for group in _object_group:
+        _set_pg_timeout(_OBJECT_TIMEOUT, group)
+
+
 def _say(text: str) -> None:
     prefix = f"[rank {dist.get_rank()}] " if dist.get_rank() else ""
     sys.stderr.write(f"{prefix}{text}\n")

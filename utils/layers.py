@@ -87,7 +87,7 @@ class PreparedBatch:
 
     Attributes:
         inputs: the first layer's wire; None on ranks whose stage is not the first.
-        labels: (target, sigma_B, weight_B, sample_index_B), and behind them mask_BHW where a sample has a loss mask;
+        labels: (target, sigma_B, weight_B, sample_index_B), and behind them mask_BFHW where not all of it counts;
             None on ranks whose stage is not the last.
     """
 

@@ -1,12 +1,13 @@
 """The loss of a step: what the last stage computes, and each sample's share in it for the metrics."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils.flow_matching import NUM_SIGMA_BINS, per_sample_loss, sigma_bin
+from utils.flow_matching import NUM_SIGMA_BINS, NUM_TRAIN_TIMESTEPS, per_sample_loss, sigma_bin
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class LossRecorder:
 
     def __call__(self, velocity_BCFHW: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
         """Sum of weight * mean squared error over the micro-batch, a scalar."""
-        target_BCFHW, sigma_B, weight_B, sample_index_B, *mask_BHW = labels
-        losses_B = per_sample_loss(velocity_BCFHW, target_BCFHW, *mask_BHW)
+        target_BCFHW, sigma_B, weight_B, sample_index_B, *mask_BFHW = labels
+        losses_B = per_sample_loss(velocity_BCFHW, target_BCFHW, *mask_BFHW)
         self._records.append(_Record(losses_B.detach(), sigma_B, weight_B, sample_index_B))
         return (losses_B * weight_B).sum()
 
@@ -46,6 +47,15 @@ class LossRecorder:
             np.add.at(totals, 2 + bins, losses)
             np.add.at(totals, 2 + NUM_SIGMA_BINS + bins, 1.0)
         return totals
+
+    def timestep_range(self) -> tuple[float, float]:
+        """Lowest and highest timestep of the samples with weight; (inf, -inf) where there are none."""
+        low, high = math.inf, -math.inf
+        for record in self._records:
+            timesteps = record.sigma_B.cpu()[record.weight_B.cpu() > 0] * NUM_TRAIN_TIMESTEPS
+            if timesteps.numel():
+                low, high = min(low, timesteps.min().item()), max(high, timesteps.max().item())
+        return low, high
 
     def sample_losses(self) -> list[float]:
         """Each sample's loss, in the order in which they came."""

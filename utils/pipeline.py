@@ -5,6 +5,7 @@ all-reduce. What is replaced, and why, is listed at `BandEngine`; `docs/engine.m
 """
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -312,6 +313,30 @@ class Pipeline:
             NonFiniteGradientsError: on every rank; the weights are those of before the step.
         """
         self.engine.train_batch(_as_deepspeed_batches(batches))
+
+    def close(self) -> None:
+        """Give the engine's groups back and let go of the layers, so that another pipeline can be built in this process.
+
+        Every rank must call it; afterwards nothing of this object works. What the caller still refers to stays.
+        """
+        engine = self.engine
+        held = [
+            engine.module.world_group,
+            *vars(engine.grid).values(),
+            *(getattr(p2p, "_groups", None) or ()),
+        ]
+        groups = [one for one in held if isinstance(one, dist.ProcessGroup)]
+        engine.destroy()
+        self.parameters = {}
+        # Hooks on tensors refer to the engine from where the garbage collector does not see them.
+        engine.__dict__.clear()
+        del self.engine, engine, held
+        p2p._groups, p2p._grid = None, None
+        for group in dict.fromkeys(groups):
+            dist.destroy_process_group(group)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _as_deepspeed_batches(batches: Iterator[PreparedBatch]) -> Iterator[tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""The flags of `--plan`, and printing what it found."""
+"""The flags of `--plan` and `--verify`, which look and write nothing, and printing what a plan found."""
 
 import argparse
 import json
@@ -10,13 +10,18 @@ from utils.plan_text import plan_text
 
 # bfloat16 on an H100 in training: 40 % of the 989 that its data sheet promises.
 DEFAULT_TFLOPS = 400.0
-# What does something else, or nothing, together with --plan.
+# What does something else, or nothing, together with --plan or --verify.
 _OTHERS = ("cache_only", "dry_run", "regenerate_cache", "trust_cache")
 
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
-    """`--plan`, and what belongs to it."""
+    """`--plan`, and what belongs to it; `--verify`."""
     group = parser.add_argument_group("planning")
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every tensor of every part of the checkpoint, compare shards with the index, find NaN; write nothing; exit",
+    )
     group.add_argument(
         "--plan",
         action="store_true",
@@ -41,13 +46,16 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_plan_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Refuse flags that would be ignored, and put the default in."""
-    if arguments.plan:
+    if arguments.plan and arguments.verify:
+        parser.error("--plan reads headers and --verify everything; give one of the two")
+    if arguments.plan or arguments.verify:
+        why = "--plan only reads headers" if arguments.plan else "--verify only reads the weights"
         for name in _OTHERS:
             if getattr(arguments, name):
-                parser.error(f"--{name} would be ignored: --plan only reads headers")
+                parser.error(f"--{name} would be ignored: {why}")
         if arguments.resume_from_checkpoint is not None:
-            parser.error("--resume_from_checkpoint would be ignored: --plan only reads headers")
-    else:
+            parser.error(f"--resume_from_checkpoint would be ignored: {why}")
+    if not arguments.plan:
         for name in ("json", "gpus", "tflops"):
             if getattr(arguments, name):
                 parser.error(f"--{name} would be ignored: it belongs to --plan")

@@ -10,17 +10,44 @@ _MOST_BUCKETS = 6
 
 def plan_text(document: dict[str, Any]) -> str:
     """All of it, for people."""
+    if "experts" in document:
+        return "\n".join(_pair(document))
     sections = (_head, _data, _stages, _fit, _compute, _disk, _rest)
     return "\n".join(line for section in sections for line in section(document))
 
 
+def _pair(document: dict[str, Any]) -> Iterable[str]:
+    """Both runs of a pair, the second without what it has in common with the first, and what they come to."""
+    told: set[str] = set()
+    for number, (expert, plan) in enumerate(document["experts"].items(), start=1):
+        yield f"--- expert {number} of {len(document['experts'])}: {expert} ---"
+        own = (_stages, _fit, _compute)
+        sections = (_head, *own) if told else (_head, _data, *own, _disk)
+        for section in sections:
+            yield from section(plan)
+        rest = list(_rest(plan))
+        yield from (line for line in rest if line not in told)
+        told |= set(rest)
+    together = document["together"]
+    yield "--- both, one after the other on the same GPUs ---"
+    yield f"{together['trainable_parameters']:,} trained parameters in all, in two adapters"
+    yield "fits: " + "; ".join(
+        f"{fit['gpu_gb']} GB {fit['verdict']} ({size_text(fit['needs'])})" for fit in together["fit"]
+    )
+    if together["run_seconds"] is not None:
+        yield f"compute: {together['steps']:,} steps in all: {_duration(together['run_seconds'])}"
+    exports = "" if together["exports"] is None else f", exports {size_text(together['exports'])}"
+    yield f"disk: one cache for both; checkpoints {size_text(together['checkpoints'])}{exports}"
+
+
 def _head(document: dict[str, Any]) -> Iterable[str]:
     model, training, parallel = document["model"], document["training"], document["parallel"]
-    expert = f", {model['expert']} expert" if model["expert"] else ""
+    chosen = model["expert"]
+    expert = "" if chosen is None else ", both experts" if chosen == "both" else f", {chosen} expert"
     low, high = model["noise_levels"]
     yield (
         f"{model['variant']}{expert}: {model['parameters_text']} parameters, {model['num_blocks']} blocks of width "
-        f"{model['width']}; {model['layout']}; noise levels {low:g}-{high:g}"
+        f"{model['width']}; {model['layout']}; noise levels {low:g}-{high:g}{_share(model)}"
     )
     yield f"mode {document['mode']}: {_trained(training)}"
     ways = [f"activation_checkpointing {_toml(training['activation_checkpointing'])}"]
@@ -33,6 +60,11 @@ def _head(document: dict[str, Any]) -> Iterable[str]:
         f"{parallel['samples_per_step']} samples per step ({parallel['micro_batches_per_step_and_copy']} micro-batch(es) "
         f"of {parallel['micro_batch_size']} per copy)"
     )
+
+
+def _share(model: dict[str, Any]) -> str:
+    share = model["noise"]["share_of_range"]
+    return "" if share > 0.9995 else f", {share:.1%} of the law"
 
 
 def _trained(training: dict[str, Any]) -> str:

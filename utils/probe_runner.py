@@ -23,7 +23,7 @@ from utils.config.schema import ProbesConfig
 from utils.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, UserError
 from utils.probe_outcomes import ProbeOutcome, Result, append_outcome, keep_outcomes
 from utils.report_summary import Summary, read_summary
-from utils.run_dir import CONFIG_FILE
+from utils.run_dir import CONFIG_FILE, run_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS_DIR = ROOT / "scripts" / "diagnostics"
@@ -232,7 +232,7 @@ class ProbeRunner:
     def _free_report(self, job: ProbeJob) -> Path:
         """`<run>_epochN`; a number behind it where an earlier process of the run has probed that epoch."""
         folder = Path(self._config.reports_dir) / job.tool
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", self._run_dir.absolute().name)[-_MAX_TAG_CHARACTERS:]
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", run_name(self._run_dir))[-_MAX_TAG_CHARACTERS:]
         tag = stem = f"{name.lstrip('.-') or 'run'}_epoch{job.epoch}"
         number = 2
         while (folder / tag).exists():

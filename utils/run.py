@@ -45,6 +45,15 @@ class Ready:
     processes: Processes
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: where it is, what stopped it before its last step, and whether it was asked to stop at all."""
+
+    state: LoopState
+    stopped_by: str | None
+    is_told_to_stop: bool
+
+
 def speaker(processes: Processes) -> Say:
     """A function that prints on rank 0 and is silent elsewhere."""
     return announce if processes.is_main else lambda text: None
@@ -164,7 +173,7 @@ def run(
     say: Say,
     eval_sets: Sequence[EvalSet] = (),
     drift: Drift | None = None,
-) -> None:
+) -> Ended:
     """Train to the end, from the run's checkpoint where it has one, and say what was made.
 
     Raises:
@@ -214,7 +223,8 @@ def run(
         if ready.processes.is_main:
             for line in describe_outcomes(read_outcomes(run_dir.path)):
                 say(f"  {line}")
-        probes.raise_if_failed(run_dir.path, is_complete=trainer.stopped_by is None)
+        probes.raise_if_failed(run_dir.resume_path, is_complete=trainer.stopped_by is None)
+    return Ended(final, trainer.stopped_by, trainer.is_told_to_stop())
 
 
 def _say_end(ready: Ready, trainer: Trainer, run_dir: RunDir, final: LoopState, say: Say) -> None:
@@ -223,7 +233,7 @@ def _say_end(ready: Ready, trainer: Trainer, run_dir: RunDir, final: LoopState, 
         say(
             f"stopped by {trainer.stopped_by} after step {final.step} of {trainer.total_steps}; everything up to here is in "
             f"{run_dir.path / checkpoint_name(final.step)}. To go on, give the same command with "
-            f"--resume_from_checkpoint {run_dir.path}"
+            f"--resume_from_checkpoint {run_dir.resume_path}"
         )
         return
     rows = read_metrics(run_dir.path) if ready.processes.is_main else []
@@ -233,5 +243,6 @@ def _say_end(ready: Ready, trainer: Trainer, run_dir: RunDir, final: LoopState, 
             f"{rows[0]['loss']:.4f} at step 1, {rows[-1]['loss']:.4f} at step {rows[-1]['step']}"
             f"{_within_budget(rows[-1], ready.config.budget)}"
         )
-        for path in sorted(run_dir.path.glob("epoch*/*.safetensors")):
-            say(f"  {path}")
+        for path in sorted(run_dir.path.glob("epoch*/*")):
+            if path.suffix in (".safetensors", ".pth"):
+                say(f"  {path}")

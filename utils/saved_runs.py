@@ -23,11 +23,18 @@ class SavedKind:
         name: the file's name in each save.
         what: what messages call it, such as "an adapter".
         flags: what to name it with on a command line instead.
+        other_names: names that the file has in other formats.
     """
 
     name: str
     what: str
     flags: str
+    other_names: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, the usual one first."""
+        return (self.name, *self.other_names)
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,9 @@ def find_saved_file(path: Path, kind: SavedKind) -> Path:
         raise UserError(
             f"{path}: no such file or directory; give the .safetensors file of {kind.what}, or the directory it is in"
         )
-    if (path / kind.name).is_file():
-        return path / kind.name
+    for name in kind.names:
+        if (path / name).is_file():
+            return path / name
     saved = last_saved(path, kind)
     if saved is not None:
         return saved
@@ -63,7 +71,8 @@ def find_saved_file(path: Path, kind: SavedKind) -> Path:
     found = (
         f"{len(files)} .safetensors files" if files else f"neither {kind.name} nor another .safetensors file"
     )
-    saves = sorted(save.parent.name for save in path.glob(f"*/{kind.name}") if _save_number(save) is not None)
+    found_saves = (save for name in kind.names for save in path.glob(f"*/{name}"))
+    saves = sorted(save.parent.name for save in found_saves if _save_number(save) is not None)
     if saves and not files:
         found = f"{', '.join(saves)} but no {RUN_CONFIG_NAME}, so it is no whole run"
     raise UserError(f"{path}: holds {found}; name the file of {kind.what} itself")
@@ -89,7 +98,7 @@ def run_of_saved_file(file: Path, kind: SavedKind) -> SavedRun | None:
     # Kept relative where it can be: the run is named in messages as the user named it.
     directory = (file if len(file.parts) > 1 else file.absolute()).parent.parent
     config = directory / RUN_CONFIG_NAME
-    if file.name == kind.name and _save_number(file) is not None and config.is_file():
+    if file.name in kind.names and _save_number(file) is not None and config.is_file():
         return SavedRun(directory, config, file)
     return None
 
@@ -98,12 +107,12 @@ def last_saved(run: Path, kind: SavedKind) -> Path | None:
     """The file that a run saved last: by time, and by number where files were copied with one time."""
     if not (run / RUN_CONFIG_NAME).is_file():
         return None
-    saves = [path for path in run.glob(f"*/{kind.name}") if _save_number(path) is not None]
+    saves = [path for name in kind.names for path in run.glob(f"*/{name}") if _save_number(path) is not None]
     return max(saves, key=lambda path: (path.stat().st_mtime_ns, _save_number(path) or 0), default=None)
 
 
 def _saved_runs(root: Path, kind: SavedKind) -> Iterator[SavedRun]:
-    directories = {path.parent.parent for path in root.rglob(kind.name)}
+    directories = {path.parent.parent for name in kind.names for path in root.rglob(name)}
     for directory in sorted(directories):
         file = last_saved(directory, kind)
         if file is not None:

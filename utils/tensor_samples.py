@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from utils.errors import UserError
-from utils.tensor_source import SCALED_FP8_MARK, TensorSource
+from utils.tensor_source import TensorSource
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +105,7 @@ class Sampler:
             parts.append(decode(self._read(path, first + start * width, length), dtype))
         values = np.concatenate(parts) if parts else np.zeros(0)
         scale = name.removesuffix(".weight") + ".scale_weight"
-        if dtype.startswith("F8") and SCALED_FP8_MARK in self._source.shapes and scale in self._source.shapes:
+        if dtype.startswith("F8") and scale in self._source.shapes:
             values = values * self.values(scale)[0]
         return values
 

@@ -5,7 +5,7 @@ one tensor. `.pth` files are read with `weights_only=True` and never
 otherwise: such a file can hold code, and code in a weight file is not run.
 """
 
-import math
+import re
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 _INDEX_GLOB = "*.safetensors.index.json"
-SCALED_FP8_MARK = "scaled_fp8"
-_WEIGHT_SCALE = ".scale_weight"
-_SCALE_SUFFIXES = (_WEIGHT_SCALE, ".scale_input")
+# How torch names what it refuses to load from a `.pth`.
+_FORBIDDEN = re.compile(r"GLOBAL ([\w.]+) was not an allowed global")
 _TORCH_DTYPE_NAMES = {
     "float64": "F64",
     "float32": "F32",
@@ -99,6 +98,11 @@ class RenamedSource(TensorSource):
         self._check_name(name)
         return self._base.stored_in_8_bits(self._names[name])
 
+    def location(self, name: str) -> tuple[Path, int, int] | None:
+        """See `TensorSource`."""
+        self._check_name(name)
+        return self._base.location(self._names[name])
+
     def release(self) -> None:
         """See `TensorSource`."""
         self._base.release()
@@ -107,71 +111,6 @@ class RenamedSource(TensorSource):
         """See `TensorSource`."""
         self._check_name(name)
         return self._base.rows(self._names[name], start, end)
-
-
-class ScaledSource(TensorSource):
-    """A file whose linear weights are float8 with a scale beside each (ComfyUI's `fp8_scaled`), shown as plain weights.
-
-    The mark `scaled_fp8` and the scales (`X.scale_weight`, and `X.scale_input`, which is for computing in 8 bits) are
-    hidden; `get` multiplies.
-    """
-
-    def __init__(self, base: TensorSource) -> None:
-        """Wrap a source that has the mark.
-
-        Raises:
-            UserError: a scale has no weight or is not one number, or a float8 weight has no scale.
-        """
-        self._base = base
-        self.files = base.files
-        hidden = {name for name in base.shapes if name == SCALED_FP8_MARK or name.endswith(_SCALE_SUFFIXES)}
-        self._scale_of = {
-            name.removesuffix(_WEIGHT_SCALE) + ".weight": name
-            for name in hidden
-            if name.endswith(_WEIGHT_SCALE)
-        }
-        self.shapes = {name: shape for name, shape in base.shapes.items() if name not in hidden}
-        self.dtypes = {name: "F32" if name in self._scale_of else base.dtypes[name] for name in self.shapes}
-        for weight, scale in self._scale_of.items():
-            if weight not in self.shapes:
-                raise UserError(f"{self.files[0]}: has {scale} but no {weight}; download it again")
-            if math.prod(base.shapes[scale]) != 1:
-                raise UserError(
-                    f"{self.files[0]}: {scale} has the shape {list(base.shapes[scale])}, and only one scale per weight is "
-                    "known here; give a bf16 or fp16 file"
-                )
-        bare = [
-            name
-            for name, dtype in self.dtypes.items()
-            if dtype.startswith("F8") and name not in self._scale_of
-        ]
-        if bare:
-            raise UserError(
-                f"{self.files[0]}: is marked {SCALED_FP8_MARK}, but {bare[0]} is in 8 bits without a scale{_more(bare)}; "
-                "give a bf16 or fp16 file"
-            )
-
-    def get(self, name: str) -> "torch.Tensor":
-        """Read one tensor; a scaled one in float32, multiplied by its scale."""
-        self._check_name(name)
-        if name not in self._scale_of:
-            return self._base.get(name)
-        return self._base.get(name).float() * self._base.get(self._scale_of[name]).float()
-
-    def metadata(self) -> dict[str, str]:
-        """The metadata of the file behind."""
-        return self._base.metadata()
-
-    def stored_in_8_bits(self, name: str) -> "tuple[torch.Tensor, torch.Tensor] | None":
-        """See `TensorSource`. Only of e4m3, which is the format that is computed with."""
-        self._check_name(name)
-        if name not in self._scale_of or self._base.dtypes[name] != "F8_E4M3":
-            return None
-        return self._base.get(name).clone(), self._base.get(self._scale_of[name]).float().reshape(1, 1)
-
-    def release(self) -> None:
-        """See `TensorSource`."""
-        self._base.release()
 
 
 class _SafetensorsSource(TensorSource):
@@ -277,7 +216,7 @@ def open_sharded(directory: Path) -> TensorSource:
     absent = [shard for shard in shards if not (directory / shard).is_file()]
     if absent:
         raise UserError(
-            f"{directory / absent[0]}: missing, but {indices[0].name} names it{_more(absent)}; download it again"
+            f"{directory / absent[0]}: missing, but {indices[0].name} names it{more_names(absent)}; download it again"
         )
     source = open_safetensors(directory / shard for shard in shards)
     _check_index(indices[0], weight_map, source)
@@ -321,9 +260,12 @@ def _load_pth(path: Path) -> dict[str, "torch.Tensor"]:
     try:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch's own words advise to switch its safety off, so nothing of them is shown but what stands in the file.
+        found = _FORBIDDEN.search(str(error))
+        what = f" ({found[1]})" if found else ""
         raise UserError(
-            f"{path}: refused, it holds more than plain tensors, and code in a weight file is never run "
-            f"({_first_line(error)}); get it from its publisher, or as .safetensors"
+            f"{path}: refused, it holds more than plain tensors{what}, and code in a weight file is never run; get it from its "
+            "publisher, or as .safetensors"
         ) from None
     except Exception as error:  # damaged bytes make the reader fail in many ways, all with the same remedy
         raise UserError(
@@ -346,12 +288,12 @@ def _check_index(index: Path, weight_map: dict[str, str], source: TensorSource) 
     if missing:
         shard = index.parent / weight_map[missing[0]]
         raise UserError(
-            f"{shard}: {index.name} promises {missing[0]} in it, which is not there{_more(missing)}; download both again"
+            f"{shard}: {index.name} promises {missing[0]} in it, which is not there{more_names(missing)}; download both again"
         )
     unlisted = [name for name in source.shapes if name not in weight_map]
     if unlisted:
         raise UserError(
-            f"{index}: does not list {unlisted[0]}, which is in the shards{_more(unlisted)}; download both again"
+            f"{index}: does not list {unlisted[0]}, which is in the shards{more_names(unlisted)}; download both again"
         )
 
 
@@ -365,5 +307,6 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no details"])[0]
 
 
-def _more(names: list[str]) -> str:
+def more_names(names: list[str]) -> str:
+    """How many names there are besides the first: ` (and 2 more)`, or nothing."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

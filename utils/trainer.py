@@ -20,6 +20,7 @@ from utils.data.prefetch import ReadAhead
 from utils.data.sampler import BatchPlan, MicroBatch, rank_slice
 from utils.distributed import Processes, gather_objects, is_shared, on_every_rank, on_main
 from utils.errors import TrainingStoppedError, UserError
+from utils.finite import all_finite
 from utils.layers import PreparedBatch, TrainableModel
 from utils.loss_recorder import LossRecorder, loss_by_bin
 from utils.metrics import MetricsWriter
@@ -144,6 +145,11 @@ class Trainer:
                 self._probes.at_end()
         return state
 
+    def is_told_to_stop(self) -> bool:
+        """Whether any process has been asked to stop, also too late to stop this run. Every rank must call it."""
+        told = self._control.wants_stop or self._control.is_told_to_stop
+        return any(gather_objects(told))
+
     @contextmanager
     def _last_checkpoint_in_place(self) -> Iterator[None]:
         """After an error that all ranks share, what was saved before it is still written to its end."""
@@ -178,7 +184,7 @@ class Trainer:
             self._pipeline.train_step(iter(data.prepared))
         except NonFiniteGradientsError:
             self._stop_non_finite(state.step, batches)
-        totals = self._reduced_totals()
+        totals, timesteps = self._reduced_totals()
         loss = float(np.float32(totals[0] / totals[1]))
         if not np.isfinite(loss):  # an overflow in the loss may leave the gradient finite
             self._stop_non_finite(state.step, batches)
@@ -195,6 +201,7 @@ class Trainer:
             "epoch": batches[-1].epoch + 1,
             "loss": loss,
             "loss_by_timestep": loss_by_bin(totals),
+            "timesteps": timesteps,
             "lr": lr,
             "grad_norm": self._pipeline.gradient_norm,
             "samples_seen": state.samples_seen,
@@ -217,7 +224,8 @@ class Trainer:
     def _step_batches(self, first: int) -> Sequence[MicroBatch]:
         """The micro-batches of the step that begins at this position; fewer than usual at the very end of the run."""
         limit = None if self._config.max_steps is not None else self._plan.batches_before(self._config.epochs)
-        return self._plan.window(first, self._per_step, limit)
+        turn = first // self._per_step
+        return [replace(batch, turn=turn) for batch in self._plan.window(first, self._per_step, limit)]
 
     def _prepared(self, batches: Sequence[MicroBatch], num_samples: int) -> Iterator[PreparedBatch]:
         """This rank's share of the step. Weights make the step's loss the mean over its samples, however ragged.
@@ -233,20 +241,26 @@ class Trainer:
                 batch, batch_weight, need_inputs=pipeline.is_first, need_labels=pipeline.is_last
             )
 
-    def _reduced_totals(self) -> np.ndarray:
-        """Totals of the step over all ranks; only last stages contribute.
+    def _reduced_totals(self) -> tuple[np.ndarray, dict[str, float]]:
+        """Totals of the step and the timesteps that it visited, over all ranks; only last stages contribute.
 
         With them, at no further cost, go what any rank was asked for and how far the checkpoint in flight is.
         """
         flags = [*self._control.flags(), *self._writer.flags()]
-        own = np.concatenate([self._recorder.totals(), np.array(flags, dtype=np.float64)])
+        pipeline = self._pipeline
+        # A sum is all that is reduced, so each copy has a place of its own.
+        ranges = np.zeros((pipeline.dp_size, 2))
+        if pipeline.is_last:
+            ranges[pipeline.dp_rank] = self._recorder.timestep_range()
+        own = np.concatenate([self._recorder.totals(), ranges.ravel(), np.array(flags, dtype=np.float64)])
         everything = torch.from_numpy(own).to(self._processes.device)
         dist.all_reduce(everything)
-        totals, counts = np.split(everything.cpu().numpy(), [-len(flags)])
+        totals, places, counts = np.split(everything.cpu().numpy(), [-len(flags) - ranges.size, -len(flags)])
         requests, written = np.split(counts.astype(int), [-_NUM_WRITE_FLAGS])
         self._control.hear(RequestFlags(*requests.tolist()))
         self._writer.advance(WriteFlags(*written.tolist()))
-        return totals
+        lows, highs = places.reshape(-1, 2).T
+        return totals, {"min": round(float(lows.min()), 4), "max": round(float(highs.max()), 4)}
 
     def _stop_non_finite(self, step: int, batches: Sequence[MicroBatch]) -> None:
         bad = sorted(
@@ -280,6 +294,27 @@ class Trainer:
     # ------------------------------------------------------------------ saving
 
     def _save(self, state: LoopState, due: DueSaves) -> None:
+        try:
+            self._export_due(state, due)
+        except UserError as error:
+            if due.checkpoint and is_shared(error):
+                self._keep_state(state)
+            raise
+        if due.checkpoint or self._control.wants_checkpoint:
+            self._control.saving()
+            self._save_times = self._writer.save(state, then=self._control.saved)
+        if self._control.wants_stop and state.step != self.total_steps:
+            self.stopped_by = self._control.reason
+
+    def _keep_state(self, state: LoopState) -> None:
+        """The checkpoint that is due, although an export has failed; not of weights that are not finite."""
+        own = all(all_finite(one) for one in self._pipeline.trainables.values())
+        if all(gather_objects(own)):
+            with suppress(UserError):  # the first error is the one to tell
+                self._writer.save(state)
+                self._writer.finish()
+
+    def _export_due(self, state: LoopState, due: DueSaves) -> None:
         if due.of_epoch:
             self._export(f"epoch{due.epoch}", state, due.epoch)
             if self._probes is not None:
@@ -287,11 +322,6 @@ class Trainer:
                 self._probes.saved(self._run_dir / f"epoch{due.epoch}", due.epoch, state.step, at_end=at_end)
         if due.of_step:
             self._export(f"step{state.step}", state, due.epoch)
-        if due.checkpoint or self._control.wants_checkpoint:
-            self._control.saving()
-            self._save_times = self._writer.save(state, then=self._control.saved)
-        if self._control.wants_stop and state.step != self.total_steps:
-            self.stopped_by = self._control.reason
 
     def _export(self, name: str, state: LoopState, epoch: int) -> None:
         metadata = {**self._metadata, "step": str(state.step), "epoch": str(epoch)}

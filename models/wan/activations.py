@@ -27,11 +27,12 @@ class Adapters:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens of one micro-batch: of video in all, of text in all (UMT5 and the DiT pad differently), and samples."""
+    """One micro-batch: tokens of video in all, of text in all (UMT5 and the DiT pad differently), samples, timesteps."""
 
     video_tokens: float
     text_tokens: float
     samples: int
+    time_rows: float
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def dit_block_saved(
     if hidden or "ffn.0" in paths:
         saved += video * arch.ffn_dim * precision.compute
     if hidden or paths:
-        saved += 8 * batch.samples * wide  # rows of the modulation
+        saved += 8 * batch.time_rows * wide  # rows of the modulation
     return saved + _adapters_saved(arch, batch, precision, adapters)
 
 

@@ -4,11 +4,11 @@ Sources: the published `config.json` files and `wan/configs/*.py` of the officia
 a "tiny" model: sizes come from the checkpoint at hand, and only what the variant itself fixes is a constant.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from models.wan.config_json import read_config_json
 from utils.errors import UserError
 
 Shape = tuple[int, ...]
@@ -46,10 +46,12 @@ class VariantInfo:
     def sigma_range(self, expert: str | None, min_t: float, max_t: float) -> tuple[float, float]:
         """The part of [min_t, max_t] that this expert is responsible for; sigma >= boundary is the high-noise one's.
 
+        All of it for `both`, and where there are no experts. A bound of 0 or 1 is none: it asks for nothing.
+
         Raises:
-            UserError: nothing is left of the range.
+            UserError: nothing is left of the range, or a bound asks for levels of the other expert.
         """
-        if self.boundary is None or expert is None:
+        if self.boundary is None or expert in (None, "both"):
             return min_t, max_t
         low = max(min_t, self.boundary) if expert == "high_noise" else min_t
         high = max_t if expert == "high_noise" else min(max_t, self.boundary)
@@ -58,6 +60,16 @@ class VariantInfo:
                 f"model.min_t = {min_t:g} and model.max_t = {max_t:g} leave nothing to the {expert} expert of {self.name}, "
                 f"whose noise levels are {'at least' if expert == 'high_noise' else 'below'} {self.boundary:g}; leave "
                 "min_t and max_t out"
+            )
+        if expert == "high_noise" and 0 < min_t < low:
+            raise UserError(
+                f"model.min_t = {min_t:g} lies below {low:g}, where the high_noise expert of {self.name} begins: it never "
+                "sees such noise levels; leave min_t out, or train the low_noise expert there"
+            )
+        if expert == "low_noise" and high < max_t < 1:
+            raise UserError(
+                f"model.max_t = {max_t:g} lies above {high:g}, where the low_noise expert of {self.name} ends: it never "
+                "sees such noise levels; leave max_t out, or train the high_noise expert there"
             )
         return low, high
 
@@ -151,24 +163,30 @@ PUBLISHED: dict[str, WanArch] = {
 }
 
 
+# Sizes in `config.json` that a header does not show.
+_NOT_IN_SHAPES = ("num_heads", "text_len", "eps")
+# The first linear layer of the feed-forward of Wan 2.1's small model; no Wan 2.2 has this width.
+_WAN_21_SMALL = (8960, 1536)
+
+
 def load_arch(config_path: Path, shapes: dict[str, Shape]) -> WanArch:
     """Read `config.json` and check it against the tensor shapes of the weights beside it.
 
+    Where there is none (single files for ComfyUI have none), a model of the published sizes is known by its shapes.
+
     Args:
-        config_path: the official `config.json`.
+        config_path: the official `config.json`, or that of a diffusers directory.
         shapes: official tensor names and shapes, from the files' headers.
 
     Raises:
-        UserError: the file is missing or unreadable, names no Wan 2.2 variant, or disagrees with the headers.
+        UserError: the file is missing (and the sizes are not published ones) or unreadable, names no Wan 2.2 variant, or
+            disagrees with the headers.
     """
     try:
-        values = json.loads(Path(config_path).read_text(encoding="utf-8"))
+        values = read_config_json(config_path)
     except FileNotFoundError:
-        raise UserError(
-            f"{config_path}: missing; a checkpoint in the official layout has it beside the weights"
-        ) from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{config_path}: not readable as JSON ({error}); download it again") from None
+        _check_not_wan_21(shapes, config_path)
+        return _published_arch(config_path, shapes)
     needed = (
         "model_type",
         "dim",
@@ -205,6 +223,23 @@ def load_arch(config_path: Path, shapes: dict[str, Shape]) -> WanArch:
     )
     _check_shapes(arch, shapes, config_path)
     return arch
+
+
+def _published_arch(config_path: Path, shapes: dict[str, Shape]) -> WanArch:
+    """The published model of these shapes; a header alone does not tell how many heads any other has."""
+    patch = shapes.get("patch_embedding.weight")
+    for arch in PUBLISHED.values():
+        if patch == (arch.dim, arch.in_dim, *PATCH_SIZE):
+            mismatch = describe_mismatch(shapes, expected_shapes(arch))
+            if mismatch:
+                raise UserError(
+                    f"{config_path.parent}: the weights are not those of {arch.variant.name}: {mismatch}; download them again"
+                )
+            return arch
+    raise UserError(
+        f"{config_path}: missing, and the sizes of the weights are those of no published Wan 2.2, so that nothing says how "
+        "many heads it has; download it, or copy the model's config.json (official or diffusers') there"
+    )
 
 
 def expected_shapes(arch: WanArch) -> dict[str, Shape]:
@@ -257,16 +292,64 @@ def _check_shapes(arch: WanArch, shapes: dict[str, Shape], config_path: Path) ->
             f"{config_path}: dim {arch.dim} does not split into {arch.num_heads} heads of even width"
         )
     expected = expected_shapes(arch)
-    image_keys = [key for key in shapes if ".k_img." in key or key.startswith("img_emb.")]
-    if image_keys:
+    _check_not_wan_21(shapes, config_path)
+    found = variant_of_shapes(shapes)
+    if found is not None and found is not info:
         raise UserError(
-            f"{config_path.parent}: {image_keys[0]} belongs to a Wan 2.1 image-to-video model; this project trains Wan 2.2 only"
+            f"{config_path}: is that of {info.name}, but the weights are those of {found.name} (they take {found.in_dim} "
+            f"channels and give {found.out_dim}, not {info.in_dim} and {info.out_dim}); give the config.json that was "
+            "published with the weights, or other weights"
         )
     mismatch = describe_mismatch(shapes, expected)
     if mismatch:
         raise UserError(
             f"{config_path.parent}: the weights are not those that config.json describes: {mismatch}"
         )
+    _check_unseen_sizes(arch, config_path)
+
+
+def _check_not_wan_21(shapes: dict[str, Shape], config_path: Path) -> None:
+    what = describe_wan_21(shapes)
+    if what:
+        raise UserError(
+            f"{config_path.parent}: the weights are those of {what}; this project trains Wan 2.2 only"
+        )
+
+
+def _check_unseen_sizes(arch: WanArch, config_path: Path) -> None:
+    """What no tensor's shape tells has to be as published, where all that shapes tell is."""
+    published = PUBLISHED[arch.variant.name]
+    if replace(arch, **{key: getattr(published, key) for key in _NOT_IN_SHAPES}) != published:
+        return
+    for key in _NOT_IN_SHAPES:
+        value, needed = getattr(arch, key), getattr(published, key)
+        if value != needed:
+            raise UserError(
+                f"{config_path}: {key} = {value:g}, but {published.variant.name}, whose weights these are by their sizes, "
+                f"has {needed:g}; download the file again"
+            )
+
+
+def describe_wan_21(shapes: dict[str, Shape]) -> str:
+    """Which model of Wan 2.1 these weights are, where its shapes tell; empty for all else.
+
+    The text-to-video model of 14 B has the very shapes of an expert of T2V-A14B, so it cannot be known here.
+    """
+    image_key = next((key for key in shapes if ".k_img." in key or key.startswith("img_emb.")), None)
+    if image_key is not None:
+        return f"a Wan 2.1 image-to-video model ({image_key} belongs to its image branch)"
+    if shapes.get("blocks.0.ffn.0.weight") == _WAN_21_SMALL:
+        return "Wan 2.1 T2V-1.3B (width 1536)"
+    return ""
+
+
+def variant_of_shapes(shapes: dict[str, Shape]) -> VariantInfo | None:
+    """The variant that takes and gives as many channels as these weights; None where none does, or it cannot be told."""
+    patch, head = shapes.get("patch_embedding.weight", ()), shapes.get("head.head.weight", ())
+    if len(patch) != 5 or len(head) != 2:
+        return None
+    channels = (patch[1], head[0] // (PATCH_SIZE[0] * PATCH_SIZE[1] * PATCH_SIZE[2]))
+    return next((info for info in VARIANTS.values() if (info.in_dim, info.out_dim) == channels), None)
 
 
 def describe_mismatch(shapes: dict[str, Shape], expected: dict[str, Shape]) -> str:

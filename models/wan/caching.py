@@ -14,12 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from models.wan.arch import VariantInfo
 from models.wan.checkpoint import CheckpointPaths
+from models.wan.layouts import weight_files
 from models.wan.media import media_rules
 from models.wan.text_encoder import MAX_TEXT_TOKENS, TextEncoder, WanTokenizer
+from models.wan.tokenizer_place import read_spiece
 from models.wan.vae import WanVae, load_vae
 from utils.config.schema import ModelConfig, TrainConfig
 from utils.data.cache import CacheStore
@@ -74,9 +77,17 @@ def hash_weights(paths: CheckpointPaths, memo: HashMemo) -> WeightHashes:
     Never by size alone, whatever `memo` trusts: two encoders of one architecture have the same size.
     """
     hashed = partial(memo.content_hash, compare_time=True)
-    files = [paths.tokenizer_dir / name for name in _TOKENIZER_FILES]
-    tokenizer = "-".join(hashed(path) for path in files if path.exists())
-    return WeightHashes(hashed(paths.vae), hashed(paths.text_encoder), tokenizer)
+
+    def hash_part(place: Path) -> str:
+        hashes = [hashed(file) for file in weight_files(place)]
+        return hashes[0] if len(hashes) == 1 else xxhash.xxh3_128_hexdigest("-".join(hashes).encode())
+
+    if paths.tokenizer_dir.is_dir():
+        files = [paths.tokenizer_dir / name for name in _TOKENIZER_FILES]
+        tokenizer = "-".join(hashed(path) for path in files if path.exists())
+    else:
+        tokenizer = xxhash.xxh3_128_hexdigest(read_spiece(paths.tokenizer_dir))
+    return WeightHashes(hash_part(paths.vae), hash_part(paths.text_encoder), tokenizer)
 
 
 def build_filling(config: TrainConfig, num_processes_here: int, *, skip_bad: bool) -> LatentFilling:
@@ -122,6 +133,10 @@ class WanCache:
             for caption in sorted({EMPTY_CAPTION, *all_captions(self._samples)})
         }
         self._text_keys = {caption: make_key(TEXT, parts) for caption, parts in self._text_parts.items()}
+
+    def of(self, manifest: Manifest) -> "WanCache":
+        """The same store and settings for other samples."""
+        return WanCache(manifest, self._store, self._hashes, self._config, self._variant)
 
     def keys(self) -> set[str]:
         """Keys of all items that training reads; of captions only where their states are cached."""

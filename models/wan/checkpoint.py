@@ -1,16 +1,20 @@
-"""Finding a Wan 2.2 checkpoint's parts in the official layout, opening them, and checking them by header alone.
+"""Opening the parts of a Wan 2.2 checkpoint under official names, whatever their layout, and checking them by header alone.
 
-The official layout is that of the published repositories: `config.json` and sharded `.safetensors` (A14B: in
-`high_noise_model/` and `low_noise_model/`), UMT5 and VAE as `.pth`, and the tokenizer's directory.
+Where the parts are is said by `layouts`, under which names they are stored by `namings`.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from models.wan.arch import VARIANTS, VariantInfo, WanArch, load_arch
+from models.wan.arch import (
+    VARIANTS,
+    VariantInfo,
+    WanArch,
+    describe_wan_21,
+    load_arch,
+    variant_of_shapes,
+)
 from models.wan.component_shapes import (
     Umt5Sizes,
     expected_umt5_shapes,
@@ -18,13 +22,16 @@ from models.wan.component_shapes import (
     vae_kind,
     vae_sizes,
 )
-from models.wan.names import umt5_to_official
+from models.wan.downloads import EXPERT_DIRS, TEXT_ENCODER_FILE, TOKENIZER_DIR, VAE_FILES
+from models.wan.layouts import CheckpointPaths, check_expert, is_undecided, locate, read_config_variant
+from models.wan.namings import Kind, Naming, find_part, shown_names
+from models.wan.tokenizer_place import TOKENIZER_FILES, has_tokenizer
+from utils.config.experts import first_side
 from utils.config.schema import ModelConfig, Problem
 from utils.errors import UserError
+from utils.scaled_source import has_mark, is_quantised, plain_weights
 from utils.tensor_source import (
-    SCALED_FP8_MARK,
     RenamedSource,
-    ScaledSource,
     Shape,
     TensorSource,
     open_pth,
@@ -34,6 +41,11 @@ from utils.tensor_source import (
 )
 
 __all__ = [
+    "EXPERT_DIRS",
+    "TEXT_ENCODER_FILE",
+    "TOKENIZER_DIR",
+    "TOKENIZER_FILES",
+    "VAE_FILES",
     "CheckpointPaths",
     "TensorSource",
     "Umt5Sizes",
@@ -52,29 +64,10 @@ __all__ = [
     "read_variant",
     "text_encoder_sizes",
     "vae_kind",
+    "without_mistaken",
 ]
 
-TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
-VAE_FILES = {"2.1": "Wan2.1_VAE.pth", "2.2": "Wan2.2_VAE.pth"}
-TOKENIZER_DIR = "google/umt5-xxl"
-EXPERT_DIRS = {"high_noise": "high_noise_model", "low_noise": "low_noise_model"}
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
-_BY_MODEL_TYPE = {info.model_type: info for info in VARIANTS.values()}
-# In files for ComfyUI the tokenizer travels with the encoder, as bytes.
-_NOT_WEIGHTS = ("spiece_model",)
-
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class CheckpointPaths:
-    """Where the parts of one checkpoint are. `transformer_dir` may also be a single `.safetensors` file."""
-
-    transformer_dir: Path
-    config_json: Path
-    text_encoder: Path
-    vae: Path
-    tokenizer_dir: Path
 
 
 def find_checkpoint(model: ModelConfig) -> CheckpointPaths:
@@ -92,12 +85,14 @@ def find_checkpoint(model: ModelConfig) -> CheckpointPaths:
 def open_text_encoder(path: Path) -> TensorSource:
     """Open a UMT5 encoder, under official or Hugging Face names, and show it under official names.
 
+    Args:
+        path: a `.pth` or `.safetensors` file, or a directory of shards.
+
     Raises:
         UserError: the file is missing or damaged, is no UMT5 encoder, is quantised, or holds only a part of one.
     """
     source = open_text_encoder_part(path)
-    if Path(path).suffix == ".safetensors":
-        _check_whole(Path(path), set(source.shapes))
+    _check_whole(Path(path), set(source.shapes))
     return source
 
 
@@ -108,39 +103,70 @@ def open_text_encoder_part(path: Path) -> TensorSource:
         UserError: the file is missing or damaged, holds tensors of another model, or is quantised.
     """
     path = Path(path)
-    source = open_weights(path)
-    if SCALED_FP8_MARK in source.shapes:
+    source = _open_files(path)
+    quantised = any(is_quantised(name, dtype) for name, dtype in source.dtypes.items())
+    if quantised or has_mark(source.shapes):
         raise UserError(
             f"{path}: is quantised to fp8, which cannot be trained or encoded with here; give the bf16 or fp16 file"
         )
-    stored = [name for name in source.shapes if name not in _NOT_WEIGHTS]
-    is_hf = any(name == "shared.weight" or name.startswith("encoder.") for name in stored)
-    try:
-        names = {umt5_to_official(name) if is_hf else name: name for name in stored}
-    except UserError as error:
+    naming = find_part(path, source.shapes, "text_encoder")
+    if naming.unknown:
+        first = naming.unknown[0].removeprefix(naming.prefix)
+        what = (
+            "holds a decoder" if first.startswith(("decoder.", "lm_head.")) else "holds other tensors besides"
+        )
         raise UserError(
-            f"{path}: {error}; give UMT5's encoder alone (official or Hugging Face names)"
-        ) from None
-    return RenamedSource(source, names)
+            f"{path}: {what} ({naming.unknown[0]}); give UMT5's encoder alone (official or Hugging Face names)"
+        )
+    return _renamed(source, naming)
 
 
 def open_transformer(path: Path) -> TensorSource:
-    """Open a DiT: a directory of shards or one `.safetensors` file, also one of ComfyUI's `fp8_scaled` files.
+    """Open a DiT and show it under official names, as plain numbers.
+
+    Args:
+        path: a directory of shards or one `.safetensors` file, official or diffusers' names, with or without the prefix of
+            ComfyUI's files, also `fp8_scaled`.
 
     Raises:
-        UserError: as `open_sharded`, or scales and weights of a scaled file do not fit each other.
+        UserError: as `open_sharded`, `plain_weights` and `find_part`.
     """
-    source = open_sharded(path)
-    return ScaledSource(source) if SCALED_FP8_MARK in source.shapes else source
+    source = plain_weights(open_sharded(path))
+    return _renamed(source, find_part(path, source.shapes, "transformer"))
 
 
 def open_vae(path: Path) -> TensorSource:
-    """Open a VAE with official names (`Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`, or the same as `.safetensors`).
+    """Open a VAE and show it under official names.
+
+    Args:
+        path: `Wan2.1_VAE.pth`, `Wan2.2_VAE.pth`, the same as `.safetensors`, or diffusers' directory or file.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file is missing or damaged, or is no VAE of Wan.
     """
-    return open_weights(path)
+    source = plain_weights(_open_files(Path(path)))
+    return _renamed(source, find_part(path, source.shapes, "vae"))
+
+
+def open_as_stored(path: Path, kind: Kind) -> tuple[TensorSource, Naming]:
+    """A part's files as they are, and under which names they hold it: for whoever reads every byte.
+
+    Raises:
+        UserError: the files are damaged, or hold no such part.
+    """
+    source = _open_files(Path(path))
+    return source, find_part(Path(path), source.shapes, kind)
+
+
+def _open_files(path: Path) -> TensorSource:
+    return open_sharded(path) if path.is_dir() else open_weights(path)
+
+
+def _renamed(source: TensorSource, naming: Naming) -> TensorSource:
+    shown = shown_names(naming, strict=True)
+    if all(name == stored for name, stored in shown.items()) and len(shown) == len(source.shapes):
+        return source
+    return RenamedSource(source, shown)
 
 
 def read_variant(model: ModelConfig) -> VariantInfo:
@@ -150,10 +176,12 @@ def read_variant(model: ModelConfig) -> VariantInfo:
         UserError: neither tells, the two differ, or `expert` is missing or out of place.
     """
     paths, problems = locate(model)
-    about_expert = [problem for problem in problems if problem.key == "model.expert"]
+    about_expert = [p for p in without_mistaken(problems, paths) if p.key == "model.expert"]
     if about_expert:
         raise UserError("\n".join(map(str, about_expert)))
-    found = _read_variant(paths.config_json)
+    found = read_config_variant(paths.config_json)
+    if found is None and not paths.config_json.exists():
+        found = _variant_of_headers(paths)
     if found is None and model.variant is None:
         raise UserError(
             f"{paths.config_json}: missing, or not the config.json of a Wan 2.2 DiT, so the variant is not known; mend "
@@ -167,9 +195,12 @@ def read_variant(model: ModelConfig) -> VariantInfo:
     return found or VARIANTS[str(model.variant)]
 
 
-def has_tokenizer(directory: Path) -> bool:
-    """Whether the files of a tokenizer are there."""
-    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+def _variant_of_headers(paths: CheckpointPaths) -> VariantInfo | None:
+    """The variant of weights without a `config.json`, where they are those of a published model."""
+    try:
+        return load_arch(paths.config_json, open_transformer(paths.transformer_dir).shapes).variant
+    except UserError:
+        return None
 
 
 def check_checkpoint(model: ModelConfig) -> list[Problem]:
@@ -178,10 +209,16 @@ def check_checkpoint(model: ModelConfig) -> list[Problem]:
     Covers existence, truncation, indices against shards, `config.json` against headers, `variant` and the VAE's kind
     against the DiT, and UMT5's width against the DiT's text input.
     """
+    model = first_side(model)
     paths, problems = locate(model)
     arch = None
-    if paths.transformer_dir.exists() and not _is_undecided(model, paths):
+    if paths.transformer_dir.exists() and not is_undecided(model, paths):
         arch = _collect(problems, _key(model, "transformer_path"), lambda: _read_arch(paths))
+    problems = without_mistaken(problems, paths)
+    if arch is not None and read_config_variant(paths.config_json) is None:  # locate could not tell
+        known = [problem for problem in problems if problem.key != "model.expert"]
+        check_expert(model, paths.transformer_dir, paths.transformer_dir, arch.variant, known)
+        problems = known
     if arch is not None and model.variant is not None and model.variant != arch.variant.name:
         problems.append(
             Problem(
@@ -197,83 +234,25 @@ def check_checkpoint(model: ModelConfig) -> list[Problem]:
     return problems
 
 
-def locate(model: ModelConfig) -> tuple[CheckpointPaths, list[Problem]]:
-    """Where each part is or should be, and what is missing."""
-    root, problems = Path(model.ckpt_path), list[Problem]()
-    base = Path(model.transformer_path) if model.transformer_path else root
-    transformer = _expert_dir(base, model.expert)
-    config_json = (transformer if transformer.is_dir() else transformer.parent) / "config.json"
-    if model.transformer_path and not config_json.exists():
-        config_json = _expert_dir(root, model.expert) / "config.json"
-    info = _read_variant(config_json)
-    paths = CheckpointPaths(
-        transformer_dir=transformer,
-        config_json=config_json,
-        text_encoder=Path(model.llm_path) if model.llm_path else root / TEXT_ENCODER_FILE,
-        vae=Path(model.vae_path) if model.vae_path else root / _default_vae_file(root, info),
-        tokenizer_dir=Path(model.tokenizer_path) if model.tokenizer_path else root / TOKENIZER_DIR,
-    )
-    if not root.is_dir():
-        problems.append(
-            Problem("model.ckpt_path", f"{root} is not a directory", "give the checkpoint's directory")
-        )
-    _check_expert(model, base, info, problems)
-    _check_present(model, paths, problems)
-    return paths, problems
+def without_mistaken(problems: list[Problem], paths: CheckpointPaths) -> list[Problem]:
+    """The same without what was concluded about `expert` from a `config.json` that is not that of the weights."""
+    if any(problem.key == "model.expert" for problem in problems) and _is_mistaken(paths):
+        return [problem for problem in problems if problem.key != "model.expert"]
+    return problems
 
 
-def _expert_dir(base: Path, expert: str | None) -> Path:
-    """The expert's directory in an A14B checkpoint; `base` itself where there are no experts, or none is chosen."""
-    if expert is None or not _has_expert_dirs(base):
-        return base
-    return base / EXPERT_DIRS[expert]
-
-
-def _has_expert_dirs(base: Path) -> bool:
-    return any((base / name).is_dir() for name in EXPERT_DIRS.values())
-
-
-def _check_expert(model: ModelConfig, base: Path, info: VariantInfo | None, problems: list[Problem]) -> None:
-    has_experts = info.has_experts if info else _has_expert_dirs(base)
-    if has_experts and model.expert is None:
-        reason = f"is missing, but {base} is an A14B model, which has two experts"
-        problems.append(Problem("model.expert", reason, 'write expert = "high_noise" or "low_noise"'))
-    if info and not info.has_experts and model.expert is not None:
-        problems.append(
-            Problem("model.expert", f"is {model.expert!r}, but {info.name} has no experts", "leave it out")
-        )
-    other = next((name for key, name in EXPERT_DIRS.items() if key != model.expert), "")
-    if model.expert is not None and base.name == other:
-        reason = f"is {model.expert!r}, but the weights are in {base}"
-        problems.append(Problem("model.expert", reason, "choose the expert whose weights these are"))
-
-
-def _check_present(model: ModelConfig, paths: CheckpointPaths, problems: list[Problem]) -> None:
-    if not Path(model.ckpt_path).is_dir() and not model.transformer_path:
-        return  # said already; that its parts are missing too helps nobody
-    expected = {
-        "transformer_path": () if _is_undecided(model, paths) else (paths.transformer_dir, paths.config_json),
-        "llm_path": (paths.text_encoder,),
-        "vae_path": (paths.vae,),
-        "tokenizer_path": (paths.tokenizer_dir,),
-    }
-    for option, needed in expected.items():
-        fix = (
-            f"download it, or give its place as {option}"
-            if _key(model, option) == "model.ckpt_path"
-            else "check the path"
-        )
-        for path in needed:
-            if not path.exists():
-                problems.append(Problem(_key(model, option), f"{path} is missing", fix))
-    tokenizer = paths.tokenizer_dir
-    if tokenizer.exists() and not has_tokenizer(tokenizer):
-        reason = f"{tokenizer} holds neither {' nor '.join(TOKENIZER_FILES)}"
-        problems.append(
-            Problem(
-                _key(model, "tokenizer_path"), reason, "give the directory of google/umt5-xxl's tokenizer"
-            )
-        )
+def _is_mistaken(paths: CheckpointPaths) -> bool:
+    """Whether the weights are whole but not those of the variant that `config.json` names."""
+    try:
+        open_sharded(paths.transformer_dir)
+    except UserError:
+        return False
+    try:
+        shapes = open_transformer(paths.transformer_dir).shapes
+    except UserError:  # another model
+        return True
+    named, found = read_config_variant(paths.config_json), variant_of_shapes(shapes)
+    return bool(describe_wan_21(shapes)) or (named is not None and found is not None and found is not named)
 
 
 def _key(model: ModelConfig, option: str) -> str:
@@ -281,31 +260,12 @@ def _key(model: ModelConfig, option: str) -> str:
     return f"model.{option}" if getattr(model, option) else "model.ckpt_path"
 
 
-def _read_variant(config_json: Path) -> VariantInfo | None:
-    """The variant that `config.json` names, or None where it cannot be read: `load_arch` says why."""
-    try:
-        values = json.loads(config_json.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    model_type = values.get("model_type") if isinstance(values, dict) else None
-    return _BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
-
-
-def _default_vae_file(root: Path, info: VariantInfo | None) -> str:
-    if info is not None:
-        return VAE_FILES[info.vae_kind]
-    return next((name for name in VAE_FILES.values() if (root / name).exists()), VAE_FILES["2.2"])
-
-
-def _is_undecided(model: ModelConfig, paths: CheckpointPaths) -> bool:
-    """True where there are two experts and none is chosen, so that no transformer can be looked at."""
-    return model.expert is None and _has_expert_dirs(paths.transformer_dir)
-
-
 def _read_arch(paths: CheckpointPaths) -> WanArch | None:
-    """The DiT's sizes, checked against its headers; None where `config.json` is missing, which is said elsewhere."""
-    shapes = open_transformer(paths.transformer_dir).shapes
-    return load_arch(paths.config_json, shapes) if paths.config_json.exists() else None
+    """The DiT's sizes, checked against its headers; None where there are no weights, which is said elsewhere."""
+    place = paths.transformer_dir
+    if place.is_dir() and not any(place.glob("*.safetensors*")):
+        return None
+    return load_arch(paths.config_json, open_transformer(place).shapes)
 
 
 def _check_text_encoder(path: Path, key: str, arch: WanArch | None, problems: list[Problem]) -> None:

@@ -70,12 +70,12 @@ def dit_block_backward_flops(
     return flops
 
 
-def dit_input_flops(arch: WanArch, video_tokens: float) -> float:
-    """Patch embedding, text embedding over `text_len` rows, time embedding of one row."""
+def dit_input_flops(arch: WanArch, video_tokens: float, time_rows: float = 1.0) -> float:
+    """Patch embedding, text embedding over `text_len` rows, time embedding of each timestep."""
     volume = PATCH_SIZE[0] * PATCH_SIZE[1] * PATCH_SIZE[2]
     patches = 2 * video_tokens * arch.in_dim * volume * arch.dim
     text = 2 * arch.text_len * (arch.text_dim * arch.dim + arch.dim * arch.dim)
-    time = 2 * (arch.freq_dim * arch.dim + 7 * arch.dim * arch.dim)
+    time = 2 * time_rows * (arch.freq_dim * arch.dim + 7 * arch.dim * arch.dim)
     return patches + text + time
 
 

@@ -60,6 +60,16 @@ class CachedDataset:
     hashes: WeightHashes
     root: Path
 
+    def videos(self, variant: VariantInfo) -> "CachedDataset | None":
+        """Its samples with more than one latent frame; None where there is none."""
+        kept = tuple(
+            sample for sample in self.manifest.samples if variant.latent_frames(sample.bucket.num_frames) > 1
+        )
+        if not kept:
+            return None
+        manifest = replace(self.manifest, samples=kept)
+        return replace(self, manifest=manifest, cache=self.cache.of(manifest))
+
 
 def cache_dataset(
     dataset: DatasetConfig,
@@ -121,7 +131,7 @@ def cache_dataset(
             say,
             _WHERE_ALL_ARE,
         )
-        cache = WanCache(manifest, store, hashes, config.model, variant)
+        cache = cache.of(manifest)
     on_main(lambda: filler.made_of.remember(cache.wants(LATENTS) + cache.wants(TEXT)))
     return CachedDataset(manifest, cache, hashes, root)
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from models.wan.arch import VariantInfo
-from models.wan.batches import build_sigma_law
 from models.wan.caching import all_captions
 from models.wan.checkpoint import has_tokenizer, locate, read_variant
 from models.wan.datasets import data_fingerprint
 from models.wan.media import MEMO_FILE, media_rules, without_images
+from models.wan.noise import build_sigma_law
 from models.wan.text_encoder import WanTokenizer
 from utils.config.schema import DatasetConfig, TrainConfig
 from utils.data.buckets import MediaRules, build_buckets
@@ -17,7 +16,9 @@ from utils.data.inspect import RunLength, printable, run_length
 from utils.data.manifest import BAD_FILE_CODES, Manifest, build_manifest, default_cache_dir
 from utils.data.memo import HashMemo
 from utils.data.sampler import BatchPlan
-from utils.flow_matching import NUM_SIGMA_BINS, SigmaLaw
+from utils.sigma_law import SigmaBin, SigmaLaw, sigma_histogram
+
+__all__ = ["Inspection", "SigmaBin", "count_tokens", "inspect_dataset", "sigma_histogram"]
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,6 @@ class Inspection:
     length: RunLength | None
     law: SigmaLaw
     fingerprint: str | None
-
-
-@dataclass(frozen=True)
-class SigmaBin:
-    """Share of draws with a noise level from `low` to `high`: as configured, and without any restriction."""
-
-    low: float
-    high: float
-    share: float
-    unrestricted_share: float
 
 
 def inspect_dataset(config: TrainConfig, dataset: DatasetConfig) -> Inspection:
@@ -94,16 +85,6 @@ def inspect_dataset(config: TrainConfig, dataset: DatasetConfig) -> Inspection:
         law=law,
         fingerprint=fingerprint,
     )
-
-
-def sigma_histogram(law: SigmaLaw) -> list[SigmaBin]:
-    """Shares of the noise level per tenth."""
-    free = replace(law, min_t=0.0, max_t=1.0)
-    edges = [index / NUM_SIGMA_BINS for index in range(NUM_SIGMA_BINS + 1)]
-    return [
-        SigmaBin(low, high, law.share_between(low, high), free.share_between(low, high))
-        for low, high in pairwise(edges)
-    ]
 
 
 def _without_stops(dataset: DatasetConfig) -> DatasetConfig:

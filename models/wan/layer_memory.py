@@ -23,10 +23,18 @@ _FLOAT32_INPUT = ("patch_embedding.", "time_embedding.", "time_projection.")
 
 @dataclass(frozen=True)
 class Workload:
-    """The mean sample, by which layers are weighed: video and text tokens."""
+    """The mean sample, by which layers are weighed: video and text tokens, and timesteps that the DiT is told of it."""
 
     video_tokens: float
     text_tokens: float
+    time_rows: float = 1.0
+
+
+def batch_of(workload: Workload, samples: int) -> Batch:
+    """A micro-batch of so many mean samples."""
+    return Batch(
+        workload.video_tokens * samples, workload.text_tokens * samples, samples, workload.time_rows * samples
+    )
 
 
 def recomputed_share(mode: ActivationCheckpointing) -> float:
@@ -74,7 +82,7 @@ class DitMemory:
         compute = bytes_of(config.model.dtype)
         self._precision = DitPrecision(compute, bytes_of(config.model.residual_dtype))
         samples = config.micro_batch_size_per_gpu
-        self._batch = Batch(workload.video_tokens * samples, workload.text_tokens * samples, samples)
+        self._batch = batch_of(workload, samples)
         self._text_trains = config.model.train_text_encoder
 
     @cached_property
@@ -174,7 +182,7 @@ class TextMemory:
         self._config, self._shapes, self._sizes = config, shapes, sizes
         self._compute = bytes_of(config.model.dtype)
         samples = config.micro_batch_size_per_gpu
-        self._batch = Batch(workload.video_tokens * samples, workload.text_tokens * samples, samples)
+        self._batch = batch_of(workload, samples)
 
     def table(self) -> LayerMemory:
         """The token table; where it trains it keeps the ids."""

@@ -1,11 +1,13 @@
 """Wan's pipeline layers as facts, from shapes alone: which there are in a mode, their work, their memory. No torch."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from models.wan import costs, layer_memory
 from models.wan.arch import WanArch
 from models.wan.component_shapes import text_encoder_sizes
 from models.wan.layer_memory import Workload
+from utils.config.experts import alternates
 from utils.config.schema import TrainConfig
 from utils.lora_targets import split_block_path
 from utils.memory import LayerMemory, evenly_spread
@@ -82,7 +84,8 @@ def plan_dit_layers(
     swapped, tokens = swapped_blocks(config, arch), workload.video_tokens
     block_flops = costs.dit_block_flops(arch, tokens)
     memory = layer_memory.DitMemory(config, shapes, arch, adapted, workload)
-    layers = [PlannedLayer("", costs.dit_input_flops(arch, tokens), memory=memory.input())]
+    input_flops = costs.dit_input_flops(arch, tokens, workload.time_rows)
+    layers = [PlannedLayer("", input_flops, memory=memory.input())]
     for index in range(arch.num_layers):
         paths: Collection[str] = [path for number, path in adapted if number == index]
         layers.append(
@@ -101,4 +104,19 @@ def plan_dit_layers(
                 ),
             )
         )
-    return [*layers, PlannedLayer("head", costs.dit_head_flops(arch, tokens), memory=memory.head())]
+    layers.append(PlannedLayer("head", costs.dit_head_flops(arch, tokens), memory=memory.head()))
+    return [_with_both_experts(layer) for layer in layers] if alternates(config) else layers
+
+
+def _with_both_experts(layer: PlannedLayer) -> PlannedLayer:
+    """A sample goes through one of the two, but the weights of both are there, and each has its room for swapped blocks."""
+    memory = layer.memory
+    return replace(
+        layer,
+        memory=replace(
+            memory,
+            weights=2 * memory.weights,
+            slot=2 * memory.slot,
+            host_weights=2 * memory.host_weights,
+        ),
+    )

@@ -18,6 +18,7 @@ from models.wan.layer_plan import (
     swapped_blocks,
 )
 from models.wan.names import umt5_to_official
+from models.wan.paired_layers import PairedBlockLayer, PairedHeadLayer, PairedInputLayer, pair_of
 from models.wan.stages import (
     DitBlockLayer,
     DitHeadLayer,
@@ -58,6 +59,7 @@ def dit_layers(
     targets: Sequence[str],
     initial: Mapping[str, Tensor],
     workload: Workload,
+    second: TensorSource | None = None,
 ) -> list[LayerSpec]:
     """The DiT's layers: input, blocks, head; frozen, with adapters on `targets` (none in encoder_ft).
 
@@ -68,11 +70,30 @@ def dit_layers(
         targets: adapted modules, e.g. `blocks.3.cross_attn.k`.
         initial: adapter values to start from instead of zero, by parameter name; may be empty.
         workload: the mean sample.
+        second: weights of the low-noise expert where `source` has those of the high-noise one and both take part.
     """
     builder = _DitBuilder(config, source, arch, targets, initial)
     facts = plan_dit_layers(config, source.shapes, arch, targets, workload)
+    if second is not None:
+        return _buildable(facts, _paired(builder, _DitBuilder(config, second, arch, targets, initial)))
     blocks = [partial(builder.block, index) for index in range(arch.num_layers)]
     return _buildable(facts, [builder.input, *blocks, builder.head])
+
+
+def _paired(high: "_DitBuilder", low: "_DitBuilder") -> list[Build]:
+    """Every layer with the modules of both experts."""
+    boundary = high.arch.variant.boundary
+    assert boundary is not None, "only a variant with experts has two"
+
+    def block(index: int, device: torch.device) -> PipelineLayer:
+        pair = pair_of(high.block(index, device), low.block(index, device))
+        return PairedBlockLayer(pair, high.recompute)
+
+    return [
+        lambda device: PairedInputLayer(pair_of(high.input(device), low.input(device)), boundary),
+        *(partial(block, index) for index in range(high.arch.num_layers)),
+        lambda device: PairedHeadLayer(pair_of(high.head(device), low.head(device))),
+    ]
 
 
 def _buildable(facts: Sequence[PlannedLayer], builds: Sequence[Build]) -> list[LayerSpec]:
@@ -142,7 +163,8 @@ class _DitBuilder:
     ) -> None:
         self._config = config
         self._source = source
-        self._arch = arch
+        self.arch = arch
+        self.recompute = config.activation_checkpointing
         self.targets = [split_block_path(target) for target in targets]
         self.swapped = swapped_blocks(config, arch)
         self._swap: BlockSwap | None = None
@@ -154,14 +176,14 @@ class _DitBuilder:
     def input(self, device: torch.device) -> PipelineLayer:
         """Patch, time and text embedding."""
         with torch.device("meta"):
-            module = WanEmbedding(self._arch, self._compute_dtype, self._residual_dtype)
+            module = WanEmbedding(self.arch, self._compute_dtype, self._residual_dtype)
         self._load(module, "", device)
         return DitInputLayer(module)
 
     def block(self, index: int, device: torch.device) -> PipelineLayer:
         """One block, with its adapters."""
         with torch.device("meta"):
-            block = WanBlock(self._arch, self._compute_dtype)
+            block = WanBlock(self.arch, self._compute_dtype)
         self._load(block, f"blocks.{index}.", device)
         adapter = self._config.adapter
         paths = [path for number, path in self.targets if number == index]
@@ -173,12 +195,12 @@ class _DitBuilder:
             self._start_from_initial(block, index, paths)
             dropout = adapter.dropout
         self._store_frozen(block, index, device)
-        return DitBlockLayer(block, f"blocks.{index}", self._config.activation_checkpointing, dropout)
+        return DitBlockLayer(block, f"blocks.{index}", self.recompute, dropout)
 
     def head(self, device: torch.device) -> PipelineLayer:
         """Norm, modulation and projection to velocity."""
         with torch.device("meta"):
-            head = WanHead(self._arch)
+            head = WanHead(self.arch)
         self._load(head, "head.", device)
         return DitHeadLayer(head)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from models.wan.checkpoint import open_transformer
 from models.wan.probes.subject import Subject, base_remarks, read_fitting_adapter
 from utils.errors import UserError
 from utils.files import atomic_directory, atomic_path, combined_fingerprint
@@ -15,7 +14,8 @@ from utils.lora_names import AdapterFile
 from utils.report import refuse_training_run
 from utils.safetensors_header import tensor_bytes
 from utils.safetensors_stream import SafetensorsStream
-from utils.tensor_source import SCALED_FP8_MARK, TensorSource, open_safetensors, open_sharded
+from utils.scaled_source import plain_weights
+from utils.tensor_source import TensorSource, open_safetensors, open_sharded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,7 @@ def merge_lora(
         raise UserError(
             f"{target}: the base is a directory of files, so --out names a directory too; mend --out"
         )
-    source = open_transformer(base)
+    source = plain_weights(open_sharded(base))
     subject = Subject(adapter, base, None, None, None, ())
     fitting, base_keys = read_fitting_adapter(subject, source)
     for remark in base_remarks(adapter, source):
@@ -152,4 +152,4 @@ def _stored_dtype(name: str, source: TensorSource, stored: TensorSource, dtype: 
         return before  # whole numbers stay what they are
     if dtype != "keep":
         return _STORED[dtype]
-    return "BF16" if SCALED_FP8_MARK in stored.shapes and before.startswith("F8") else source.dtypes[name]
+    return "BF16" if before.startswith("F8") else source.dtypes[name]

@@ -27,6 +27,11 @@ def video_tokens(variant: VariantInfo, bucket: Bucket) -> int:
     return frames * (bucket.width // multiple) * (bucket.height // multiple)
 
 
+def time_rows(variant: VariantInfo, bucket: Bucket, first_frame_prob: float) -> int:
+    """Timesteps that the DiT is told of one clip: one, or one per latent frame where its first frame may be clean."""
+    return variant.latent_frames(bucket.num_frames) if first_frame_prob > 0 else 1
+
+
 def without_images(manifest: Manifest, *, allow_empty: bool = False) -> Manifest:
     """Leave images out: to an image-to-video model an image shows its first frame, which is all of the answer.
 

@@ -10,11 +10,19 @@ from torch import Tensor, nn
 from models.wan.arch import load_arch
 from models.wan.batches import WanBatches
 from models.wan.caching import WanCache
-from models.wan.checkpoint import CheckpointPaths, TensorSource, open_text_encoder, open_transformer
+from models.wan.checkpoint import (
+    CheckpointPaths,
+    TensorSource,
+    find_checkpoint,
+    open_text_encoder,
+    open_transformer,
+)
 from models.wan.evaluation import WanEvalBatches
-from models.wan.export import save_text_encoder
+from models.wan.export import EncoderFormat, save_text_encoder
 from models.wan.layers import dit_layers, text_layers
 from models.wan.neutral_drift import NeutralDrift
+from models.wan.noise import describe_noise
+from utils.config.experts import alternates, side_config, side_model, sides_of
 from utils.config.schema import TrainConfig
 from utils.data.manifest import SampleRecord
 from utils.data.sampler import MicroBatch
@@ -27,6 +35,7 @@ from utils.lora import (
     save_adapter,
     scale_of,
 )
+from utils.lora_check import check_saved_adapter
 from utils.lora_targets import describe_targets, linear_modules, resolve_targets
 
 
@@ -43,6 +52,12 @@ class WanModel:
         self._paths = paths
         self.base: TensorSource = open_transformer(paths.transformer_dir)
         self.arch = load_arch(paths.config_json, self.base.shapes)
+        # The low-noise expert, where one encoder is trained through both.
+        self.second: TensorSource | None = None
+        if alternates(config):
+            other = find_checkpoint(side_config(config, "low_noise").model)
+            self.second = open_transformer(other.transformer_dir)
+            load_arch(other.config_json, self.second.shapes)
         self.targets: list[str] = []
         self._initial: dict[str, Tensor] = {}
         self._base_norms: dict[str, float] = {}
@@ -52,6 +67,12 @@ class WanModel:
             self.targets = resolve_targets(linear_modules(self.base.shapes), adapter, config.budget)
             if adapter.init_from_existing is not None:
                 self._initial = load_initial_adapter(Path(adapter.init_from_existing), self.targets, adapter)
+
+    @property
+    def base_files(self) -> list[Path]:
+        """All files of DiTs that take part."""
+        sources = [self.base] if self.second is None else [self.base, self.second]
+        return [Path(file) for source in sources for file in source.files]
 
     def attach_data(self, samples: Sequence[SampleRecord], cache: WanCache) -> None:
         """Give the model its data. Comes before everything below."""
@@ -65,24 +86,41 @@ class WanModel:
         return self._batches
 
     def eval_batches(
-        self, samples: Sequence[SampleRecord], cache: WanCache, quantiles: Sequence[float]
+        self,
+        samples: Sequence[SampleRecord],
+        cache: WanCache,
+        quantiles: Sequence[float],
+        *,
+        first_frame: bool,
     ) -> WanEvalBatches:
-        """The maker of micro-batches of a dataset that is evaluated."""
+        """The maker of micro-batches of a dataset that is evaluated, with `first_frame` image-conditioned."""
         return WanEvalBatches(
-            self._config, self.arch.variant, samples, cache, self._paths.tokenizer_dir, quantiles
+            self._config,
+            self.arch.variant,
+            samples,
+            cache,
+            self._paths.tokenizer_dir,
+            quantiles,
+            first_frame=first_frame,
         )
 
     def describe(self) -> list[str]:
         """What is trained, for people."""
         variant, law = self.arch.variant, self.batches.sigma_law
-        expert = f", {self._config.model.expert} expert" if self._config.model.expert else ""
+        chosen = self._config.model.expert
+        expert = "" if chosen is None else ", both experts" if chosen == "both" else f", {chosen} expert"
         lines = [
             f"{variant.name}{expert}: {self.arch.num_layers} blocks of width {self.arch.dim}; noise levels "
             f"{law.min_t:g}-{law.max_t:g}, {law.method} with shift {law.shift:g}"
         ]
         if self.targets:
             lines.append(f"{len(self.targets)} adapter targets: {'; '.join(describe_targets(self.targets))}")
-        return lines + self.batches.describe_captions()
+        if alternates(self._config):
+            lines.append("the experts take turns by optimizer step, each at its own noise levels")
+        sides = [side_model(self._config.model, side) for side in sides_of(self._config)]
+        for model in sides or [self._config.model]:
+            lines += describe_noise(model, variant)
+        return lines + self.batches.describe_first_frame() + self.batches.describe_captions()
 
     def layer_specs(self) -> list[LayerSpec]:
         """All layers of the mode, first to last."""
@@ -90,7 +128,9 @@ class WanModel:
         text = []
         if config.model.train_text_encoder:
             text = text_layers(config, open_text_encoder(self._paths.text_encoder), workload)
-        return text + dit_layers(config, self.base, self.arch, self.targets, self._initial, workload)
+        return text + dit_layers(
+            config, self.base, self.arch, self.targets, self._initial, workload, self.second
+        )
 
     def prepare(
         self, batch: MicroBatch, weight: float, *, need_inputs: bool, need_labels: bool
@@ -149,11 +189,28 @@ class WanModel:
     def export(
         self, trained: Mapping[str, Tensor], directory: Path, metadata: Mapping[str, str]
     ) -> list[Path]:
-        """Write the adapter (dit_lora) or the encoder (encoder_ft)."""
+        """Write the adapter (dit_lora) or the encoder (encoder_ft), and read it again.
+
+        Raises:
+            UserError: what was written is not sound.
+        """
         config = self._config
         if config.adapter is not None:
-            return save_adapter(trained, self.targets, config.adapter, directory, metadata)
+            files = save_adapter(trained, self.targets, config.adapter, directory, metadata)
+            ups = [trained[parameter_names(target)[1]] for target in self.targets]
+            check_saved_adapter(
+                files[0],
+                self.targets,
+                self.base.shapes,
+                config.adapter.rank,
+                metadata,
+                is_untrained=not any(bool(up.any()) for up in ups),
+            )
+            return files
         source = open_text_encoder(self._paths.text_encoder)
         dtype: torch.dtype = getattr(torch, config.model.dtype)
-        full = config.model.save_text_encoder_full
-        return save_text_encoder(trained, source, dtype, directory, metadata, full=full)
+        model = config.model
+        how = EncoderFormat(
+            model.save_text_encoder_format, model.save_text_encoder_full, self._paths.tokenizer_dir
+        )
+        return save_text_encoder(trained, source, dtype, directory, metadata, how)

@@ -9,13 +9,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from models.wan.arch import WanArch
+from models.wan.arch import VariantInfo, WanArch
 from models.wan.component_shapes import text_encoder_sizes
 from models.wan.costs import num_adapter_weights
 from models.wan.layer_plan import first_trained_block
+from models.wan.noise import noise_document, noise_warnings
 from models.wan.plan_data import BucketUse, DataPlan, plan_data
 from models.wan.plan_model import PlannedModel, data_missing, plan_model
 from models.wan.planner import Planner, smallest_that_fits
+from utils.config.experts import side_model, sides_of
 from utils.config.guardrails import mode_of
 from utils.config.schema import LoadedConfig, TrainConfig
 from utils.data.manifest import default_cache_dir
@@ -27,27 +29,31 @@ from utils.plan_fit import GPU_SIZES_GB, Fit
 from utils.stage_plan import StagePlan, size_text
 
 FORMAT = 1
-_SECONDS_FOR_FILES = 1.0
+SECONDS_FOR_FILES = 1.0
 # Mask and encoded first frame.
 _CONDITION_CHANNELS = 20
 
 
-def make_plan_document(loaded: LoadedConfig, num_gpus: int | None, tflops: float) -> dict[str, Any]:
+def make_plan_document(
+    loaded: LoadedConfig, num_gpus: int | None, tflops: float, data: DataPlan | None = None
+) -> dict[str, Any]:
     """The plan as one JSON document.
 
     Args:
         loaded: the configuration; of its files only the DiT's have to be there.
         num_gpus: processes that will be started; None: as many as `pipeline_stages`.
         tflops: what a GPU is expected to reach, in 10^12 FLOPs per second.
+        data: what is known of the dataset, where it has been looked at before.
 
     Raises:
         UserError: the DiT's headers are missing, or they and the configuration do not fit each other.
     """
     config = loaded.train
-    gpus = _check_gpus(config, num_gpus)
+    gpus = check_gpus(config, num_gpus)
     model = plan_model(loaded)
     copies = gpus // config.pipeline_stages
-    data = plan_data(loaded.dataset, config, model.arch.variant, copies, _SECONDS_FOR_FILES)
+    if data is None:
+        data = plan_data(loaded.dataset, config, model.arch.variant, copies, SECONDS_FOR_FILES)
     planner = Planner(model, data, num_gpus)
     fits = tuple(planner.fit(config, size) for size in GPU_SIZES_GB)
     device_bytes = smallest_that_fits(fits)
@@ -79,11 +85,21 @@ def make_plan_document(loaded: LoadedConfig, num_gpus: int | None, tflops: float
         "compute": _compute_part(config, stages, data, copies, tflops),
         "disk": disk,
         "missing": [{"key": one.key, "reason": one.reason, "fix": one.fix} for one in missing],
-        "notes": [*model.notes, *_data_notes(data), *_disk_notes(disk)],
+        "notes": [
+            *model.notes,
+            *_noise_notes(config, model.arch.variant),
+            *_data_notes(data),
+            *_disk_notes(disk),
+        ],
     }
 
 
-def _check_gpus(config: TrainConfig, num_gpus: int | None) -> int:
+def check_gpus(config: TrainConfig, num_gpus: int | None) -> int:
+    """How many processes there will be.
+
+    Raises:
+        UserError: the stages do not divide them.
+    """
     stages = config.pipeline_stages
     if num_gpus is not None and num_gpus % stages:
         raise UserError(
@@ -98,18 +114,20 @@ def _samples_per_step(config: TrainConfig, copies: int) -> int:
 
 def _model_part(model: PlannedModel, config: TrainConfig) -> dict[str, Any]:
     arch, variant = model.arch, model.arch.variant
-    number = sum(prod(shape) for shape in model.source.shapes.values())
+    number = sum(prod(shape) for source in model.sources for shape in source.shapes.values())
+    files = [file for source in model.sources for file in source.files]
     low, high = variant.sigma_range(config.model.expert, config.model.min_t, config.model.max_t)
     return {
         "variant": variant.name,
         "expert": config.model.expert,
         "boundary": variant.boundary,
         "noise_levels": [low, high],
+        "noise": noise_document(config.model, variant),
         "layout": model.layout,
-        "files": [str(file) for file in model.source.files],
+        "files": [str(file) for file in files],
         "parameters": number,
         "parameters_text": billions(number),
-        "file_bytes": sum(Path(file).stat().st_size for file in model.source.files),
+        "file_bytes": sum(Path(file).stat().st_size for file in files),
         "dtypes": sorted(set(model.source.dtypes.values())),
         "num_blocks": arch.num_layers,
         "width": arch.dim,
@@ -290,6 +308,14 @@ def _latent_bytes(arch: WanArch, use: BucketUse) -> float:
     places = variant.latent_frames(bucket.num_frames) * (bucket.height // rows) * (bucket.width // columns)
     channels = variant.out_dim + (_CONDITION_CHANNELS if variant.model_type == "i2v" else 0)
     return float(places * channels * FLOAT32)
+
+
+def _noise_notes(config: TrainConfig, variant: VariantInfo) -> list[str]:
+    notes = []
+    for expert in sides_of(config) or (None,):
+        model = config.model if expert is None else side_model(config.model, expert)
+        notes += noise_warnings(noise_document(model, variant), expert)
+    return notes
 
 
 def _data_notes(data: DataPlan) -> list[str]:

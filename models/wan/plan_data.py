@@ -9,7 +9,7 @@ from statistics import fmean
 
 from models.wan.arch import VariantInfo
 from models.wan.layer_memory import Workload
-from models.wan.media import MEMO_FILE, media_rules, video_tokens, without_images
+from models.wan.media import MEMO_FILE, media_rules, time_rows, video_tokens, without_images
 from utils.config.schema import DatasetConfig, TrainConfig
 from utils.data.buckets import Bucket, MediaRules, build_buckets
 from utils.data.inspect import run_length
@@ -122,7 +122,7 @@ def plan_data(
     """
     if dataset is None:
         published = tuple(Bucket(*sizes) for sizes in _PUBLISHED_BUCKETS[variant.name])
-        return _without_samples("published", published, variant)
+        return _without_samples("published", published, config, variant)
     rules = media_rules(variant)
     buckets = {
         bucket for directory in dataset.directory for bucket in build_buckets(dataset, directory, rules)
@@ -137,7 +137,7 @@ def plan_data(
             manifest = without_images(manifest, allow_empty=True)
         if manifest.samples:
             return _from_samples(manifest, memo.late, config, variant, copies)
-    return _without_samples("buckets", tuple(buckets), variant)
+    return _without_samples("buckets", tuple(buckets), config, variant)
 
 
 def caption_tokens(caption: str) -> int:
@@ -167,6 +167,7 @@ def _from_samples(
     per_sample = [fmean(caption_tokens(text) for text in sample.captions) for sample in samples]
     tokens = {bucket: video_tokens(variant, bucket) for bucket in counts}
     captions = {text for sample in samples for text in sample.captions}
+    rows = fmean(time_rows(variant, sample.bucket, config.model.first_frame_prob) for sample in samples)
     per_step = config.gradient_accumulation_steps * copies
     batches = BatchPlan(samples, config.micro_batch_size_per_gpu, config.seed)
     length = run_length(replace(config, gradient_accumulation_steps=per_step), batches)
@@ -174,7 +175,7 @@ def _from_samples(
     found = DataPlan(
         source="dataset",
         buckets=_largest_first(BucketUse(bucket, tokens[bucket], counts[bucket]) for bucket in counts),
-        mean=Workload(fmean(tokens[sample.bucket] for sample in samples), fmean(per_sample)),
+        mean=Workload(fmean(tokens[sample.bucket] for sample in samples), fmean(per_sample), rows),
         largest_text=max(caption_tokens(text) for text in captions),
         samples=len(samples),
         files=len({sample.path for sample in samples}),
@@ -187,9 +188,12 @@ def _from_samples(
     return replace(found, micro_batches_per_epoch=length.micro_batches_per_epoch * factor, steps=steps)
 
 
-def _without_samples(source: str, buckets: Sequence[Bucket], variant: VariantInfo) -> DataPlan:
+def _without_samples(
+    source: str, buckets: Sequence[Bucket], config: TrainConfig, variant: VariantInfo
+) -> DataPlan:
     uses = _largest_first(BucketUse(bucket, video_tokens(variant, bucket), 0) for bucket in buckets)
-    return DataPlan(source, uses, Workload(uses[0].tokens, MAX_TEXT_TOKENS), MAX_TEXT_TOKENS)
+    rows = time_rows(variant, uses[0].bucket, config.model.first_frame_prob)
+    return DataPlan(source, uses, Workload(uses[0].tokens, MAX_TEXT_TOKENS, rows), MAX_TEXT_TOKENS)
 
 
 def _largest_first(uses: Iterable[BucketUse]) -> tuple[BucketUse, ...]:

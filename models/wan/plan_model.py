@@ -8,12 +8,15 @@ from models.wan.checkpoint import (
     CheckpointPaths,
     check_checkpoint,
     locate,
+    open_as_stored,
     open_text_encoder,
     open_transformer,
     read_variant,
+    without_mistaken,
 )
 from models.wan.component_shapes import Umt5Sizes, expected_umt5_shapes, text_encoder_sizes
-from models.wan.preflight import check_dit
+from models.wan.preflight import check_dit, check_pair
+from utils.config.experts import EXPERTS, alternates, side_config
 from utils.config.file_checks import (
     can_be_seen,
     check_adapter_paths,
@@ -24,7 +27,8 @@ from utils.config.file_checks import (
 from utils.config.load import ConfigError
 from utils.config.schema import LoadedConfig, Problem, TrainConfig
 from utils.lora_targets import linear_modules, resolve_targets
-from utils.tensor_source import SCALED_FP8_MARK, Shape, TensorSource, open_safetensors
+from utils.scaled_source import has_mark
+from utils.tensor_source import Shape, TensorSource
 
 UMT5_XXL = Umt5Sizes(
     vocab_size=256384, d_model=4096, num_heads=64, d_kv=64, d_ff=10240, num_layers=24, num_buckets=32
@@ -38,7 +42,8 @@ class PlannedModel:
 
     Attributes:
         arch: of the DiT.
-        source: the DiT's headers.
+        source: the DiT's headers; of two experts that take turns, the high-noise one's.
+        second: the other one's; else None.
         targets: adapted modules.
         text_shapes: of UMT5 in encoder_ft; None in dit_lora, or where the encoder is missing and cannot be guessed.
         layout: how the DiT's files are laid out, for people.
@@ -53,6 +58,12 @@ class PlannedModel:
     layout: str
     missing: tuple[Problem, ...]
     notes: tuple[str, ...]
+    second: TensorSource | None = None
+
+    @property
+    def sources(self) -> tuple[TensorSource, ...]:
+        """All DiTs that take part."""
+        return (self.source,) if self.second is None else (self.source, self.second)
 
 
 def plan_model(loaded: LoadedConfig) -> PlannedModel:
@@ -64,15 +75,20 @@ def plan_model(loaded: LoadedConfig) -> PlannedModel:
     """
     config = loaded.train
     paths, problems = locate(config.model)
-    faulty = [problem for problem in problems if _is_about_dit(problem, paths)]
+    faulty = [problem for problem in without_mistaken(problems, paths) if _is_about_dit(problem, paths)]
     if faulty:
         raise ConfigError(loaded.path, [replace(problem, file=loaded.path) for problem in faulty])
-    read_variant(config.model)
     source = open_transformer(paths.transformer_dir)
     arch = load_arch(paths.config_json, source.shapes)
+    read_variant(config.model)
     # An adapter to start from is read by the run; a plan needs none.
     adapter = None if config.adapter is None else replace(config.adapter, init_from_existing=None)
-    wrong = check_dit(replace(config, adapter=adapter), source, arch)
+    second = _open_second(config) if alternates(config) else None
+    wrong = [] if second is not None else check_dit(replace(config, adapter=adapter), source, arch)
+    if second is not None:
+        for expert, one in zip(EXPERTS, (source, second), strict=True):
+            wrong += check_dit(side_config(config, expert), one, arch)
+        wrong += check_pair(config)
     notes: list[str] = []
     wrong += _check_other_parts(config, paths, notes)
     if wrong:
@@ -85,22 +101,33 @@ def plan_model(loaded: LoadedConfig) -> PlannedModel:
         source=source,
         targets=tuple(targets),
         text_shapes=_text_shapes(config, paths, arch, notes),
-        layout=_layout(paths, source),
+        layout=_layout(paths) + (", both experts" if second is not None else ""),
         missing=_missing(config, problems),
         notes=tuple(notes),
+        second=second,
     )
+
+
+def _open_second(config: TrainConfig) -> TensorSource:
+    """The low-noise expert's headers, checked against its `config.json`."""
+    paths, _ = locate(side_config(config, EXPERTS[1]).model)
+    source = open_transformer(paths.transformer_dir)
+    load_arch(paths.config_json, source.shapes)
+    return source
 
 
 def _is_about_dit(problem: Problem, paths: CheckpointPaths) -> bool:
     if problem.key == "model.expert":
         return True
-    needed = (paths.transformer_dir, paths.config_json)
-    if all(path.exists() for path in needed):
-        return False
-    # "<path> is missing" of another part is told once the DiT is there.
-    return problem.key in ("model.ckpt_path", "model.transformer_path") and not any(
-        str(part) in problem.reason for part in (paths.text_encoder, paths.vae, paths.tokenizer_dir)
-    )
+    if problem.fix.endswith("with transformer_path"):  # one of several has to be chosen
+        return True
+    place = paths.transformer_dir
+    if not place.exists():
+        # "<path> is missing" of another part is told once the DiT is there.
+        others = (paths.text_encoder, paths.vae, paths.tokenizer_dir)
+        is_other = any(problem.reason.startswith(f"{part} ") for part in others)
+        return problem.key in ("model.ckpt_path", "model.transformer_path") and not is_other
+    return problem.reason.startswith(f"{place} holds no DiT")
 
 
 def _check_other_parts(config: TrainConfig, paths: CheckpointPaths, notes: list[str]) -> list[Problem]:
@@ -139,13 +166,16 @@ def _text_shapes(
     return shapes
 
 
-def _layout(paths: CheckpointPaths, source: TensorSource) -> str:
-    files = source.files
-    is_scaled = any(SCALED_FP8_MARK in open_safetensors([file]).shapes for file in files[:1])
-    kind = "fp8_scaled, " if is_scaled else ""
+def _layout(paths: CheckpointPaths) -> str:
+    """How the DiT is stored, such as `official directory, 3 files` or `fp8_scaled, single file, prefix model.diffusion_model.`."""
+    stored, naming = open_as_stored(paths.transformer_dir, "transformer")
+    words = ["fp8_scaled"] if has_mark(stored.shapes) else []
     if paths.transformer_dir.is_file():
-        return f"{kind}single file"
-    return f"{kind}official directory, {len(files)} file{'s' if len(files) != 1 else ''}"
+        words += ["single file"] if naming.style == "official" else ["single file", f"{naming.style} names"]
+    else:
+        count = len(stored.files)
+        words += [f"{naming.style} directory", f"{count} file{'s' if count != 1 else ''}"]
+    return ", ".join(words + ([f"prefix {naming.prefix}"] if naming.prefix else []))
 
 
 def _missing(config: TrainConfig, located: list[Problem]) -> tuple[Problem, ...]:

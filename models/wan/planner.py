@@ -4,6 +4,7 @@ from models.wan.arch import PATCH_SIZE
 from models.wan.component_shapes import text_encoder_sizes
 from models.wan.layer_memory import Workload
 from models.wan.layer_plan import plan_dit_layers, plan_text_layers
+from models.wan.media import time_rows
 from models.wan.plan_data import BucketUse, DataPlan
 from models.wan.plan_model import PlannedModel
 from utils.config.schema import TrainConfig
@@ -45,7 +46,10 @@ class Planner:
 
     def bytes_at(self, config: TrainConfig, bounds: tuple[int, ...], use: BucketUse) -> list[StageBytes]:
         """Every stage's bytes while micro-batches of this bucket run, with the longest caption."""
-        workload = Workload(float(use.tokens), float(self._data.largest_text))
+        variant, share = self._model.arch.variant, config.model.first_frame_prob
+        workload = Workload(
+            float(use.tokens), float(self._data.largest_text), float(time_rows(variant, use.bucket, share))
+        )
         return stage_bytes(
             self.layers(config, workload),
             self._wires(config, workload),
@@ -85,7 +89,7 @@ class Planner:
         embedded = float(samples * arch.text_len * arch.dim * compute)
         hidden = float(video * arch.dim * bytes_of(config.model.residual_dtype))
         # The time embedding and its six rows of modulation, float32.
-        modulation = float(samples * 7 * arch.dim * FLOAT32)
+        modulation = float(samples * workload.time_rows * 7 * arch.dim * FLOAT32)
         dit = WireSize(hidden, embedded + modulation, hidden + (embedded if trains_text else 0.0))
         wires = [dit] * (arch.num_layers + 1)
         if self._model.text_shapes is None:

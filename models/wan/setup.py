@@ -1,6 +1,7 @@
 """From a checked configuration to data that is ready to train on, and the facts that go into every output file."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,18 +13,20 @@ from models.wan.arch import load_arch
 from models.wan.caching import WanCache, WeightHashes
 from models.wan.checkpoint import CheckpointPaths, find_checkpoint, open_transformer
 from models.wan.datasets import (
+    CachedDataset,
     CacheUse,
     Say,
     cache_dataset,
     data_fingerprint,
     scan_dataset,
 )
+from models.wan.layouts import weight_files
 from models.wan.media import MEMO_FILE
 from models.wan.model import WanModel
 from models.wan.prompts import neutral_prompts
 from models.wan.text_encoder import MAX_TEXT_TOKENS
 from utils.config.dump import config_hash
-from utils.config.schema import LoadedConfig
+from utils.config.schema import LoadedConfig, TrainConfig
 from utils.data.cache import CacheStore
 from utils.data.inspect import file_rows
 from utils.data.manifest import Manifest, SkippedFile, default_cache_dir
@@ -32,6 +35,7 @@ from utils.data.sampler import BatchPlan
 from utils.distributed import Processes, on_every_rank, on_main
 from utils.evaluate import EvalSet
 from utils.files import atomic_write_text, combined_fingerprint
+from utils.lora_targets import describe_targets
 from utils.nodes import check_same_inputs, check_shared
 
 THE_DIT = "the DiT"
@@ -42,7 +46,10 @@ DATASET_FILE = "dataset.csv"
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Data ready to train on; `fingerprints` and `descriptions` say by what names and contents a run is known again."""
+    """Data ready to train on; `fingerprints` and `descriptions` say by what names and contents a run is known again.
+
+    `cached` is what a model with the same data and the same encoders needs of it.
+    """
 
     manifest: Manifest
     plan: BatchPlan
@@ -50,6 +57,45 @@ class PreparedData:
     store_root: Path
     fingerprints: dict[str, str]
     descriptions: dict[str, str]
+    cached: CachedDataset
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model with its data, ready to be built; `eval_cached` as `PreparedData.cached`."""
+
+    config: LoadedConfig
+    model: WanModel
+    data: PreparedData
+    evals: list[EvalSet]
+    eval_cached: list[CachedDataset]
+
+
+def prepare(
+    config: LoadedConfig,
+    processes: Processes,
+    use: CacheUse,
+    say: Say,
+    like: Prepared | None = None,
+) -> Prepared:
+    """Open the checkpoint, fill the caches, attach the data. Every rank must call it.
+
+    Args:
+        config: of one run.
+        processes: this one among all.
+        use: what the command line says about the cache.
+        say: speaks for all.
+        like: a run of the other expert with the same data, which is then not scanned again.
+
+    Raises:
+        UserError: on every rank: weights, targets or data are not right.
+    """
+    paths = on_every_rank(lambda: find_checkpoint(config.train.model))
+    model = on_every_rank(lambda: WanModel(config.train, paths))
+    check_nodes(config, model, paths, processes)
+    data = prepare_data(config, model, paths, processes, use, say, like.data.cached if like else None)
+    cached = like.eval_cached if like else cache_eval_datasets(config, model, paths, processes, use, say)
+    return Prepared(config, model, data, build_eval_sets(config, model, cached, say), cached)
 
 
 def prepare_data(
@@ -59,15 +105,20 @@ def prepare_data(
     processes: Processes,
     use: CacheUse,
     say: Say,
+    cached: CachedDataset | None = None,
 ) -> PreparedData:
     """Scan the dataset, fill the cache with what is missing (each rank a share), and attach both to the model.
+
+    With `cached` the first two have been done, for a model with the same encoders.
 
     Raises:
         UserError: the dataset is empty or unreadable, on every rank.
     """
-    dataset = config.dataset
-    assert dataset is not None, "load_config with check_files has read it"
-    cached = cache_dataset(dataset, "dataset", config.train, model.arch.variant, paths, processes, use, say)
+    if cached is None:
+        assert config.dataset is not None, "load_config with check_files has read it"
+        cached = cache_dataset(
+            config.dataset, "dataset", config.train, model.arch.variant, paths, processes, use, say
+        )
     manifest, hashes = cached.manifest, cached.hashes
     on_every_rank(lambda: model.attach_data(manifest.samples, cached.cache))
     for line in model.describe():
@@ -75,7 +126,7 @@ def prepare_data(
     plan = BatchPlan(manifest.samples, config.train.micro_batch_size_per_gpu, config.train.seed)
     fingerprints = {
         "the dataset": data_fingerprint(manifest),
-        THE_DIT: on_main(lambda: combined_fingerprint(model.base.files)),
+        THE_DIT: on_main(lambda: combined_fingerprint(model.base_files)),
         "the VAE": hashes.vae,
         "the text encoder": hashes.text_encoder,
         "the tokenizer": hashes.tokenizer,
@@ -83,7 +134,11 @@ def prepare_data(
     num_files = len({sample.path for sample in manifest.samples})
     descriptions = {
         "the dataset": f"{len(manifest.samples)} samples of {num_files} files",
-        THE_DIT: str(paths.transformer_dir),
+        THE_DIT: (
+            " and ".join(dict.fromkeys(str(file.parent) for file in model.base_files))
+            if model.second is not None
+            else str(paths.transformer_dir)
+        ),
         "the VAE": str(paths.vae),
         "the text encoder": str(paths.text_encoder),
         "the tokenizer": str(paths.tokenizer_dir),
@@ -96,34 +151,60 @@ def prepare_data(
         prompts = on_main(lambda: neutral_prompts(budget.neutral_prompts))
         fingerprints["the neutral prompts"] = xxhash.xxh3_128_hexdigest(json.dumps(prompts).encode())
         descriptions["the neutral prompts"] = f"{len(prompts)} prompts"
-    return PreparedData(manifest, plan, hashes, cached.root, fingerprints, descriptions)
+    return PreparedData(manifest, plan, hashes, cached.root, fingerprints, descriptions, cached)
 
 
-def prepare_eval_data(
+def cache_eval_datasets(
     config: LoadedConfig,
     model: WanModel,
     paths: CheckpointPaths,
     processes: Processes,
     use: CacheUse,
     say: Say,
-) -> list[EvalSet]:
-    """The same for the datasets that are evaluated.
+) -> list[CachedDataset]:
+    """Scan the datasets that are evaluated, and fill their caches.
 
     Raises:
         UserError: one of them is empty or unreadable, on every rank.
     """
+    train, variant = config.train, model.arch.variant
+    return [
+        cache_dataset(dataset, f"eval dataset {named.label}", train, variant, paths, processes, use, say)
+        for named, dataset in zip(train.eval_datasets, config.eval_datasets, strict=True)
+    ]
+
+
+def build_eval_sets(
+    config: LoadedConfig, model: WanModel, cached: Sequence[CachedDataset], say: Say
+) -> list[EvalSet]:
+    """What is evaluated of these datasets with this model."""
     train, sets = config.train, []
-    for named, dataset in zip(train.eval_datasets, config.eval_datasets, strict=True):
+    for named, one in zip(train.eval_datasets, cached, strict=True):
         label = f"eval dataset {named.label}"
-        cached = cache_dataset(dataset, label, train, model.arch.variant, paths, processes, use, say)
-        samples = cached.manifest.samples
-        batches = model.eval_batches(samples, cached.cache, train.eval_quantiles)
-        levels = ", ".join(f"{sigma:.3g}" for sigma in batches.sigmas)
-        say(f"{label}: each sample at {len(batches.sigmas)} noise level(s): {levels}")
-        facts = json.dumps([data_fingerprint(cached.manifest), train.seed, batches.sigmas])
-        identity = xxhash.xxh3_128_hexdigest(facts.encode())
-        sets.append(EvalSet(named.label, samples, train.eval_quantiles, identity, batches))
+        sets.append(_eval_set(named.label, model, one, train, first_frame=False))
+        sigmas = map(model.batches.sigma_law.restricted_quantile, train.eval_quantiles)
+        levels = ", ".join(f"{sigma:.3g}" for sigma in sigmas)
+        say(f"{label}: each sample at {len(train.eval_quantiles)} noise level(s): {levels}")
+        videos = one.videos(model.arch.variant) if train.model.first_frame_prob > 0 else None
+        if videos is not None:
+            name = named.first_frame_label
+            sets.append(_eval_set(name, model, videos, train, first_frame=True))
+            say(
+                f"{label}: its {len(videos.manifest.samples)} video sample(s) again with a clean first frame, as {name}"
+            )
     return sets
+
+
+def _eval_set(
+    name: str, model: WanModel, cached: CachedDataset, train: TrainConfig, *, first_frame: bool
+) -> EvalSet:
+    samples, quantiles = cached.manifest.samples, train.eval_quantiles
+    batches = model.eval_batches(samples, cached.cache, quantiles, first_frame=first_frame)
+    facts = [data_fingerprint(cached.manifest), train.seed, batches.sigmas]
+    # Nothing more of the usual evaluation, so that it keeps its identity.
+    facts += ["first frame"] if first_frame else []
+    identity = xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())
+    return EvalSet(name, samples, quantiles, identity, batches)
 
 
 def check_nodes(config: LoadedConfig, model: WanModel, paths: CheckpointPaths, processes: Processes) -> None:
@@ -141,7 +222,11 @@ def check_nodes(config: LoadedConfig, model: WanModel, paths: CheckpointPaths, p
         "the dataset TOML": "-".join(config_hash(dataset) for dataset in datasets),
         "the project's version": version("ai-model-sandbox"),
     }
-    weights = {THE_DIT: model.base.files, "the VAE": [paths.vae], "the text encoder": [paths.text_encoder]}
+    weights = {
+        THE_DIT: model.base_files,
+        "the VAE": weight_files(paths.vae),
+        "the text encoder": weight_files(paths.text_encoder),
+    }
     # Names and sizes: reading 100 GB on every machine only to compare would cost minutes.
     for what, files in weights.items():
         facts[what] = ", ".join(f"{Path(file).name} {Path(file).stat().st_size}" for file in files)
@@ -208,4 +293,5 @@ def run_metadata(config: LoadedConfig, model: WanModel, data: PreparedData) -> d
     }
     if config.train.adapter is not None:
         metadata |= {"rank": str(config.train.adapter.rank), "num_targets": str(len(model.targets))}
+        metadata["targets"] = "; ".join(describe_targets(model.targets))
     return metadata

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models.wan.checkpoint import TensorSource, Umt5Sizes, open_text_encoder, text_encoder_sizes
 from models.wan.names import umt5_to_official
+from models.wan.tokenizer_place import read_spiece
 from utils.errors import UserError
 
 MAX_TEXT_TOKENS = 512
@@ -30,13 +31,23 @@ def clean_caption(caption: str) -> str:
 
 
 class WanTokenizer:
-    """The tokenizer of google/umt5-xxl from a local directory."""
+    """The tokenizer of google/umt5-xxl, from a local directory or from inside an encoder's file."""
 
     def __init__(self, directory: Path) -> None:
+        """Load it; `directory` may also be a `.safetensors` file that holds `spiece_model`.
+
+        Raises:
+            UserError: no tokenizer is there, or it cannot be loaded.
+        """
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            if directory.is_file():
+                self._tokenizer = _tokenizer_of_spiece(read_spiece(directory))
+            else:
+                self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except UserError:
+            raise
         except Exception as error:  # the library raises many types for one cause: files absent or damaged
             raise UserError(
                 f"{directory}: no tokenizer can be loaded from it ({type(error).__name__}: "
@@ -65,6 +76,22 @@ class WanTokenizer:
 
     def _whole(self, caption: str) -> list[int]:
         return list(self._tokenizer(clean_caption(caption), truncation=False, verbose=False)["input_ids"])
+
+
+def _tokenizer_of_spiece(model: bytes) -> Any:
+    """`transformers`' T5 tokenizer of a SentencePiece model, as a published `tokenizer.json` makes it.
+
+    Without the sentinels (`<extra_id_0>`, ...), which are in no caption and not in the model.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+    from transformers import T5Tokenizer
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    vocabulary = [(piece.piece, piece.score) for piece in proto.pieces]
+    charsmap = proto.normalizer_spec.precompiled_charsmap or None
+    return T5Tokenizer(
+        vocab=vocabulary, _spm_precompiled_charsmap=charsmap, extra_ids=0, additional_special_tokens=[]
+    )
 
 
 def umt5_config(sizes: Umt5Sizes, attn_implementation: str = "sdpa", dropout: float = 0.0) -> Any:

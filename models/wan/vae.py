@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from models.wan.arch import VaeKind
+from models.wan.checkpoint import open_vae
 from models.wan.component_shapes import VaeSizes, vae_sizes
 from models.wan.names import vae_to_diffusers
 from utils.errors import UserError
-from utils.tensor_source import open_weights
 
 _FRAME_STRIDE = 4
 _PIXEL_STRIDES: dict[VaeKind, int] = {"2.1": 8, "2.2": 16}
@@ -156,14 +156,14 @@ class WanVae:
 
 
 def load_vae(path: Path, dtype: torch.dtype, device: torch.device) -> WanVae:
-    """Load a VAE from its official names (`.pth` or `.safetensors`); kind and sizes follow from the tensor shapes.
+    """Load a VAE, as `open_vae` opens it; kind and sizes follow from the tensor shapes.
 
     Raises:
         UserError: the file is missing or damaged, or its tensors are not those of a Wan 2.1 or 2.2 VAE.
     """
     from diffusers import AutoencoderKLWan  # takes seconds, and only the cache needs it
 
-    source = open_weights(path)
+    source = open_vae(path)
     try:
         sizes = vae_sizes(source.shapes)
     except UserError as error:

@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.wan.probes.encoder_subject import SAVED_ENCODER
+from models.wan.layouts import weight_files
+from models.wan.probes.encoder_subject import find_encoder
 from utils.config.load import load_config
 from utils.config.schema import LoadedConfig
 from utils.devices import choose_device
 from utils.newest_run import newest_run_config
 from utils.probe_cli import add_flags, path_of, probe_parser, run_probe
 from utils.report import Report, Verdict
-from utils.saved_runs import find_saved_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,7 +127,7 @@ def _with_encoder(config: LoadedConfig, encoder: Path | None) -> LoadedConfig:
     """
     if encoder is None:
         return config
-    file = find_saved_file(encoder, SAVED_ENCODER)
+    file = find_encoder(encoder)
     return replace(config, train=replace(config.train, model=replace(config.train.model, llm_path=str(file))))
 
 
@@ -234,7 +234,8 @@ def add_inputs(report: Report, config: Path, checked: "Checked") -> None:
     from models.wan.media import MEMO_FILE
 
     report.add_input("config", config)
-    report.add_input("text_encoder", checked.paths.text_encoder)
+    for file in weight_files(checked.paths.text_encoder):
+        report.add_input("text_encoder", file)
     for check in checked.datasets:
         if check.store is not None and (check.root / MEMO_FILE).is_file():
             report.add_input("hashes", check.root / MEMO_FILE)

@@ -246,6 +246,8 @@ def add_inputs(report: Report, config_path: Path, config: TrainConfig) -> None:
 def add_tokenizer(report: Report, config: TrainConfig) -> None:
     """Name the files of the tokenizer that counts."""
     paths, _ = locate(config.model)
+    if paths.tokenizer_dir.is_file():  # inside the encoder's file
+        report.add_input("tokenizer", paths.tokenizer_dir)
     for name in TOKENIZER_FILES:
         if (paths.tokenizer_dir / name).is_file():
             report.add_input("tokenizer", paths.tokenizer_dir / name)

@@ -119,7 +119,9 @@ def measure_part_of_logits(
         return None
     base = open_official(subject.transformer)
     arch = arch_of(subject.transformer, base)
-    chosen = LogitSubject(subject.transformer, subject.adapter, None, subject.config_path, subject, ())
+    chosen = LogitSubject(
+        subject.transformer, subject.adapter, None, subject.config_path, subject, (), subject.expert
+    )
     return measure_logits(chosen, base, arch, kinds, args, say=print)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from models.wan.checkpoint import open_transformer
+from models.wan.layouts import weight_files
 from models.wan.probes.encoder_prompts import GROUPS, PromptPlan, plan_prompts
 from models.wan.probes.encoder_report import EncoderResults, add_encoder_results
 from models.wan.probes.encoder_subject import (
@@ -320,8 +321,9 @@ def judge(results: EncoderResults, cap: float) -> tuple[Verdict, str]:
 
 def add_inputs(report: Report, args: argparse.Namespace, subject: EncoderSubject, plan: PromptPlan) -> None:
     """Name every file that the numbers come from. Private ones are not named: a short list can be guessed by its hash."""
-    report.add_input("text_encoder", subject.tuned)
-    report.add_input("base_text_encoder", subject.base)
+    for role, place in (("text_encoder", subject.tuned), ("base_text_encoder", subject.base)):
+        for file in weight_files(place):
+            report.add_input(role, file)
     if subject.config_path is not None:
         report.add_input("config", subject.config_path)
     if subject.transformer is not None:

@@ -154,28 +154,34 @@ def test_a_masked_loss_is_the_mean_over_what_counts():
     velocity = torch.zeros(3, 1, 2, 1, 2, dtype=torch.bfloat16)
     target = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(1, 1, 2, 1, 2).repeat(3, 1, 1, 1, 1)
     mask_BHW = torch.tensor([[[1.0, 0.0]], [[0.25, 0.75]], [[0.0, 0.125]]])
-    losses_B = per_sample_loss(velocity, target, mask_BHW)
+    losses_B = per_sample_loss(velocity, target, mask_BHW[:, None])
     assert losses_B.dtype == torch.float32
     # (1 + 9) / 2; (0.25 (1 + 9) + 0.75 (4 + 16)) / 2; (4 + 16) / 2, however little counts.
     assert losses_B.tolist() == [5.0, 8.75, 10.0]
+    mask_BFHW = mask_BHW[:, None].repeat(1, 2, 1, 1)
+    assert torch.equal(per_sample_loss(velocity, target, mask_BFHW), losses_B)
+    mask_BFHW[:, 0] = 0.0
+    # Frame 1 alone: 9; 0.25 * 9 + 0.75 * 16; 16.
+    assert per_sample_loss(velocity, target, mask_BFHW).tolist() == [9.0, 14.25, 16.0]
 
 
 def test_what_does_not_count_gets_no_gradient():
     velocity = torch.zeros(1, 2, 1, 1, 2, requires_grad=True)
     target = torch.ones(1, 2, 1, 1, 2)
-    per_sample_loss(velocity, target, torch.tensor([[[1.0, 0.0]]])).sum().backward()
+    per_sample_loss(velocity, target, torch.tensor([[[[1.0, 0.0]]]])).sum().backward()
     assert velocity.grad[0, :, 0, 0].tolist() == [[-1.0, 0.0], [-1.0, 0.0]]
 
 
 def test_a_mask_of_ones_changes_no_bit():
     draws = generator(0, "masked")
     velocity, target = (torch.randn(4, 16, 3, 5, 7, generator=draws) for _ in range(2))
-    mask_BHW = torch.ones(4, 5, 7)
     plain = per_sample_loss(velocity, target)
-    assert torch.equal(per_sample_loss(velocity, target, mask_BHW), plain)
-    mask_BHW[2, :, 3:] = 0.0
-    mixed = per_sample_loss(velocity, target, mask_BHW)
-    assert torch.equal(mixed[[0, 1, 3]], plain[[0, 1, 3]]) and mixed[2] != plain[2]
+    for frames in (1, 3):
+        mask_BFHW = torch.ones(4, frames, 5, 7)
+        assert torch.equal(per_sample_loss(velocity, target, mask_BFHW), plain)
+        mask_BFHW[2, 0, :, 3:] = 0.0
+        mixed = per_sample_loss(velocity, target, mask_BFHW)
+        assert torch.equal(mixed[[0, 1, 3]], plain[[0, 1, 3]]) and mixed[2] != plain[2]
 
 
 def test_sigma_bins():

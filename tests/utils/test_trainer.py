@@ -256,6 +256,50 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_sample(processes: Process
     assert (tmp_path / "latest").read_text().strip() == "global_step4"
 
 
+class UnsoundExport(ToyModel):
+    """Its exports are found not to be what they should be; with `has_diverged` its weights are no numbers either."""
+
+    def __init__(self, has_diverged: bool) -> None:
+        super().__init__()
+        self.has_diverged = has_diverged
+        self.built: list[PipelineLayer] = []
+
+    def layer_specs(self) -> list[LayerSpec]:
+        def recorded(spec: LayerSpec) -> LayerSpec:
+            def build(device: torch.device) -> PipelineLayer:
+                self.built.append(spec.build(device))
+                return self.built[-1]
+
+            return replace(spec, build=build)
+
+        return [recorded(spec) for spec in super().layer_specs()]
+
+    def export(
+        self, trained: Mapping[str, Tensor], directory: Path, metadata: Mapping[str, str]
+    ) -> list[Path]:
+        super().export(trained, directory, metadata)
+        if self.has_diverged:
+            for layer in self.built:
+                for parameter in layer.parameters():
+                    parameter.data.fill_(torch.nan)
+        raise UserError("toy.safetensors: was read again and is not sound")
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_an_unsound_export_is_not_published_and_the_state_is_kept_where_it_is_finite(
+    processes: Processes, tmp_path: Path, is_kept: bool
+) -> None:
+    config = make_config(max_steps=1)
+    with pytest.raises(UserError, match="is not sound"):
+        train(config, UnsoundExport(has_diverged=not is_kept), processes, RunDir(tmp_path))
+    assert not list(tmp_path.rglob("*.safetensors.tmp")) and not list(tmp_path.glob("epoch*"))
+    assert not list(tmp_path.glob(".*"))
+    newest = latest_checkpoint(tmp_path)
+    assert (newest is not None) == is_kept
+    if newest is not None:
+        assert read_state(newest).step == 1
+
+
 def test_the_budget_stops_or_warns(
     processes: Processes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,7 +358,7 @@ def test_the_next_step_is_read_while_this_one_runs_and_nothing_behind_the_last(
     train(make_config(max_steps=4), model, processes, RunDir(tmp_path))
     assert read_meanwhile == [4, 6, 8, 8]
     plan = BatchPlan([ToySample(index) for index in range(7)], 2, 0)
-    assert model.asked == list(plan.window(0, 8))
+    assert model.asked == [replace(batch, turn=number // 2) for number, batch in enumerate(plan.window(0, 8))]
     assert not reading_threads()
     assert all(0 <= row["data_seconds"] <= row["step_seconds"] for row in read_metrics(tmp_path))
 

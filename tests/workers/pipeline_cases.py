@@ -164,7 +164,7 @@ def make_batch(config: TrainConfig, step: int, index: int, num_micro_batches: in
     weight = torch.full((size,), 1.0 / size)
     labels = (torch.randn(latents.shape, generator=random), sigma, weight, torch.arange(size))
     if (step + index) % 3 == 1:  # some micro-batches have loss masks, others do not
-        labels += (torch.rand(size, rows, columns, generator=random),)
+        labels += (torch.rand(size, 1, rows, columns, generator=random),)
     return PreparedBatch(tuple(wire), labels)
 
 

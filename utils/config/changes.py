@@ -29,6 +29,7 @@ FREE_KEYS = frozenset(
         "checkpoint_every_n_minutes",
         "keep_checkpoints",
         "timeout_minutes",
+        "model.save_text_encoder_format",
         "caching_batch_size",
         "decode_workers",
         "activation_checkpointing",

@@ -45,6 +45,23 @@ def check_eval_names(config: TrainConfig) -> list[Problem]:
     return problems
 
 
+def check_eval_names_of_first_frames(config: TrainConfig) -> list[Problem]:
+    """With first_frame_prob no name is that of another dataset's image-conditioned evaluation, NAME.first_frame."""
+    if config.model.first_frame_prob == 0:
+        return []
+    taken = {dataset.first_frame_label.lower() for dataset in config.eval_datasets}
+    fix = 'give it a name of its own, e.g. name = "holdout"'
+    return [
+        Problem(
+            f"eval_datasets[{index}].name",
+            f"is {dataset.label!r}, which with first_frame_prob is the name of another one's image-conditioned evaluation",
+            fix,
+        )
+        for index, dataset in enumerate(config.eval_datasets)
+        if dataset.label.lower() in taken
+    ]
+
+
 def check_eval_quantiles(config: TrainConfig) -> list[Problem]:
     """eval_quantiles holds at least one value, and each once."""
     quantiles = config.eval_quantiles
@@ -61,5 +78,9 @@ EVAL_RULES = (
         ("eval_datasets", "eval_before_first_step", "eval_every_n_epochs", "eval_every_n_steps"),
     ),
     Rule(check_eval_names, ("eval_datasets[].name", "eval_datasets[].config")),
+    Rule(
+        check_eval_names_of_first_frames,
+        ("eval_datasets[].name", "eval_datasets[].config", "model.first_frame_prob"),
+    ),
     Rule(check_eval_quantiles, ("eval_quantiles",)),
 )

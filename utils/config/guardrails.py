@@ -11,6 +11,7 @@ from typing import Literal
 
 from utils.config.caption_rules import CAPTION_RULES
 from utils.config.eval_rules import EVAL_RULES
+from utils.config.experts import EXPERT_RULES, on_each_side
 from utils.config.introspect import keys_of
 from utils.config.probe_rules import PROBE_RULES
 from utils.config.rules import Rule
@@ -32,7 +33,9 @@ _ENCODER_ONLY_KEYS = (
     "train_token_embedding",
     "text_encoder_dropout",
     "save_text_encoder_full",
+    "save_text_encoder_format",
 )
+_WHOLE_ENCODER_FORMATS = ("official_pth", "comfyui")
 
 
 def mode_of(config: TrainConfig) -> Mode:
@@ -134,6 +137,17 @@ def check_encoder_options(config: TrainConfig) -> list[Problem]:
     return [Problem(f"model.{name}", reason, fix) for name in given]
 
 
+def check_encoder_format(config: TrainConfig) -> list[Problem]:
+    """Formats that other programs load as a whole encoder cannot hold the trained tensors alone."""
+    chosen = config.model.save_text_encoder_format
+    if config.model.save_text_encoder_full or chosen not in _WHOLE_ENCODER_FORMATS:
+        return []
+    reason = f"is {chosen!r}, a whole encoder for other programs, and save_text_encoder_full is false"
+    fix = 'set save_text_encoder_full = true, or use "hf" or "official"'
+    return [Problem("model.save_text_encoder_format", reason, fix)]
+
+
+@on_each_side
 def check_blocks_range(config: TrainConfig) -> list[Problem]:
     """train_blocks_range is [first, last] with first <= last."""
     if config.adapter is None or config.adapter.train_blocks_range is None:
@@ -236,8 +250,10 @@ RULES = (
     Rule(check_cache_and_training, _MODE_KEYS),
     Rule(check_frozen_transformer, ("model.freeze_transformer",)),
     Rule(check_adapter_fits_mode, (*_MODE_KEYS, "adapter")),
+    Rule(check_encoder_format, ("model.save_text_encoder_format", "model.save_text_encoder_full")),
     Rule(check_encoder_options, (*_MODE_KEYS, *(f"model.{name}" for name in _ENCODER_ONLY_KEYS))),
     *CAPTION_RULES,
+    *EXPERT_RULES,
     *TARGET_RULES,
     Rule(check_blocks_range, ("adapter.train_blocks_range",)),
     Rule(check_budget_fits_mode, (*_MODE_KEYS, "adapter", "budget")),

@@ -13,6 +13,7 @@ from typing import Any
 
 from utils.config.dataset_rules import DATASET_RULES
 from utils.config.dump import config_hash, dump_config, dump_dataset
+from utils.config.experts import on_each_side, settled
 from utils.config.file_checks import (
     can_be_seen,
     check_adapter_paths,
@@ -62,6 +63,8 @@ def load_config(
             them. It is the caller's, because this package knows no model. Where `[adapter]` or `[budget]` has
             problems already, it gets a configuration without them.
 
+    Where one expert is trained, `[adapter]` of the result holds what `[adapter.<expert>]` says (`utils.config.experts`).
+
     Raises:
         ConfigError: with every problem found.
     """
@@ -86,7 +89,7 @@ def load_config(
     if problems:
         raise ConfigError(path, [_name_flag(problem, overridden, path) for problem in problems])
     return LoadedConfig(
-        parsed.draft,
+        settled(parsed.draft),
         dataset.value if dataset else None,
         path,
         parsed.draft.dataset,
@@ -155,8 +158,7 @@ def _check_files(parsed: Parsed[TrainConfig], faulty: set[str], preflight: Prefl
     """What is wrong with the files of the training TOML, as far as its keys are usable and not reported as `faulty`."""
     config = parsed.draft
     problems = [] if "output_dir" in parsed.invalid else check_output_path(config.output_dir)
-    if config.adapter is not None:
-        problems += check_adapter_paths(config.adapter)
+    problems += _check_adapter_files(config)
     if config.budget is not None:
         problems += check_budget_paths(config.budget)
     if config.probes is not None:
@@ -172,6 +174,11 @@ def _check_files(parsed: Parsed[TrainConfig], faulty: set[str], preflight: Prefl
             config = replace(config, adapter=None, budget=None)
         problems += [found for found in preflight(config) if found.key not in reported]
     return problems
+
+
+@on_each_side
+def _check_adapter_files(config: TrainConfig) -> list[Problem]:
+    return [] if config.adapter is None else check_adapter_paths(config.adapter)
 
 
 def _name_flag(problem: Problem, overridden: Overridden, path: str) -> Problem:

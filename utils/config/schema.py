@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 DType = Literal["float32", "bfloat16"]
 Expert = Literal["high_noise", "low_noise"]
+ExpertChoice = Literal["high_noise", "low_noise", "both"]
 Variant = Literal["ti2v-5b", "t2v-a14b", "i2v-a14b"]
+TextEncoderFormat = Literal["hf", "official", "official_pth", "comfyui"]
 ActivationCheckpointing = Literal[True, False, "selective", "offload"]
 
 
@@ -80,18 +82,29 @@ class ModelConfig:
 
     type: Literal["wan"] = option("The model family. Only Wan 2.2 exists here.")
     variant: Variant | None = option("If given, the checkpoint's headers must agree.", None)
-    ckpt_path: str = option("Checkpoint directory in the official layout.")
+    ckpt_path: str = option(
+        "Checkpoint directory: official, diffusers', or a folder of ComfyUI's files. See checkpoints.md."
+    )
     transformer_path: str | None = option(
-        "DiT weights, if not those of ckpt_path: a directory or a .safetensors file.", None
+        "DiT weights, if not those of ckpt_path: a directory or a .safetensors file, in any layout.", None
     )
     llm_path: str | None = option(
-        "UMT5 weights, if not those of ckpt_path: official .pth or .safetensors, e.g. one this project tuned.",
+        "UMT5 weights, if not those of ckpt_path: a .pth or .safetensors file, e.g. one this project tuned, or a directory of "
+        "shards.",
         None,
         alias="text_encoder_path",
     )
-    vae_path: str | None = option("VAE weights, if not those of ckpt_path.", None)
-    tokenizer_path: str | None = option("Tokenizer directory, if not that of ckpt_path.", None)
-    expert: Expert | None = option("A14B only: which of the two experts to load. Required there.", None)
+    vae_path: str | None = option(
+        "VAE weights, if not those of ckpt_path: a .pth or .safetensors file, or diffusers' vae/.", None
+    )
+    tokenizer_path: str | None = option(
+        "Tokenizer directory, if not that of ckpt_path; or a .safetensors file that holds spiece_model.", None
+    )
+    expert: ExpertChoice | None = option(
+        "A14B only, and required there: which of the two experts to train on. both: in dit_lora first high_noise, then "
+        "low_noise, a run and an adapter each; in encoder_ft the frozen experts in turn, step by step (docs/experts.md).",
+        None,
+    )
     dtype: DType = option("Compute precision, and storage of frozen weights.", "bfloat16")
     residual_dtype: DType = option(
         "Precision of the DiT's residual stream. bfloat16 saves memory and costs exactness.", "float32"
@@ -119,6 +132,12 @@ class ModelConfig:
     save_text_encoder_full: bool = option(
         "encoder_ft: save the whole encoder; false saves only trained tensors.", True
     )
+    save_text_encoder_format: TextEncoderFormat = option(
+        "encoder_ft: names and file of the saved encoder. hf: text_encoder.safetensors with Hugging Face names; official: the "
+        "same file with Wan's own names; official_pth: Wan's names in models_t5_umt5-xxl-enc-bf16.pth, to be put into the "
+        "official checkpoint; comfyui: as hf, with the tokenizer (spiece_model) inside.",
+        "hf",
+    )
     text_attn_implementation: Literal["sdpa", "eager"] = option(
         "Attention of UMT5. eager is bit-equal to the official code.", "sdpa"
     )
@@ -129,8 +148,25 @@ class ModelConfig:
     shift: float = option(
         "sigma' = shift * sigma / (1 + (shift - 1) * sigma). 1 is off.", 1.0, gt=0.0, le=1000.0
     )
-    min_t: float = option("Lowest noise level (after the shift) that is trained.", 0.0, ge=0.0, lt=1.0)
-    max_t: float = option("Highest noise level (after the shift) that is trained.", 1.0, gt=0.0, le=1.0)
+    min_t: float = option(
+        "Lowest noise level (after the shift) that is trained. An expert begins at its boundary without it.",
+        0.0,
+        ge=0.0,
+        lt=1.0,
+    )
+    max_t: float = option(
+        "Highest noise level (after the shift) that is trained. An expert ends at its boundary without it.",
+        1.0,
+        gt=0.0,
+        le=1.0,
+    )
+    first_frame_prob: float = option(
+        "ti2v-5b only: probability that a visit of a video is image-conditioned: the first latent frame stays clean, is "
+        "told as timestep 0 and is left out of the loss.",
+        0.0,
+        ge=0.0,
+        le=1.0,
+    )
     caption_aug: CaptionAugConfig | None = option("Caption augmentation; encoder_ft only.", None)
 
 
@@ -142,6 +178,25 @@ class SelfAttnApproval:
     blocks: tuple[int, ...] = option(
         "The blocks it is approved for; at most 4. self_attn adapters go nowhere else.", ge=0
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertAdapterConfig:
+    """`[adapter.<expert>]`: what is different in the adapter of one expert. Keys left out are those of `[adapter]`."""
+
+    rank: int | None = option("Overrides [adapter].", None, ge=1, le=1024)
+    alpha: float | None = option("Overrides [adapter].", None, gt=0.0)
+    dropout: float | None = option("Overrides [adapter].", None, ge=0.0, lt=1.0)
+    include: tuple[str, ...] | None = option("Overrides [adapter], its include_file too.", None)
+    exclude: tuple[str, ...] | None = option("Overrides [adapter], its include_file too.", None)
+    include_file: str | None = option(
+        "Overrides [adapter], its include, exclude and train_blocks_range too.", None
+    )
+    train_blocks_range: tuple[int, ...] | None = option(
+        "Overrides [adapter], its include_file too.", None, ge=0
+    )
+    init_from_existing: str | None = option("Overrides [adapter].", None)
+    self_attn_approval: SelfAttnApproval | None = option("Overrides [adapter].", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +220,8 @@ class AdapterConfig:
     )
     init_from_existing: str | None = option("Adapter file or directory to start from.", None)
     self_attn_approval: SelfAttnApproval | None = option("Written approval for self_attn targets.", None)
+    high_noise: ExpertAdapterConfig | None = option("What is different for the high-noise expert.", None)
+    low_noise: ExpertAdapterConfig | None = option("What is different for the low-noise expert.", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +305,11 @@ class EvalDatasetConfig:
     def label(self) -> str:
         """The name that it goes by."""
         return PurePath(self.config).stem if self.name is None else self.name
+
+    @property
+    def first_frame_label(self) -> str:
+        """The name of the same dataset's videos where they are evaluated image-conditioned (`first_frame_prob`)."""
+        return f"{self.label}.first_frame"
 
 
 @dataclass(frozen=True, kw_only=True)

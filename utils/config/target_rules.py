@@ -7,6 +7,7 @@ opened, and to the resolved module names of the model.
 
 from collections.abc import Iterable, Sequence
 
+from utils.config.experts import on_each_side
 from utils.config.introspect import keys_of
 from utils.config.rules import Rule
 from utils.config.schema import AdapterConfig, BudgetConfig, Problem, TrainConfig
@@ -29,6 +30,7 @@ _APPROVAL_FIX = (
 )
 
 
+@on_each_side
 def check_patterns(config: TrainConfig) -> list[Problem]:
     """Every pattern of include and exclude has well-formed braces, and include is not empty."""
     problems = []
@@ -45,6 +47,7 @@ def check_patterns(config: TrainConfig) -> list[Problem]:
     return problems
 
 
+@on_each_side
 def check_self_attn(config: TrainConfig) -> list[Problem]:
     """Targets in self_attn.* are refused without [adapter.self_attn_approval]."""
     adapter = config.adapter
@@ -64,6 +67,7 @@ def check_self_attn(config: TrainConfig) -> list[Problem]:
     return []
 
 
+@on_each_side
 def check_self_attn_approval(config: TrainConfig) -> list[Problem]:
     """An approval for self_attn.* has a written reason, 1 to 4 different blocks, and a rank of at most 8."""
     if config.adapter is None or config.adapter.self_attn_approval is None:
@@ -89,6 +93,7 @@ def check_self_attn_approval(config: TrainConfig) -> list[Problem]:
     return problems
 
 
+@on_each_side
 def check_approved_blocks(config: TrainConfig) -> list[Problem]:
     """The blocks of a self_attn approval lie within train_blocks_range."""
     adapter = config.adapter
@@ -110,6 +115,7 @@ def check_approved_blocks(config: TrainConfig) -> list[Problem]:
     ]
 
 
+@on_each_side
 def check_budget_for_targets(config: TrainConfig) -> list[Problem]:
     """Every target other than cross_attn.{k,v} needs a [budget]."""
     adapter = config.adapter
@@ -120,6 +126,7 @@ def check_budget_for_targets(config: TrainConfig) -> list[Problem]:
     return [Problem("adapter.include", f'"{pattern}" {reason}', _BUDGET_FIX) for pattern in found]
 
 
+@on_each_side
 def check_include_file(config: TrainConfig) -> list[Problem]:
     """include_file stands alone: it lists exact module paths, so no include, exclude or train_blocks_range beside it."""
     adapter = config.adapter

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from utils.config.introspect import Key, dotted, keys_of, sections_of
+from utils.config.introspect import Key, Section, dotted, keys_of, sections_of
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,22 @@ class KeyIndex:
         return Diagnosis(f"{start}{words}{end}", meant)
 
     def _add_document(self, record: type, document: str | None) -> None:
+        """The places of a document. A table inside another that repeats its keys is no place to send somebody to."""
+        sections: list[Section] = []
         for section in sections_of(record):
+            if all(section.record is not other.record for other in sections):
+                sections.append(section)
+        known = {section.path: _names(keys_of(section.record)) for section in sections if section.path}
+        for section in sections:
             where = f"in {section.title}" if section.path else "at the top level"
             if document is not None:
                 where += f" of {document}"
             elif not section.path:
                 where += ", above the first [section]"
+            parent = section.path.rpartition(".")[0]
             for name, canonical in _names(keys_of(section.record)).items():
+                if name in known.get(parent, {}):
+                    continue
                 key = dotted(section.path, canonical) if document is None else None
                 self._places.setdefault(name, []).append(Place(where, key))
 

@@ -49,11 +49,15 @@ class Visit:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples of one bucket that go through the model together. The last one of a bucket and epoch may be short."""
+    """Samples of one bucket that go through the model together. The last one of a bucket and epoch may be short.
+
+    `turn` is the optimizer step that it belongs to, counted from 0; only what takes turns by step reads it.
+    """
 
     visits: tuple[Visit, ...]
     bucket: Bucket
     epoch: int
+    turn: int = 0
 
 
 class BatchPlan:

@@ -2,20 +2,20 @@
 
 from pathlib import Path
 
-from models.wan.arch import PUBLISHED, WanArch, expected_shapes, load_arch
-from models.wan.checkpoint import open_transformer
-from models.wan.probes.namings import find_naming, looks_like, split_prefixes
-from utils.errors import UserError
-from utils.tensor_source import RenamedSource, TensorSource
+from models.wan.arch import WanArch, load_arch
+from models.wan.layouts import is_config_of_another_part
+from models.wan.namings import find_part, shown_names
+from utils.scaled_source import plain_weights
+from utils.tensor_source import RenamedSource, TensorSource, open_sharded
 
 
 def open_official(path: Path) -> TensorSource:
     """Open a DiT, whatever its layout, and show it under official names.
 
     Raises:
-        UserError: as `open_transformer` and `official_names`.
+        UserError: as `open_sharded`, `plain_weights` and `official_names`.
     """
-    source = open_transformer(path)
+    source = plain_weights(open_sharded(path))
     return RenamedSource(source, official_names(path, source))
 
 
@@ -29,16 +29,11 @@ def official_names(path: Path, source: TensorSource) -> dict[str, str]:
     Raises:
         UserError: there is no DiT of Wan 2.2.
     """
-    groups = split_prefixes(source.shapes)
-    found = [find_naming(names, prefix) for prefix, names in groups.items()]
-    naming = next((one for one in found if one.kind == "transformer"), None)
-    if naming is None:
-        raise UserError(f"{path}: is no Wan DiT ({looks_like(list(source.shapes))}); check --base")
-    return naming.official
+    return shown_names(find_part(path, source.shapes, "transformer"), strict=False)
 
 
 def arch_of(path: Path, source: TensorSource) -> WanArch:
-    """The sizes of a DiT: by the `config.json` beside it, else those of the published model that it is.
+    """The sizes of a DiT: by the `config.json` beside it (official or diffusers'), else those of the published model that it is.
 
     Args:
         path: directory or file.
@@ -48,20 +43,8 @@ def arch_of(path: Path, source: TensorSource) -> WanArch:
         UserError: there is no `config.json` and the shapes are those of no published model, or the two disagree.
     """
     config = (path if path.is_dir() else path.parent) / "config.json"
-    if config.is_file() and _is_official(config):
-        return load_arch(config, source.shapes)
-    for arch in PUBLISHED.values():
-        if expected_shapes(arch) == source.shapes:
-            return arch
-    raise UserError(
-        f"{path}: its sizes are those of no published Wan 2.2, and there is no official config.json beside it that says how "
-        "many heads it has; put one there"
-    )
-
-
-def _is_official(config: Path) -> bool:
-    """Whether it is the official one; that of a diffusers directory has other keys."""
-    try:
-        return '"model_type"' in config.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return True  # load_arch says what is wrong with it
+    if path.is_file() and is_config_of_another_part(config):
+        config = (
+            path.parent / f"{path.stem}.config.json"
+        )  # none: that of the folder is an encoder's or a VAE's
+    return load_arch(config, source.shapes)

@@ -9,6 +9,7 @@ from models.wan.checkpoint import CheckpointPaths, find_checkpoint
 from models.wan.datasets import MEMO_FILE, scan_dataset
 from models.wan.evaluation import WanEvalBatches
 from models.wan.stages import TextWire
+from utils.config.experts import first_side
 from utils.config.schema import DatasetConfig, TrainConfig
 from utils.data.cache import FORMAT_FILE, CacheStore
 from utils.data.cache_keys import LATENTS, TEXT
@@ -107,6 +108,8 @@ def open_cached(
             "model.cache_text_embeddings = false: this run has no cached text states; give the config of a dit_lora run, or "
             f"{instead}"
         )
+    # One DiT is looked at: of two experts the first, where the caller has not said which.
+    config = replace(config, model=first_side(config.model))
     if not with_text:
         model = replace(config.model, cache_text_embeddings=False, train_text_encoder=True)
         config = replace(config, model=model)
@@ -137,7 +140,7 @@ def open_cached(
         )
     num_left_out = len(manifest.samples) - len(kept)
     if num_left_out:
-        cache = WanCache(replace(manifest, samples=kept), store, hashes, config.model, variant)
+        cache = cache.of(replace(manifest, samples=kept))
     batches = WanEvalBatches(config, variant, kept, cache, paths.tokenizer_dir, quantiles)
     keys = tuple(keys for _, keys in needed)
     return CachedBatches(config, paths, batches, kept, batches.sigmas, num_left_out, keys, store, instead)

@@ -8,8 +8,11 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.wan.checkpoint import TEXT_ENCODER_FILE, TOKENIZER_DIR, CheckpointPaths, has_tokenizer, locate
+from models.wan.checkpoint import CheckpointPaths, has_tokenizer, locate
+from models.wan.downloads import TEXT_ENCODER_FILE, TEXT_ENCODER_WEIGHTS
+from models.wan.layouts import text_encoder_in, tokenizers_in
 from models.wan.probes.subject import OUTPUT_ROOT, Cap, choose_optional_cap, choose_transformer, overrides_for
+from utils.config.experts import only_expert
 from utils.config.load import load_config
 from utils.config.schema import TrainConfig
 from utils.errors import UserError
@@ -22,9 +25,11 @@ from utils.saved_runs import (
     run_of_saved_file,
 )
 
-# The name that models/wan/export.py writes; spelled here too, since that module needs torch.
 SAVED_ENCODER = SavedKind(
-    "text_encoder.safetensors", "a text encoder", "--text_encoder and --base_text_encoder"
+    TEXT_ENCODER_WEIGHTS,
+    "a text encoder",
+    "--text_encoder and --base_text_encoder",
+    (TEXT_ENCODER_FILE,),
 )
 # Mean cosine of 0.98 on prompts that should not move. There is no published limit: this one is far above what rounding
 # to bfloat16 does (about 0.00001) and below what another training objective would.
@@ -76,6 +81,17 @@ def choose_encoders(args: argparse.Namespace) -> EncoderSubject:
     )
 
 
+def find_encoder(place: Path) -> Path:
+    """The encoder that a path means: a file, a directory of shards, or that of a checkpoint, of a save or of a training run.
+
+    Raises:
+        UserError: as `find_saved_file`.
+    """
+    if any(place.glob("*.safetensors.index.json")) and not (place / TEXT_ENCODER_FILE).is_file():
+        return place
+    return text_encoder_in(place) or find_saved_file(place, SAVED_ENCODER)
+
+
 def choose_drift_cap(flag: float | None, config: TrainConfig | None, where: Path | None) -> Cap:
     """The cap on neutral drift: the flag, else the run's [budget], else the default."""
     return choose_optional_cap("max_neutral_drift", flag, config, where) or Cap(
@@ -85,7 +101,7 @@ def choose_drift_cap(flag: float | None, config: TrainConfig | None, where: Path
 
 def _choose_tuned(args: argparse.Namespace, remarks: list[str]) -> Path:
     if args.text_encoder is not None:
-        tuned = find_saved_file(args.text_encoder, SAVED_ENCODER)
+        tuned = find_encoder(args.text_encoder)
         if tuned != args.text_encoder:
             remarks.append(f"text encoder: {tuned} (found in {args.text_encoder})")
         return tuned
@@ -109,19 +125,17 @@ def _choose_base(
 ) -> Path:
     given: Path | None = args.base_text_encoder
     if given is not None:
-        if given.is_dir() and (given / TEXT_ENCODER_FILE).is_file():
-            return given / TEXT_ENCODER_FILE
-        return find_saved_file(given, SAVED_ENCODER)
+        return find_encoder(given)
     if parts is not None:
-        if not parts.text_encoder.is_file():
+        if not parts.text_encoder.exists():
             raise UserError(
                 f"{parts.text_encoder}: is not there any more, and {config_path} names it as the base text encoder; name it "
                 "with --base_text_encoder, or the checkpoint's directory with --base"
             )
         remarks.append(f"base text encoder: {parts.text_encoder} (from {config_path})")
         return parts.text_encoder
-    if args.base is not None and (args.base / TEXT_ENCODER_FILE).is_file():
-        found: Path = args.base / TEXT_ENCODER_FILE
+    found = None if args.base is None else text_encoder_in(args.base)
+    if found is not None:
         remarks.append(f"base text encoder: {found} (of --base)")
         return found
     raise UserError(
@@ -144,9 +158,10 @@ def _choose_tokenizer(
             )
         return given
     places = [(parts.tokenizer_dir, f"from {config_path}")] if parts is not None else []
-    places.append((base.parent / TOKENIZER_DIR, "beside the base text encoder"))
+    places += [(place, "beside the base text encoder") for place in tokenizers_in(base.parent)]
     if args.base is not None:
-        places.append((args.base / TOKENIZER_DIR, "of --base"))
+        places += [(place, "of --base") for place in tokenizers_in(args.base)]
+    places.append((base, "inside the base text encoder"))
     for place, why in places:
         if has_tokenizer(place):
             remarks.append(f"tokenizer: {place} ({why})")
@@ -162,7 +177,7 @@ def _choose_dit(
     remarks: list[str],
 ) -> Path | None:
     if args.base is not None:
-        expert = args.expert or (config.model.expert if config else None)
+        expert = args.expert or (only_expert(config) if config else None)
         return choose_transformer(args.base, expert, is_asked_for=args.expert is not None)
     if parts is None:
         remarks.append("without a DiT (--base) nothing is said about its text embedding")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from models.wan.arch import PATCH_SIZE, PUBLISHED, VARIANTS, Shape, VariantInfo, WanArch, expected_shapes
 from models.wan.component_shapes import Umt5Sizes, VaeSizes, expected_umt5_shapes, expected_vae_shapes
-from models.wan.probes.namings import Naming
+from models.wan.namings import Naming
 
 PUBLISHED_DITS = {
     name: {"dim": arch.dim, "ffn_dim": arch.ffn_dim, "num_layers": arch.num_layers}

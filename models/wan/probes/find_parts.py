@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import get_args
 
 from models.wan.checkpoint import EXPERT_DIRS, TEXT_ENCODER_FILE, TOKENIZER_DIR, VAE_FILES, has_tokenizer
-from models.wan.probes.namings import Kind
+from models.wan.downloads import DIFFUSERS_EXPERTS, TEXT_ENCODER_WEIGHTS
+from models.wan.namings import Kind
 from models.wan.probes.parts import Part, recognise
 from utils.adapter_runs import ADAPTER_NAME, RUN_CONFIG_NAME
 from utils.config.schema import Expert, TrainConfig
@@ -36,10 +37,9 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 _EXPERT_IN_NAME = re.compile(r"(?<![a-z])(high|low)[ _-]?(?:noise)?(?![a-z])", re.IGNORECASE)
 _SAVE = re.compile(r"(?:epoch|step)(\d+)")
-_SAVED = (ADAPTER_NAME, "text_encoder.safetensors")
+_SAVED = (ADAPTER_NAME, TEXT_ENCODER_WEIGHTS, TEXT_ENCODER_FILE)
 _AS_WAN21 = "Wan 2.1's 14B text-to-video model has the same names and shapes as an expert of T2V-A14B, so it may be that"
-# diffusers keeps the high-noise expert under the plain name.
-_DIFFUSERS_EXPERTS: dict[str, Expert] = {"transformer": "high_noise", "transformer_2": "low_noise"}
+_DIFFUSERS_EXPERTS: dict[str, Expert] = {folder: expert for expert, folder in DIFFUSERS_EXPERTS.items()}
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _missing_experts(path: Path, parts: Sequence[Part], flag: Expert | None) -> 
     if flag is not None or len(experts) != 1 or not path.is_dir():
         return []
     official = [name for name in EXPERT_DIRS.values() if (path / name).is_dir()]
-    lacking = "low_noise" if experts == {"high_noise"} else "high_noise"
+    lacking: Expert = "low_noise" if experts == {"high_noise"} else "high_noise"
     if official:
         return [
             f"{path / EXPERT_DIRS[lacking]} is missing: {path} is an A14B checkpoint, which has two experts"

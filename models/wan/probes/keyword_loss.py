@@ -127,6 +127,6 @@ def _losses(
         for number, wire in enumerate(wires):
             wires[number] = layer(tuple(tensor.to(device) for tensor in wire))
     found = []
-    for velocity_BCFHW, (target_BCFHW, _, _, _, *mask_BHW) in zip(wires, labels, strict=True):
-        found.append(float(per_sample_loss(velocity_BCFHW.cpu(), target_BCFHW, *mask_BHW).mean()))
+    for velocity_BCFHW, (target_BCFHW, _, _, _, *mask_BFHW) in zip(wires, labels, strict=True):
+        found.append(float(per_sample_loss(velocity_BCFHW.cpu(), target_BCFHW, *mask_BFHW).mean()))
     return found

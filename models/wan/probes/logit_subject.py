@@ -18,7 +18,9 @@ from models.wan.probes.subject import (
     overrides_for,
     read_fitting_adapter,
 )
+from utils.config.experts import BOTH, only_expert, side_config
 from utils.config.load import load_config
+from utils.config.schema import Expert
 from utils.devices import choose_device
 from utils.errors import UserError
 from utils.lora_names import AdapterPair
@@ -44,6 +46,7 @@ class LogitSubject:
     config_path: Path | None
     subject: Subject | None
     remarks: tuple[str, ...]
+    expert: Expert | None = None
 
 
 def choose_logit_subject(args: argparse.Namespace) -> LogitSubject:
@@ -55,7 +58,13 @@ def choose_logit_subject(args: argparse.Namespace) -> LogitSubject:
     if args.against is None:
         subject = choose_subject(args)
         return LogitSubject(
-            subject.transformer, subject.adapter, None, subject.config_path, subject, subject.remarks
+            subject.transformer,
+            subject.adapter,
+            None,
+            subject.config_path,
+            subject,
+            subject.remarks,
+            subject.expert,
         )
     if args.adapter is not None:
         raise UserError("--against and --adapter: give one of them, they are two ways to say what to compare")
@@ -65,7 +74,7 @@ def choose_logit_subject(args: argparse.Namespace) -> LogitSubject:
         if config is None:
             raise UserError("--against needs --base (or --config), the checkpoint that it is held against")
         base = Path(config.model.transformer_path or config.model.ckpt_path)
-    expert = args.expert or (config.model.expert if config else None)
+    expert = args.expert or (only_expert(config) if config else None)
     against = choose_transformer(args.against, expert, is_asked_for=False)
     return LogitSubject(
         choose_transformer(base, expert, is_asked_for=args.expert is not None),
@@ -74,6 +83,7 @@ def choose_logit_subject(args: argparse.Namespace) -> LogitSubject:
         args.config,
         None,
         (),
+        expert,
     )
 
 
@@ -131,8 +141,11 @@ def measure_logits(
     overrides = chosen.subject.overrides if chosen.subject else overrides_for(chosen.config_path, chosen.base)
     loaded = load_config(chosen.config_path, overrides, check_files=True)
     assert loaded.dataset is not None, "load_config with check_files has read it"
+    config = replace(loaded.train, seed=args.seed)
+    if config.model.expert == BOTH and chosen.expert is not None:
+        config = side_config(config, chosen.expert)
     cached = open_cached(
-        replace(loaded.train, seed=args.seed),
+        config,
         loaded.dataset,
         arch.variant,
         parse_quantiles(args.quantiles),

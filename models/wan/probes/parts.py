@@ -9,21 +9,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models.wan.arch import VariantInfo
-from models.wan.probes.adapter_parts import AdapterFacts, read_adapter_facts
-from models.wan.probes.expected_parts import Expectation, count_blocks, expect_part
-from models.wan.probes.namings import (
+from models.wan.namings import (
     SCALE_SUFFIXES,
-    TOKENIZER_NAME,
+    SPIECE_TENSOR,
     Kind,
     Naming,
     find_naming,
     looks_like,
     split_prefixes,
 )
+from models.wan.probes.adapter_parts import AdapterFacts, read_adapter_facts
+from models.wan.probes.expected_parts import Expectation, count_blocks, expect_part
 from utils.config.schema import Expert
 from utils.errors import UserError
 from utils.report import Verdict
-from utils.tensor_source import SCALED_FP8_MARK, ScaledSource, Shape, TensorSource
+from utils.scaled_source import ScaledSource, has_mark
+from utils.tensor_source import Shape, TensorSource
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _LABELS: dict[Kind, str] = {
@@ -120,7 +121,7 @@ class Part:
             words.append(f"prefix {self.naming.prefix}")
         if self.storage != "plain":
             words.append(self.storage)
-        if TOKENIZER_NAME in self.names:
+        if SPIECE_TENSOR in self.names:
             words.append("with its tokenizer")
         return ", ".join(words)
 
@@ -225,7 +226,7 @@ def _problems(part: Part, expectation: Expectation) -> list[str]:
 def _part_remarks(part: Part, expectation: Expectation) -> list[str]:
     remarks = []
     if part.kind == "text_encoder":
-        if TOKENIZER_NAME in part.names:
+        if SPIECE_TENSOR in part.names:
             remarks.append("the tokenizer travels in the file (spiece_model), as ComfyUI needs it")
         elif part.naming.style == "Hugging Face":
             remarks.append("the tokenizer is not in the file (no spiece_model), which ComfyUI needs")
@@ -242,7 +243,7 @@ def _part_remarks(part: Part, expectation: Expectation) -> list[str]:
 
 def _storage(source: TensorSource, names: Sequence[str]) -> str:
     eight = any(source.dtypes[name].startswith("F8") and source.shapes[name] != (0,) for name in names)
-    if SCALED_FP8_MARK in source.shapes:
+    if has_mark(source.shapes):
         return "fp8_scaled"
     if eight and any(name.endswith((".scale_weight", ".weight_scale")) for name in names):
         return "fp8 with scales and without the mark"

@@ -9,19 +9,20 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import get_args
 
 from models.wan.arch import PUBLISHED, Shape, expected_shapes
-from models.wan.checkpoint import EXPERT_DIRS
+from models.wan.downloads import DIFFUSERS_EXPERTS, EXPERT_DIRS
+from models.wan.expert_files import expert_of_adapter
+from models.wan.layouts import has_two_experts, transformer_place
 from models.wan.names import dit_to_diffusers
 from models.wan.probes.base import official_names
 from utils.adapter_runs import find_adapter_file, last_save, newest_adapter_run, run_of_adapter
+from utils.config.experts import is_pair, only_expert, side_config
 from utils.config.load import load_config
 from utils.config.schema import BudgetConfig, Expert, TrainConfig
 from utils.errors import UserError
 from utils.files import combined_fingerprint
 from utils.lora_names import (
-    SECOND_PREFIX,
     AdapterFile,
     AdapterPair,
     adapted_shape,
@@ -93,12 +94,14 @@ def choose_subject(args: argparse.Namespace) -> Subject:
         base = Path(config.model.transformer_path or config.model.ckpt_path)
         remarks.append(f"base: {base} (from {config_path})")
     saved_for = expert_of_adapter(adapter)
-    expert = args.expert or (config.model.expert if config else None) or saved_for
+    expert = args.expert or (only_expert(config) if config else None) or saved_for
     if saved_for not in (None, expert):
         remarks.append(
             f"{adapter} says that it is for the expert {saved_for}, but it is held against {expert}"
         )
     transformer = choose_transformer(base, expert, is_asked_for=args.expert is not None)
+    if config is not None and expert is not None and is_pair(config):
+        config = side_config(config, expert)
     return Subject(adapter, transformer, config_path, config, expert, tuple(remarks), overrides)
 
 
@@ -131,18 +134,6 @@ def choose_adapter(args: argparse.Namespace, remarks: list[str]) -> Path:
     return adapter
 
 
-def expert_of_adapter(adapter: Path) -> Expert | None:
-    """The expert that the file is for, if it says so: by its metadata, which this project writes, or by diffusers' names.
-
-    In diffusers `transformer_2` is the low-noise expert. `transformer` says nothing: each expert's own file has it too.
-    """
-    source = open_safetensors([adapter])
-    value = source.metadata().get("expert")
-    if value is None and source.shapes and all(key.startswith(SECOND_PREFIX) for key in source.shapes):
-        return "low_noise"
-    return next((expert for expert in get_args(Expert) if expert == value), None)
-
-
 def choose_transformer(base: Path, expert: Expert | None, *, is_asked_for: bool) -> Path:
     """The directory or file of the DiT itself: in an A14B checkpoint, that of one expert.
 
@@ -151,10 +142,12 @@ def choose_transformer(base: Path, expert: Expert | None, *, is_asked_for: bool)
     """
     if not base.exists():
         raise UserError(f"{base}: no such checkpoint; check --base or the config's ckpt_path")
-    if any((base / folder).is_dir() for folder in EXPERT_DIRS.values()):
+    if has_two_experts(base):
         if expert is None:
             raise UserError(f"{base}: is an A14B checkpoint with two experts; say which with --expert")
-        return base / EXPERT_DIRS[expert]
+        return transformer_place(base, expert)
+    if (base / DIFFUSERS_EXPERTS["high_noise"]).is_dir():
+        return transformer_place(base, expert)
     if is_asked_for and expert is not None and base.is_dir() and base.name != EXPERT_DIRS[expert]:
         raise UserError(
             f"{base}: holds no {EXPERT_DIRS[expert]}/, which --expert {expert} asks for; check both"

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from models.wan.probes.namings import is_extra
+from models.wan.namings import is_extra
 from models.wan.probes.parts import Part, tensor_bytes
 from utils.lora_targets import number_ranges
 

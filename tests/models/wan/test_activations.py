@@ -68,7 +68,7 @@ def planned(tiny_ti2v, open_tiny, make_config):
     """`planned(mode, recompute, band, dtype, residual)`: specs of the tiny model, and the wire that they are for."""
     checkpoint = open_tiny(tiny_ti2v)
 
-    def make(mode, recompute, band="", dtype="bfloat16", residual="float32", **model):
+    def make(mode, recompute, band="", dtype="bfloat16", residual="float32", per_frame=False, **model):
         adapter = {} if mode == "encoder_ft" else BANDS[band]
         config = make_config(
             mode,
@@ -78,7 +78,8 @@ def planned(tiny_ti2v, open_tiny, make_config):
             micro_batch_size_per_gpu=SAMPLES,
         )
         frames, rows, columns = GRID
-        workload = Workload(float(frames * rows * columns), float(LENGTH))
+        time_rows = frames if per_frame else 1
+        workload = Workload(float(frames * rows * columns), float(LENGTH), float(time_rows))
         generator = torch.Generator().manual_seed(0)
         if mode == "encoder_ft":
             specs = text_layers(config, checkpoint.text, workload)
@@ -97,7 +98,8 @@ def planned(tiny_ti2v, open_tiny, make_config):
             SAMPLES, checkpoint.arch.in_dim, frames, 2 * rows, 2 * columns, generator=generator
         )
         lens = torch.full((SAMPLES,), LENGTH)
-        return specs, TextWire(text, lens, latents, torch.full((SAMPLES, 1), 500.0), torch.tensor([1]))
+        timesteps = torch.full((SAMPLES, time_rows), 500.0)
+        return specs, TextWire(text, lens, latents, timesteps, torch.tensor([1]))
 
     return make
 
@@ -123,6 +125,23 @@ def test_the_dit_with_adapters(band, dtype, residual, planned):
     found = measure(specs, wire)
     assert found[0] == found[1] == 0.0  # below the band: no graph, nothing stored
     assert check(specs, found) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["dit_lora", "encoder_ft"])
+def test_a_timestep_per_frame_keeps_its_rows(mode, dtype, planned):
+    """As with a clean first frame: each block keeps rows of modulation per frame, and still none per token."""
+    sides = {}
+    for per_frame in (False, True):
+        specs, wire = planned(mode, False, "cross", dtype, per_frame=per_frame)
+        found = measure(specs, wire)
+        block = next(index for index, spec in enumerate(specs) if spec.name == "blocks.3")
+        assert check(specs[block:], found[block:]) < TOLERANCE
+        sides[per_frame] = (specs[block].memory.stored, found[block])
+    (planned_before, before), (planned_now, now) = sides[False], sides[True]
+    # Eight rows of the width in float32 for each further frame of each sample, by arithmetic and in truth.
+    rows = 8 * SAMPLES * (GRID[0] - 1) * 128 * 4
+    assert planned_now - planned_before == now - before == rows
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -95,6 +95,9 @@ def test_latent_frames(num_frames, latent_frames):
         ("t2v-a14b", "low_noise", (0.0, 1.0), (0.0, 0.875)),
         ("i2v-a14b", "high_noise", (0.0, 0.95), (0.9, 0.95)),
         ("i2v-a14b", "low_noise", (0.2, 0.5), (0.2, 0.5)),
+        ("t2v-a14b", "high_noise", (0.875, 1.0), (0.875, 1.0)),
+        ("t2v-a14b", "high_noise", (0.9, 1.0), (0.9, 1.0)),
+        ("t2v-a14b", "low_noise", (0.0, 0.875), (0.0, 0.875)),
         ("ti2v-5b", None, (0.1, 0.95), (0.1, 0.95)),
     ],
 )
@@ -106,6 +109,22 @@ def test_an_expert_trains_its_own_noise_levels(variant, expert, wanted, given):
 def test_a_range_that_is_the_other_experts_is_refused(expert, wanted):
     with pytest.raises(UserError, match=f"leave nothing to the {expert} expert of t2v-a14b"):
         VARIANTS["t2v-a14b"].sigma_range(expert, *wanted)
+
+
+@pytest.mark.parametrize(
+    ("expert", "wanted", "words"),
+    [
+        ("high_noise", (0.5, 1.0), "min_t = 0.5 lies below 0.875, where the high_noise expert"),
+        ("low_noise", (0.0, 0.95), "max_t = 0.95 lies above 0.875, where the low_noise expert"),
+    ],
+)
+def test_a_bound_on_the_other_experts_side_is_refused(expert, wanted, words):
+    with pytest.raises(UserError, match=words):
+        VARIANTS["t2v-a14b"].sigma_range(expert, *wanted)
+
+
+def test_a_pair_has_the_whole_range():
+    assert VARIANTS["t2v-a14b"].sigma_range("both", 0.1, 0.95) == (0.1, 0.95)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from utils.data.manifest import SampleRecord
 from utils.data.masks import LossMask, MaskGrid
 from utils.data.media import MediaInfo
 from utils.data.sampler import MicroBatch, Visit
+from utils.flow_matching import NUM_SIGMA_BINS
 from utils.layers import PreparedBatch
+from utils.loss_recorder import LossRecorder
 from utils.rng import generator
 
 BUCKET = Bucket(64, 32, 5)
@@ -30,13 +32,15 @@ BOTH = {"need_inputs": True, "need_labels": True}
 class MemoryCache:
     """Latents of 48 channels, conditioning for I2V, and text states of the length of the caption."""
 
+    frames = 2
+
     def __init__(self, channels: int, with_condition: bool = False) -> None:
         self._channels = channels
         self._with_condition = with_condition
 
     def read_latents(self, sample_index):
         random = torch.Generator().manual_seed(sample_index)
-        item = {"latents": torch.randn(self._channels, 2, 2, 4, generator=random)}
+        item = {"latents": torch.randn(self._channels, self.frames, 2, 4, generator=random)}
         if self._with_condition:
             item["cond"] = torch.full((20, 2, 2, 4), float(sample_index + 1))
         return item
@@ -55,6 +59,7 @@ def make_batches(tiny_ti2v, make_config):
         more=(),
         start=0.0,
         masks=None,
+        buckets=(BUCKET,) * 3,
         **top,
     ) -> WanBatches:
         samples = [
@@ -63,7 +68,7 @@ def make_batches(tiny_ti2v, make_config):
                 path=Path(f"clip_{number}.mp4"),
                 kind="video",
                 captions=(CAPTIONS[number], *more),
-                bucket=BUCKET,
+                bucket=buckets[number],
                 num_repeats=1.0,
                 content_hash="0" * 32,
                 clip_start_seconds=start,
@@ -130,13 +135,106 @@ def test_masks_ride_behind_the_labels_of_those_micro_batches_that_have_any(make_
         assert len(with_masks.labels) == len(without.labels) == 4
     mixed = masked.prepare(batch_of((0, 0), (1, 3)), 1.0, **BOTH)
     plain = make_batches(mode).prepare(batch_of((0, 0), (1, 3)), 1.0, **BOTH)
-    *labels, mask_BHW = mixed.labels
-    assert mask_BHW.dtype == torch.float32
-    assert mask_BHW.tolist() == [[[1.0] * 4] * 2, [left] * 2]
+    *labels, mask_BFHW = mixed.labels
+    assert mask_BFHW.dtype == torch.float32
+    assert mask_BFHW.tolist() == [[[[1.0] * 4] * 2], [[left] * 2]]
     # Nothing else knows of it: neither noise nor inputs.
     assert all(torch.equal(one, other) for one, other in zip(labels, plain.labels, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(mixed.inputs, plain.inputs, strict=True))
     assert masked.prepare(batch_of((1, 3)), 1.0, need_inputs=True, need_labels=False).labels is None
+
+
+def conditioned_visits(batches: WanBatches, sample: int, visits: range) -> list[bool]:
+    """Which visits keep the first latent frame clean, by what the model is told."""
+    wires = [TextWire(*batches.prepare(batch_of((sample, visit)), 1.0, **BOTH).inputs) for visit in visits]
+    return [wire.timesteps_BT.shape[1] > 1 for wire in wires]
+
+
+def test_an_image_conditioned_visit_differs_in_its_first_frame_alone(make_batches):
+    batch = batch_of((0, 0), (2, 5))
+    plain = make_batches().prepare(batch, 0.25, **BOTH)
+    prepared = make_batches(model={"first_frame_prob": 1.0}).prepare(batch, 0.25, **BOTH)
+    wire, noisy = TextWire(*prepared.inputs), TextWire(*plain.inputs)
+    clean_BCHW = torch.stack([MemoryCache(48).read_latents(index)["latents"][:, 0] for index in (0, 2)])
+    assert torch.equal(wire.latents_BCFHW[:, :, 0], clean_BCHW)
+    assert torch.equal(wire.latents_BCFHW[:, :, 1:], noisy.latents_BCFHW[:, :, 1:])
+    told = noisy.timesteps_BT[:, 0].tolist()
+    assert wire.timesteps_BT.tolist() == [[0.0, told[0]], [0.0, told[1]]]
+    *labels, mask_BFHW = prepared.labels
+    # Target, noise level (of the frames that count), weight and sample: as without.
+    assert all(torch.equal(one, other) for one, other in zip(labels, plain.labels, strict=True))
+    assert mask_BFHW.tolist() == [[[[0.0] * 4] * 2, [[1.0] * 4] * 2]] * 2
+    assert torch.equal(wire.text, noisy.text) and torch.equal(wire.seed, noisy.seed)
+
+
+def test_the_loss_of_an_image_conditioned_visit_is_the_mean_over_the_other_frames(make_batches):
+    left = [1.0, 0.5, 0.0, 0.0]
+    batches = make_batches(model={"first_frame_prob": 1.0}, masks={1: mask_of(left, left)})
+    prepared = batches.prepare(batch_of((0, 0), (1, 3)), 1.0, **BOTH)
+    target_BCFHW = prepared.labels[0]
+    velocity_BCFHW = torch.randn(target_BCFHW.shape, generator=generator(0, "velocity")).requires_grad_()
+    recorder = LossRecorder()
+    recorder(velocity_BCFHW, prepared.labels).backward()
+    errors_BCHW = (velocity_BCFHW.detach() - target_BCFHW)[:, :, 1].square()
+    weights = torch.tensor(left)
+    expected = [errors_BCHW[0].mean(), (errors_BCHW[1] * weights).sum() / (weights.sum() * 2 * 48)]
+    torch.testing.assert_close(torch.tensor(recorder.sample_losses()), torch.stack(expected))
+    assert not velocity_BCFHW.grad[:, :, 0].any() and velocity_BCFHW.grad[0, :, 1].all()
+    # In the metrics it counts at the level of what was noised.
+    counts = recorder.totals()[2 + NUM_SIGMA_BINS :]
+    assert counts.nonzero()[0].tolist() == sorted({int(sigma * 10) for sigma in prepared.labels[1].tolist()})
+
+
+def test_visits_are_image_conditioned_by_seed_sample_and_visit(make_batches):
+    some = {"first_frame_prob": 0.3}
+    reference = conditioned_visits(make_batches(model=some), 0, range(60))
+    assert 8 <= sum(reference) <= 28
+    names = [torch.rand((), generator=generator(0, "first_frame", 1000, v)).item() < 0.3 for v in range(60)]
+    assert reference == names
+    # Neither place nor order matters; sample and seed do.
+    assert conditioned_visits(make_batches(model=some, order=(2, 0, 1)), 1, range(40, 60)) == reference[40:]
+    assert conditioned_visits(make_batches(model=some), 1, range(60)) != reference
+    assert conditioned_visits(make_batches(model=some, seed=1), 0, range(60)) != reference
+    assert set(conditioned_visits(make_batches(model={"first_frame_prob": 1.0}), 0, range(9))) == {True}
+
+
+def test_a_visit_that_is_not_chosen_is_as_it_would_be_without(make_batches):
+    mixed = make_batches(model={"first_frame_prob": 0.5})
+    chosen = conditioned_visits(mixed, 0, range(20))
+    yes, no = chosen.index(True), chosen.index(False)
+    alone, plain = (one.prepare(batch_of((0, no)), 1.0, **BOTH) for one in (mixed, make_batches()))
+    for mine, other in ((alone.inputs, plain.inputs), (alone.labels, plain.labels)):
+        assert all(torch.equal(one, two) for one, two in zip(mine, other, strict=True))
+    # In the company of one that is, it is told its level for every frame, and counts whole.
+    together = mixed.prepare(batch_of((0, yes), (0, no)), 1.0, **BOTH)
+    wire = TextWire(*together.inputs)
+    assert torch.equal(wire.latents_BCFHW[1], plain.inputs[2][0])
+    assert wire.timesteps_BT[1].tolist() == plain.inputs[3][0].tolist() * 2
+    assert wire.timesteps_BT[0, 0] == 0.0 < wire.timesteps_BT[0, 1]
+    mask_BFHW = together.labels[4]
+    assert not mask_BFHW[0, 0].any() and mask_BFHW[0, 1].all() and mask_BFHW[1].all()
+
+
+def test_images_are_never_conditioned(make_batches, monkeypatch):
+    monkeypatch.setattr(MemoryCache, "frames", 1)
+    image, clip = Bucket(64, 32, 1), Bucket(64, 32, 5)
+    batches = make_batches(model={"first_frame_prob": 1.0}, buckets=(image, clip, image))
+    assert batches.describe_first_frame() == [
+        "first frame: clean, at timestep 0 and left out of the loss at 100.0% of visits of 1 of 3 samples; images never"
+    ]
+    prepared = batches.prepare(batch_of((0, 0), (2, 0)), 1.0, **BOTH)
+    plain = make_batches(buckets=(image, clip, image)).prepare(batch_of((0, 0), (2, 0)), 1.0, **BOTH)
+    assert all(torch.equal(one, two) for one, two in zip(prepared.inputs, plain.inputs, strict=True))
+    assert len(prepared.labels) == 4
+    (warning,) = make_batches(model={"first_frame_prob": 0.5}, buckets=(image,) * 3).describe_first_frame()
+    assert warning.startswith("warning: first_frame_prob = 0.5 changes nothing")
+    assert make_batches().describe_first_frame() == []
+
+
+def test_timesteps_of_the_mean_sample_are_counted(make_batches):
+    buckets = (Bucket(64, 32, 1), Bucket(64, 32, 5), Bucket(64, 32, 9))
+    assert make_batches(buckets=buckets).workload.time_rows == 1.0
+    assert make_batches(buckets=buckets, model={"first_frame_prob": 0.1}).workload.time_rows == 2.0
 
 
 def test_a_stage_that_needs_nothing_reads_nothing(make_batches, monkeypatch):

@@ -276,7 +276,7 @@ def test_a_whole_t5_with_decoder_is_refused(tiny_ti2v, tmp_path):
     path = save_hf_encoder(tiny_ti2v, tmp_path / "t5.safetensors")
     save_file(load_file(path) | {"decoder.final_layer_norm.weight": torch.zeros(64)}, path)
     with pytest.raises(
-        UserError, match=r"t5\.safetensors: decoder\.final_layer_norm\.weight: not the Hugging Face name"
+        UserError, match=r"t5\.safetensors: holds a decoder \(decoder\.final_layer_norm\.weight\)"
     ):
         open_text_encoder(path)
 

@@ -81,10 +81,12 @@ def test_the_embedding(arch):
     with torch.device("meta"):
         embedding = WanEmbedding(arch, torch.float32, torch.float32)
         latents = torch.empty(1, arch.in_dim, frames, 2 * rows, 2 * columns)
-        timesteps = torch.empty(1, 1)
         text = torch.empty(1, 20, arch.text_dim)
     embedding.forward = embedding.embed
-    assert count(embedding, latents, timesteps, text) == costs.dit_input_flops(arch, NUM_TOKENS)
+    for time_rows in (1, frames):
+        timesteps = torch.empty(1, time_rows, device="meta")
+        expected = costs.dit_input_flops(arch, NUM_TOKENS, time_rows)
+        assert count(embedding, latents, timesteps, text) == expected
 
 
 def test_the_head(arch):

@@ -32,7 +32,7 @@ class MemoryCache:
 
 @pytest.fixture
 def make_batches(tiny_ti2v, make_config):
-    def make(mode="dit_lora", quantiles=(0.1, 0.5), model=None, **top) -> WanEvalBatches:
+    def make(mode="dit_lora", quantiles=(0.1, 0.5), model=None, first_frame=None, **top) -> WanEvalBatches:
         sample = SampleRecord(
             sample_id=1000,
             path=Path("clip.mp4"),
@@ -48,7 +48,15 @@ def make_batches(tiny_ti2v, make_config):
         model = {"expert": "high_noise"} | (model or {})
         config = make_config(mode, model=model, **top)
         tokenizer = tiny_ti2v / TOKENIZER_DIR
-        return WanEvalBatches(config, VARIANTS["t2v-a14b"], samples, MemoryCache(), tokenizer, quantiles)
+        return WanEvalBatches(
+            config,
+            VARIANTS["t2v-a14b"],
+            samples,
+            MemoryCache(),
+            tokenizer,
+            quantiles,
+            first_frame=first_frame,
+        )
 
     return make
 
@@ -81,6 +89,24 @@ def test_levels_are_quantiles_of_the_law_that_training_draws_from(make_batches):
         _, sigma = noise_of(batches, 0, index)
         assert 0.875 <= sigma <= 1.0
         assert (draws <= sigma).float().mean().item() == pytest.approx(quantile, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("share", "given", "expected"),
+    [(0.0, None, False), (0.7, None, False), (1.0, None, True), (0.7, True, True), (1.0, False, False)],
+)
+def test_first_frames_are_clean_in_every_visit_or_in_none(share, given, expected, make_batches):
+    """Without a word, only where training never sees another one; probes look at samples so."""
+    plain, batches = make_batches(), make_batches(model={"first_frame_prob": share}, first_frame=given)
+    for quantile in range(2):
+        batch = MicroBatch((Visit(0, quantile), Visit(1, quantile)), BUCKET, 0)
+        prepared, without = (one.prepare(batch, 1.0, **BOTH) for one in (batches, plain))
+        wire, other = TextWire(*prepared.inputs), TextWire(*without.inputs)
+        assert wire.timesteps_BT.shape == (2, 2 if expected else 1)
+        assert (len(prepared.labels) == 5) is expected
+        # The noise of the later frames is the same, so that the two evaluations differ by the condition alone.
+        assert torch.equal(wire.latents_BCFHW[:, :, 1:], other.latents_BCFHW[:, :, 1:])
+        assert (not wire.latents_BCFHW[:, :, 0].any()) is expected
 
 
 def test_captions_are_whole_and_the_first_of_several(make_batches):

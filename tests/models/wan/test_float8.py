@@ -8,11 +8,12 @@ from safetensors.torch import load_file, save_file
 
 from models.wan.checkpoint import open_sharded, open_transformer
 from models.wan.preflight import preflight
+from models.wan.probes.base import open_official
 from utils.errors import UserError
 from utils.frozen_linear import FP8, FrozenLinear, quantise
 from utils.layers import global_names
 from utils.lora import parameter_names
-from utils.tensor_source import ScaledSource
+from utils.scaled_source import ScaledSource
 
 TARGETS = ["blocks.0.cross_attn.k", "blocks.2.cross_attn.v"]
 FLOAT8 = {"dtype": "bfloat16", "transformer_dtype": "float8"}
@@ -202,8 +203,50 @@ def test_scales_per_channel_are_refused_and_not_guessed(scaled):
         open_transformer(scaled)
 
 
-def test_scales_without_the_mark_are_refused_by_name(tiny_ti2v, tmp_path, make_config):
+def test_scales_count_also_without_the_mark(tiny_ti2v, scaled, tmp_path, make_config):
     path = write_scaled(tiny_ti2v, tmp_path / "unmarked.safetensors", mark=False)
     config = make_config("dit_lora", model={"ckpt_path": str(tiny_ti2v), "transformer_path": str(path)})
+    assert preflight(config) == []
+    unmarked, marked = open_transformer(path), open_transformer(scaled)
+    assert unmarked.shapes == marked.shapes
+    assert all(torch.equal(unmarked.get(name), marked.get(name)) for name in marked.shapes)
+
+
+def test_a_prefix_is_no_hindrance(scaled, tmp_path, tiny_ti2v, make_config):
+    path = tmp_path / "prefixed.safetensors"
+    save_file({f"model.diffusion_model.{name}": one for name, one in load_file(scaled).items()}, path)
+    config = make_config("dit_lora", model={"ckpt_path": str(tiny_ti2v), "transformer_path": str(path)})
+    assert preflight(config) == []
+    plain, prefixed = open_transformer(scaled), open_transformer(path)
+    assert prefixed.shapes == plain.shapes and prefixed.files == (path,)
+    for name in plain.shapes:
+        assert torch.equal(prefixed.get(name), plain.get(name))
+        mine, theirs = prefixed.stored_in_8_bits(name), plain.stored_in_8_bits(name)
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            assert all(torch.equal(a.float(), b.float()) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_scales_of_another_kind_are_refused_and_not_left_out(tiny_ti2v, tmp_path, make_config):
+    path = write_scaled(tiny_ti2v, tmp_path / "other.safetensors", mark=False)
+    tensors = {
+        name.replace(".scale_weight", ".weight_scale"): tensor
+        for name, tensor in load_file(path).items()
+        if not name.endswith(".scale_input")
+    }
+    save_file(tensors, path)
+    config = make_config("dit_lora", model={"ckpt_path": str(tiny_ti2v), "transformer_path": str(path)})
     (problem,) = preflight(config)
-    assert "scale_weight is not one of its tensors" in problem.reason or "scale_input" in problem.reason
+    assert problem.key == "model.transformer_path"
+    assert "with a scale of a kind that is not known here (blocks." in problem.reason
+    with pytest.raises(UserError, match=r"weight_scale\).*give the bf16 or fp16 file"):
+        open_official(path)  # as the probes do
+
+
+def test_8_bits_without_any_scale_are_refused_with_what_to_give(tiny_ti2v, tmp_path, make_config):
+    path = write_scaled(tiny_ti2v, tmp_path / "bare.safetensors", mark=False)
+    save_file({name: one for name, one in load_file(path).items() if ".scale_" not in name}, path)
+    config = make_config("dit_lora", model={"ckpt_path": str(tiny_ti2v), "transformer_path": str(path)})
+    (problem,) = preflight(config)
+    assert "is stored as F8_E4M3 without a scale (and" in problem.reason
+    assert "give the bf16 or fp16 file, or one in ComfyUI's fp8_scaled format" in problem.reason

@@ -1,17 +1,21 @@
 """What this project saves, loaded by the programs that others use it with: diffusers and transformers."""
 
 import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoConfig, UMT5EncoderModel
 
 from models.wan.checkpoint import TEXT_ENCODER_FILE, open_text_encoder
-from models.wan.export import TEXT_ENCODER_CONFIG, TEXT_ENCODER_WEIGHTS, save_text_encoder
+from models.wan.export import TEXT_ENCODER_CONFIG, TEXT_ENCODER_WEIGHTS, EncoderFormat, save_text_encoder
+from models.wan.lora_convert import convert_lora
 from models.wan.text_encoder import load_umt5, pad_token_ids
 from utils.config.schema import BudgetConfig
 from utils.errors import UserError
@@ -23,8 +27,12 @@ from utils.lora_targets import linear_modules, resolve_targets
 # alpha / rank is a power of 2, 1.7e-6 at alpha / rank = 2.5. (With diffusers' own timesteps 4e-6 .. 2.6e-5, all of
 # which is the float32 sinusoid that test_transformer.py is about.)
 ADAPTER_PARITY = 1e-5
+# The largest error of one number of what an adapter adds, in float32; adapters add up to 0.22 .. 0.45. Measured: A14B 0
+# (bit-equal) with the exact sinusoid, 6.6e-6 with diffusers' own; 5B, with a clean first frame, 5.1e-6 and 5.8e-6; PEFT 0.
+ADDED_MAX = 1e-5
 CAPTIONS = ([17, 5, 40, 8, 1], [9, 1], [30, 31, 32, 33, 34, 35, 36, 37, 1])
 LENS = [len(ids) for ids in CAPTIONS]
+WHOLE, PART = (EncoderFormat("hf", full, Path("unused")) for full in (True, False))
 
 
 @pytest.fixture
@@ -87,6 +95,7 @@ def trained_parameters(specs, layers) -> dict[str, torch.Tensor]:
     }
 
 
+VARIANTS = ["tiny_ti2v", "tiny_t2v", "tiny_i2v"]
 ADAPTERS = {
     "the default": {},
     "alpha is not rank": {"alpha": 10.0},
@@ -96,7 +105,7 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("variant", ["tiny_ti2v", "tiny_i2v"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("values", ADAPTERS.values(), ids=ADAPTERS)
 def test_diffusers_loads_the_adapter_to_the_same_difference_of_outputs(
     variant,
@@ -138,6 +147,94 @@ def test_diffusers_loads_the_adapter_to_the_same_difference_of_outputs(
     assert len(adapted) == len(targets)
     assert ours.norm() / base.norm() > 0.01
     assert relative_error(with_adapter, ours) <= ADAPTER_PARITY
+
+
+class Converted(NamedTuple):
+    """An adapter file of a model, and what it adds to the model's output, by our own layers."""
+
+    checkpoint: Any
+    targets: list[str]
+    saved: Path
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    added_BCFHW: torch.Tensor
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant_root(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module", params=["the default", "every linear layer"])
+def converted(
+    request, variant_root, open_tiny, make_config, build_layers, build_reference, draw_wire, tmp_path_factory
+) -> Converted:
+    checkpoint = open_tiny(variant_root)
+    config = make_config("dit_lora", adapter={"alpha": 2.0})
+    linears = linear_modules(checkpoint.source.shapes)
+    targets = (
+        list(linears) if request.param != "the default" else resolve_targets(linears, config.adapter, None)
+    )
+    specs, layers = build_layers(config, checkpoint, targets)
+    train_for_a_while(layers)
+    root = tmp_path_factory.mktemp("adapter")
+    save_adapter(trained_parameters(specs, layers), targets, config.adapter, root, {"format": "pt"})
+    states_BLD = torch.randn(3, 9, checkpoint.arch.text_dim, generator=torch.Generator().manual_seed(5))
+    wire = draw_wire(checkpoint.arch, states_BLD, LENS)
+    if checkpoint.arch.model_type == "ti2v":  # image-conditioned: the first of two frames is clean
+        per_frame_BT = wire.timesteps_BT.repeat(1, 2)
+        per_frame_BT[:, 0] = 0.0
+        wire = wire._replace(timesteps_BT=per_frame_BT)
+    inputs = (wire.latents_BCFHW, wire.timesteps_BT, states_BLD)
+    with torch.no_grad():
+        added = layers(wire) - build_reference(checkpoint)(*inputs)
+    return Converted(checkpoint, targets, root / ADAPTER_WEIGHTS, inputs, added)
+
+
+def their_velocity(transformer, converted: Converted) -> torch.Tensor:
+    """diffusers' model; it takes one timestep per sample, or one per token (2 x 3 in each of two frames)."""
+    latents, timesteps_BT, states = converted.inputs
+    padded = F.pad(states, (0, 0, 0, converted.checkpoint.arch.text_len - states.shape[1]))
+    timesteps = timesteps_BT[:, 0] if timesteps_BT.shape[1] == 1 else timesteps_BT.repeat_interleave(6, dim=1)
+    with torch.no_grad():
+        return transformer(latents, timesteps, padded, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("dialect", ["as saved", "comfyui", "diffusers", "kohya"])
+@pytest.mark.parametrize("sinusoid", ["float64", "diffusers' own"])
+def test_diffusers_adds_the_same_with_every_dialect_it_reads(
+    dialect, sinusoid, converted, request, tmp_path, relative_error
+):
+    if sinusoid == "float64":
+        request.getfixturevalue("exact_sinusoid")
+    path = converted.saved
+    if dialect != "as saved":
+        path = tmp_path / "converted.safetensors"
+        if dialect == "kohya" and len(converted.targets) < 40:
+            with pytest.raises(UserError, match="is not adapted"):
+                convert_lora(converted.saved, dialect, path)
+            return
+        convert_lora(converted.saved, dialect, path)
+    pipeline = build_pipeline(converted.checkpoint)
+    without = their_velocity(pipeline.transformer, converted)
+    pipeline.load_lora_weights(str(path))
+    added = their_velocity(pipeline.transformer, converted) - without
+    adapted = [module for module in pipeline.transformer.modules() if hasattr(module, "base_layer")]
+    assert len(adapted) == len(converted.targets)
+    error = (added - converted.added_BCFHW).abs().max().item()
+    assert converted.added_BCFHW.abs().max() > 0.01
+    assert error <= ADDED_MAX
+
+
+def test_peft_adds_the_same_to_the_official_model(converted, build_reference, tmp_path):
+    """PEFT's files keep official names, so they are for a model under these."""
+    convert_lora(converted.saved, "peft", tmp_path / "peft")
+    model = build_reference(converted.checkpoint)
+    with torch.no_grad():
+        without = model(*converted.inputs)
+        adapted = PeftModel.from_pretrained(model, tmp_path / "peft")
+        added = adapted(*converted.inputs) - without
+    error = (added - converted.added_BCFHW).abs().max().item()
+    assert error <= ADDED_MAX
 
 
 def test_each_expert_takes_its_own_adapter(tiny_t2v, open_tiny, make_config, build_layers, tmp_path):
@@ -201,7 +298,7 @@ def test_transformers_loads_the_encoder_to_the_same_states(
     dtype, trained_encoder, draw_wire, tmp_path, relative_error
 ):
     checkpoint, layers, trained = trained_encoder
-    paths = save_text_encoder(trained, checkpoint.text, dtype, tmp_path, {"format": "pt"}, full=True)
+    paths = save_text_encoder(trained, checkpoint.text, dtype, tmp_path, {"format": "pt"}, WHOLE)
     assert paths == [tmp_path / TEXT_ENCODER_WEIGHTS, tmp_path / TEXT_ENCODER_CONFIG]
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.architectures == ["UMT5EncoderModel"]
@@ -230,7 +327,7 @@ def test_transformers_loads_the_encoder_to_the_same_states(
 
 def test_our_own_loader_takes_the_saved_encoder(trained_encoder, tmp_path):
     checkpoint, _, trained = trained_encoder
-    save_text_encoder(trained, checkpoint.text, torch.float32, tmp_path, {}, full=True)
+    save_text_encoder(trained, checkpoint.text, torch.float32, tmp_path, {}, WHOLE)
     source = open_text_encoder(tmp_path / TEXT_ENCODER_WEIGHTS)
     assert source.shapes == checkpoint.text.shapes
     moved = {
@@ -243,7 +340,7 @@ def test_our_own_loader_takes_the_saved_encoder(trained_encoder, tmp_path):
 
 def test_a_file_of_trained_tensors_alone_is_marked_as_such_by_refusal(trained_encoder, tmp_path):
     checkpoint, _, trained = trained_encoder
-    save_text_encoder(trained, checkpoint.text, torch.bfloat16, tmp_path, {"seed": "3"}, full=False)
+    save_text_encoder(trained, checkpoint.text, torch.bfloat16, tmp_path, {"seed": "3"}, PART)
     tensors = load_file(tmp_path / TEXT_ENCODER_WEIGHTS)
     assert {f"text_encoder.{name}" for name in tensors} == trained.keys()
     with pytest.raises(UserError, match="holds only a part of the encoder"):
@@ -252,7 +349,7 @@ def test_a_file_of_trained_tensors_alone_is_marked_as_such_by_refusal(trained_en
 
 def test_the_encoders_description_is_of_its_sizes(trained_encoder, tmp_path):
     checkpoint, _, trained = trained_encoder
-    save_text_encoder(trained, checkpoint.text, torch.bfloat16, tmp_path, {}, full=False)
+    save_text_encoder(trained, checkpoint.text, torch.bfloat16, tmp_path, {}, PART)
     config = json.loads((tmp_path / TEXT_ENCODER_CONFIG).read_text())
     expected = {"model_type": "umt5", "d_model": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 384}
     assert expected.items() <= config.items()

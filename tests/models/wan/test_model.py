@@ -87,6 +87,21 @@ def test_a_stage_measures_its_own_modules(make_model, make_config, build_layers,
     assert model.deltas({}) == []
 
 
+def test_an_export_is_read_again(make_model, make_config, build_layers, open_tiny, tiny_ti2v, tmp_path):
+    """An adapter as it is before any step has no effect and passes; one that is not finite is refused."""
+    model = make_model()
+    parameters = build(model, make_config, build_layers, open_tiny, tiny_ti2v)
+    trained = {
+        name: parameters[name].detach().clone()
+        for target in model.targets
+        for name in parameter_names(target)
+    }
+    model.export(trained, tmp_path, {"variant": "ti2v-5b"})
+    trained[parameter_names(model.targets[-1])[1]][0, 0] = torch.inf
+    with pytest.raises(UserError, match="read again after it was written.*holds NaN or infinite values"):
+        model.export(trained, tmp_path, {"variant": "ti2v-5b"})
+
+
 def test_the_exported_adapter_starts_a_model(
     make_model, make_config, build_layers, open_tiny, tiny_ti2v, tmp_path
 ):

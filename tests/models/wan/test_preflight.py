@@ -59,6 +59,26 @@ def test_a_noise_range_of_the_other_expert_is_a_problem(make_config, tiny_t2v):
     assert problem.key == "model.min_t" and "0.875" in problem.reason
 
 
+@pytest.mark.parametrize(
+    ("variant", "why"),
+    [
+        ("t2v-a14b", "t2v-a14b is a text-to-video model, which takes no first frame"),
+        ("i2v-a14b", "i2v-a14b sees the first frame of every clip in channels of its own"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["dit_lora", "encoder_ft"])
+def test_a_clean_first_frame_is_for_the_5b_alone(make_config, mode, variant, why, request):
+    tiny = request.getfixturevalue({"t2v-a14b": "tiny_t2v", "i2v-a14b": "tiny_i2v"}[variant])
+    model = {"expert": "low_noise", "first_frame_prob": 0.25}
+    (problem,) = problems(make_config, tiny, mode, model=model)
+    assert str(problem) == (
+        f"model.first_frame_prob: is 0.25, which is for ti2v-5b only; {why} -> take it out"
+    )
+    assert problems(make_config, tiny, mode, model=model | {"first_frame_prob": 0.0}) == []
+    ti2v = request.getfixturevalue("tiny_ti2v")
+    assert problems(make_config, ti2v, mode, model={"first_frame_prob": 0.25}) == []
+
+
 def test_everything_is_reported_at_once(make_config, tiny_ti2v, tiny_t2v):
     found = problems(
         make_config,

@@ -675,7 +675,7 @@ def replace_base(base, **arguments):
         (remove_shard, "missing"),
         (spoil_base_values, "NaN or infinite"),
         (quantise_base, "F8_E4M3"),
-        (use_another_model, "no Wan DiT"),
+        (use_another_model, "is not a DiT of Wan 2.2"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_report(tmp_path, capsys, spoil, words):

@@ -329,6 +329,11 @@ def found_in_dataset(table) -> list[Problem]:
         ),
         (dit_lora(eval_datasets=["a.toml", "b/a.toml"]), "eval_datasets[1].name", "for the second time"),
         (dit_lora(eval_datasets=[{"name": "../a", "config": "a.toml"}]), "eval_datasets[0].name", "letters"),
+        (
+            dit_lora(eval_datasets=["a.first_frame.toml", "A.toml"], model={"first_frame_prob": 0.1}),
+            "eval_datasets[0].name",
+            "another one's image-conditioned evaluation",
+        ),
         (dit_lora(eval_datasets=["a.toml"], eval_quantiles=[]), "eval_quantiles", "at least one"),
         (dit_lora(eval_datasets=["a.toml"], eval_quantiles=[0.2, 0.2]), "eval_quantiles", "each once"),
         (dit_lora(probes={"run": []}), "probes.run", "is empty"),

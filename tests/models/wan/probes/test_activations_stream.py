@@ -22,19 +22,23 @@ def opened(root):
     return source, load_arch(place / "config.json", source.shapes)
 
 
-def drawn(arch, num_tokens=7, seed=0):
+def drawn(arch, num_tokens=7, seed=0, timesteps=(400.0,)):
     random = torch.Generator().manual_seed(seed)
     return TextWire(
         text=torch.randn(1, num_tokens, arch.text_dim, generator=random),
         lens_B=torch.tensor([num_tokens]),
         latents_BCFHW=torch.randn(1, arch.in_dim, 2, 4, 6, generator=random),
-        timesteps_BT=torch.tensor([[400.0]]),
+        timesteps_BT=torch.tensor([timesteps]),
         seed=torch.tensor([0]),
     )
 
 
-@pytest.mark.parametrize("checkpoint", ["tiny_ti2v", "tiny_t2v", "tiny_i2v"])
-def test_what_attentions_see_is_what_they_see_in_the_whole_model(checkpoint, request):
+@pytest.mark.parametrize(
+    ("checkpoint", "timesteps"),
+    # The second with a clean first frame.
+    [("tiny_ti2v", (400.0,)), ("tiny_ti2v", (0.0, 400.0)), ("tiny_t2v", (400.0,)), ("tiny_i2v", (400.0,))],
+)
+def test_what_attentions_see_is_what_they_see_in_the_whole_model(checkpoint, timesteps, request):
     source, arch = opened(request.getfixturevalue(checkpoint))
     with torch.device("meta"):
         model = WanTransformer(arch)
@@ -48,7 +52,7 @@ def test_what_attentions_see_is_what_they_see_in_the_whole_model(checkpoint, req
                 expected[place] = arguments
 
             block.get_submodule(kind).register_forward_pre_hook(keep)
-    wire, wanted = drawn(arch), [1, 3]
+    wire, wanted = drawn(arch, timesteps=timesteps), [1, 3]
     with torch.no_grad():
         model(wire.latents_BCFHW, wire.timesteps_BT, wire.text)
     seen = {}

@@ -108,5 +108,5 @@ def test_a_dit_that_does_not_fit_is_refused(tiny_ti2v, tmp_path):
     with pytest.raises(UserError, match="width 64, but the encoders give 48"):
         load_text_embedding(tiny_ti2v, 48)
     save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="no Wan DiT"):
+    with pytest.raises(UserError, match="is not a DiT of Wan 2.2"):
         load_text_embedding(tmp_path / "a.safetensors", 64)

@@ -168,7 +168,7 @@ def test_what_is_no_encoder_is_refused(base, tensors, write, tiny_ti2v, tmp_path
     wrong_part = write({"blocks.0.norm1.weight": torch.ones(48)}, "wrong.safetensors", only=True)
     torch.save({"a": 1}, tmp_path / "code.pth")
     for path, words in (
-        (dit, "not the|no tensor of a UMT5"),
+        (dit, "is not a UMT5 encoder of Wan 2.2: it is a DiT"),
         (write(quantised, "fp8.safetensors"), "quantised"),
         (marked, "quantised"),
         (wrong_part, "does not fit"),

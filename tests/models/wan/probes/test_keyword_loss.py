@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.wan.arch import load_arch
+from models.wan.arch import VARIANTS, load_arch
 from models.wan.checkpoint import open_text_encoder, open_transformer
 from models.wan.datasets import MEMO_FILE
+from models.wan.evaluation import WanEvalBatches
 from models.wan.layers import Workload, dit_layers, text_layers
 from models.wan.probes.encoder_prompts import Entry
 from models.wan.probes.encoder_stream import open_encoder_pair, stream_states
@@ -66,7 +67,7 @@ def by_training_layers(data, encoder, entry, index):
     with torch.no_grad():
         for spec in specs:
             wire = spec.build(CPU)(wire)
-    return float(per_sample_loss(wire, prepared.labels[0]).mean())
+    return float(per_sample_loss(wire, prepared.labels[0], *prepared.labels[4:]).mean())
 
 
 def test_the_loss_is_that_of_the_layers_of_training(measured):
@@ -81,6 +82,26 @@ def test_the_loss_is_that_of_the_layers_of_training(measured):
             assert found == pytest.approx(sum(expected) / len(expected), rel=1e-6)
         assert record.change.mean == pytest.approx(record.tuned - record.base, abs=1e-9)
         assert abs(record.change.mean) > 1e-6
+
+
+def test_the_loss_of_an_image_conditioned_run_leaves_the_first_frame_out(measured):
+    data, tuned, place, states, _ = measured
+    batches = WanEvalBatches(
+        replace(data.config, model=replace(data.config.model, first_frame_prob=1.0)),
+        VARIANTS["ti2v-5b"],
+        data.samples,
+        data.batches._cache,
+        data.paths.tokenizer_dir,
+        data.config.eval_quantiles,
+    )
+    clean = replace(data, batches=batches)
+    records = keyword_losses(clean, KEYWORDS, place, *states, 9, CPU)
+    for record in records:
+        indices = samples_holding(clean, record.entry.text, 9)
+        expected = [by_training_layers(clean, tuned, record.entry, index) for index in indices]
+        assert record.tuned == pytest.approx(sum(expected) / len(expected), rel=1e-6)
+    assert any(data.samples[index].bucket.num_frames > 1 for index in samples_holding(clean, "circle", 9))
+    assert records[0].tuned != keyword_losses(data, KEYWORDS, place, *states, 9, CPU)[0].tuned
 
 
 def test_one_encoder_on_both_sides_differs_by_nothing(measured):

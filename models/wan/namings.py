@@ -1,12 +1,13 @@
 """Which part of Wan 2.2 a list of tensor names belongs to, under whose naming, and the official name of each.
 
-Works on names alone. A file may hold several parts under prefixes of their own, as all-in-one files for ComfyUI do.
+The one answer to "under which names is this stored" for training and probes. Works on names alone. A file may hold several parts under prefixes of their own, as all-in-one files for ComfyUI do.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from models.wan.arch import VaeKind
@@ -18,12 +19,13 @@ from models.wan.names import (
     umt5_to_official,
     vae_to_diffusers,
 )
+from models.wan.tokenizer_place import SPIECE_TENSOR
 from utils.errors import UserError
 from utils.lora_names import parse_adapter_key
-from utils.tensor_source import SCALED_FP8_MARK
+from utils.scaled_source import SCALED_FP8_MARK
 
 Kind = Literal["transformer", "text_encoder", "vae", "adapter", "unknown"]
-TOKENIZER_NAME = "spiece_model"
+
 SCALE_SUFFIXES = (".scale_weight", ".scale_input")
 # Longest first: what an all-in-one file for ComfyUI, or a program that saves a whole model, puts before the names.
 PREFIXES = (
@@ -37,6 +39,18 @@ PREFIXES = (
     "vae.",
 )
 _NUM_TRIED = 48
+_ARTICLES: dict[Kind, str] = {
+    "transformer": "a DiT",
+    "text_encoder": "a UMT5 encoder",
+    "vae": "a VAE",
+    "adapter": "a LoRA adapter",
+}
+_GIVE: dict[Kind, str] = {
+    "transformer": "give Wan 2.2's DiT: a directory of shards, or its .safetensors file",
+    "text_encoder": "give UMT5's encoder alone: the official .pth, umt5_xxl_fp16.safetensors, a diffusers text_encoder/, or one "
+    "that this project saved",
+    "vae": "give Wan2.1_VAE.pth or Wan2.2_VAE.pth, the same as .safetensors, or a diffusers vae/",
+}
 # Names that no part of Wan 2.2 has, and what they say; the first that is found counts.
 _MARKS: tuple[tuple[str, str], ...] = (
     ("vace_blocks.", "a VACE model (it has vace_blocks)"),
@@ -91,6 +105,46 @@ class _Style:
     translate: Callable[[str], str | None]
 
 
+def find_part(where: Path, names: Iterable[str], kind: Kind) -> Naming:
+    """The part `kind` among the tensors of a file, whatever stands beside it.
+
+    Args:
+        where: the file or directory, for messages.
+        names: of all its tensors, as they are stored.
+        kind: `transformer`, `text_encoder` or `vae`.
+
+    Raises:
+        UserError: it is not there; the message says what is there instead.
+    """
+    names = list(names)
+    found = [find_naming(group, prefix, kind) for prefix, group in split_prefixes(names).items()]
+    wanted = [naming for naming in found if naming.kind == kind]
+    if wanted:
+        return max(wanted, key=lambda naming: len(naming.official))
+    others = [_ARTICLES[naming.kind] for naming in found if naming.kind in _ARTICLES]
+    prefix = _unknown_prefix(names, kind)
+    if others:
+        why = f"it is {' and '.join(others)}"
+    elif prefix:
+        known = ", ".join(PREFIXES)
+        why = f"before the names of {_ARTICLES[kind]} stands {prefix!r}, a prefix that is not known (known: none, {known})"
+    else:
+        why = looks_like(names)
+    raise UserError(f"{where}: is not {_ARTICLES[kind]} of Wan 2.2: {why}; {_GIVE[kind]}")
+
+
+def shown_names(naming: Naming, *, strict: bool) -> dict[str, str]:
+    """Stored name by the name to show: official ones; with `strict` also names that do not belong, for checks to refuse."""
+    shown = dict(naming.official)
+    if strict:
+        shown |= {
+            name.removeprefix(naming.prefix): name
+            for name in naming.unknown
+            if name.removeprefix(naming.prefix) not in shown
+        }
+    return shown
+
+
 def split_prefixes(names: Iterable[str]) -> dict[str, list[str]]:
     """Stored names by their prefix.
 
@@ -109,8 +163,11 @@ def split_prefixes(names: Iterable[str]) -> dict[str, list[str]]:
     return groups
 
 
-def find_naming(names: Sequence[str], prefix: str) -> Naming:
-    """Which part the names belong to: the part and naming that most of some names fit, else `unknown`."""
+def find_naming(names: Sequence[str], prefix: str, wanted: Kind | None = None) -> Naming:
+    """Which part the names belong to: the part and naming that most of some names fit, else `unknown`.
+
+    Where they fit several alike, as a few names may (`blocks.2.norm1.weight`), `wanted` decides.
+    """
     extras = tuple(name for name in names if is_extra(name.removeprefix(prefix)))
     aside = set(extras)
     plain = [name for name in names if name not in aside]
@@ -119,7 +176,7 @@ def find_naming(names: Sequence[str], prefix: str) -> Naming:
         return Naming("adapter", "", prefix, None, {}, (), (), extras)
     bare = [name.removeprefix(prefix) for name in tried]
     counts = {style: sum(style.translate(name) is not None for name in bare) for style in _styles()}
-    best = max(counts, key=lambda style: counts[style])
+    best = max(counts, key=lambda style: (counts[style], style.kind == wanted))
     if counts[best] * 2 <= len(tried) or foreign_marks(plain):
         return Naming("unknown", "", prefix, None, {}, (), tuple(plain), extras)
     official: dict[str, str] = {}
@@ -139,7 +196,7 @@ def find_naming(names: Sequence[str], prefix: str) -> Naming:
 
 def is_extra(name: str) -> bool:
     """Whether a name goes with the format of a file and not with the model."""
-    return name in (SCALED_FP8_MARK, TOKENIZER_NAME) or name.endswith(SCALE_SUFFIXES)
+    return name in (SCALED_FP8_MARK, SPIECE_TENSOR) or name.endswith(SCALE_SUFFIXES)
 
 
 def foreign_marks(names: Iterable[str]) -> str:
@@ -164,6 +221,20 @@ def looks_like(names: Sequence[str]) -> str:
     tops = Counter(name.partition(".")[0] for name in names).most_common(3)
     listed = ", ".join(f"{top} ({count})" for top, count in tops)
     return f"its {len(names)} names begin with {listed}"
+
+
+def _unknown_prefix(names: Sequence[str], kind: Kind) -> str:
+    """What stands before all names, where the rest of them are those of `kind`; else nothing."""
+    first, last = min(names, default=""), max(names, default="")
+    alike = next(
+        (index for index, pair in enumerate(zip(first, last, strict=False)) if len(set(pair)) > 1), None
+    )
+    common = first[:alike]
+    places = [index + 1 for index, letter in enumerate(common) if letter == "."]
+    for place in places:
+        if find_naming([name[place:] for name in names], "", kind).kind == kind:
+            return common[:place]
+    return ""
 
 
 def _fewest(names_of: Sequence[str]) -> int:

@@ -1,7 +1,7 @@
 import pytest
 
 from models.wan.names import dit_to_diffusers, umt5_to_hf
-from models.wan.probes.namings import find_naming, foreign_marks, looks_like, split_prefixes
+from models.wan.namings import find_naming, foreign_marks, looks_like, split_prefixes
 from tests.helpers.weight_files import dit, published
 
 DIT = list(dit("ti2v-5b"))
