@@ -15,6 +15,7 @@ DOORS = {
     "transformers": {"models/wan/text_encoder.py"},
     "diffusers": {"models/wan/vae.py", "models/wan/schedulers.py"},
     "peft": {"utils/lora.py"},
+    "skimage": {"utils/picture_change.py"},
     "deepspeed": {"utils/pipeline.py"},
     "optimi": {"utils/optim.py"},
     "bitsandbytes": {"utils/optim.py"},
@@ -75,6 +76,7 @@ def test_the_model_does_not_know_it_is_distributed() -> None:
         ("models.wan.model", "diffusers.models"),
         ("models.wan.sample_flags", "torch"),
         ("scripts.sample", "torch"),
+        ("scripts.diagnostics.prompt_grid", "torch"),
     ],
 )
 def test_light_modules_stay_light(module: str, absent: str) -> None:

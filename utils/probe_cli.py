@@ -5,6 +5,7 @@ the user stopped it.
 """
 
 import argparse
+import logging
 import math
 import sys
 import traceback
@@ -141,6 +142,8 @@ def run_probe(
     does not know and with 0 for `--help`.
     """
     args = parser.parse_args(argv)
+    # Imported along by other libraries where it is installed, it reports a missing 4-bit kernel that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return EXIT_BY_VERDICT[probe(args)]
     except KeyboardInterrupt:

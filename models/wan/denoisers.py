@@ -36,6 +36,10 @@ class OpenDit(Protocol):
         """See `models.wan.sampling.Denoiser`."""
         ...
 
+    def close(self) -> None:
+        """Let go of the weights."""
+        ...
+
 
 def sampling_config(config: TrainConfig, model: ModelConfig) -> TrainConfig:
     """The configuration with which a DiT's layers are built for sampling: no adapter of its own, nothing trained."""
@@ -76,8 +80,7 @@ def open_dit(
     try:
         yield dit
     finally:
-        dit.layers.clear()
-        del dit
+        dit.close()  # whoever has opened it may still name it
         free_memory(device)
 
 
@@ -116,6 +119,11 @@ class _LayeredDit:
     ) -> list[Tensor]:
         """One pass for each text."""
         return [self._row(_wire(latents_BCFHW, timesteps_BT, text)) for text in texts_BLD]
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        self.layers.clear()
+        self._row = nn.Sequential()
 
 
 class _StagedDit:
@@ -166,6 +174,13 @@ class _StagedDit:
             velocities.append(velocity)
         self._outputs.clear()
         return velocities
+
+    def close(self) -> None:
+        """Let go of the weights, whatever of DeepSpeed still refers to the engine."""
+        for parameter in self._pipeline.module.parameters():
+            parameter.data = torch.empty(0, device=parameter.device)
+        self.layers.clear()
+        del self._pipeline
 
     def _build(self, spec: LayerSpec, device: torch.device) -> PipelineLayer:
         layer = spec.build(device)

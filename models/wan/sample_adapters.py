@@ -3,15 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from models.wan.arch import VariantInfo
 from models.wan.probes.subject import Subject, expert_of_adapter, read_fitting_adapter
 from utils.adapter_runs import find_adapter_file
-from utils.added_lora import WeightedAdapter
 from utils.config.schema import Expert
 from utils.config.targets import matches
 from utils.errors import UserError
 from utils.tensor_source import TensorSource, open_safetensors
+
+if TYPE_CHECKING:
+    from utils.added_lora import WeightedAdapter
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,13 @@ def parse_weighted(text: str) -> tuple[Path, float]:
 
 
 def choose_adapters(
-    variant: VariantInfo, either: Sequence[str], high: Sequence[str] = (), low: Sequence[str] = ()
+    variant: VariantInfo,
+    either: Sequence[str],
+    high: Sequence[str] = (),
+    low: Sequence[str] = (),
+    *,
+    flag: str = "--adapter",
+    mend: str = "write --adapter_high or --adapter_low",
 ) -> list[AdapterChoice]:
     """The adapters that flags name, each with its expert.
 
@@ -52,17 +61,18 @@ def choose_adapters(
         variant: what is sampled.
         either: of `--adapter`; with two experts the file has to say which it is for.
         high: of `--adapter_high`; low: of `--adapter_low`.
+        flag: what named `either`; mend: what to do about a file that does not say its expert.
 
     Raises:
         UserError: a file is missing, is for another variant or expert, or does not say for which expert it is.
     """
-    told: list[tuple[str, str, Expert | None]] = [("--adapter", text, None) for text in either]
+    told: list[tuple[str, str, Expert | None]] = [(flag, text, None) for text in either]
     told += [("--adapter_high", text, "high_noise") for text in high]
     told += [("--adapter_low", text, "low_noise") for text in low]
-    return [_choose(variant, *one) for one in told]
+    return [_choose(variant, *one, mend) for one in told]
 
 
-def _choose(variant: VariantInfo, flag: str, text: str, expert: Expert | None) -> AdapterChoice:
+def _choose(variant: VariantInfo, flag: str, text: str, expert: Expert | None, mend: str) -> AdapterChoice:
     path, weight = parse_weighted(text)
     file = find_adapter_file(path)
     if expert is not None and not variant.has_experts:
@@ -76,9 +86,7 @@ def _choose(variant: VariantInfo, flag: str, text: str, expert: Expert | None) -
         return AdapterChoice(file, weight, None)
     saved_for = expert_of_adapter(file)
     if expert is None and saved_for is None:
-        raise UserError(
-            f"{flag} {file}: does not say for which expert of {variant.name} it is; write --adapter_high or --adapter_low"
-        )
+        raise UserError(f"{flag} {file}: does not say for which expert of {variant.name} it is; {mend}")
     if None not in (expert, saved_for) and expert != saved_for:
         raise UserError(
             f"{flag} {file}: is an adapter of the {saved_for} expert; write it behind the other flag"
@@ -92,7 +100,7 @@ def load_adapters(
     transformer: Path,
     source: TensorSource,
     exclude: Sequence[str] = (),
-) -> list[WeightedAdapter]:
+) -> "list[WeightedAdapter]":
     """The adapters of one expert, read and checked against its DiT.
 
     Args:
@@ -105,6 +113,8 @@ def load_adapters(
     Raises:
         UserError: an adapter does not fit the DiT, or `exclude` leaves nothing of one.
     """
+    from utils.added_lora import WeightedAdapter  # needs torch, for which a mistyped flag should not wait
+
     adapters = []
     for choice in choices:
         if choice.expert != expert:

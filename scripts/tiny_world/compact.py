@@ -55,3 +55,15 @@ def _attend_text(block: WanBlock, hidden_BFHWD: Tensor, text_BLD: Tensor, bias: 
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias
     )
     return hidden_BFHWD + attention.o(mixed.transpose(1, 2).flatten(2)).view_as(hidden_BFHWD)
+
+
+class CompactDit:
+    """A DiT that is called like `WanTransformer`, for the sampler; lengths are read off the text's zero rows."""
+
+    def __init__(self, model: WanTransformer) -> None:
+        self._model = model
+
+    def __call__(self, latents_BCFHW: Tensor, timesteps_BT: Tensor, text_BLD: Tensor) -> Tensor:
+        """Velocity [B, C, F, H, W]."""
+        lens_B = (text_BLD != 0).any(dim=2).sum(dim=1)
+        return velocity(self._model, latents_BCFHW, timesteps_BT, text_BLD, lens_B)

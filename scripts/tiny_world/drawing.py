@@ -1,72 +1,59 @@
-"""Pictures and clips drawn by the tiny Wan, many prompts at a time: Euler steps with guidance, as flow matching defines it.
-
-Only for measuring: hundreds of prompts share each forward pass, and padding is taken as one row (`compact.py`). What
-users sample with is the project's sampler.
-"""
+"""Pictures drawn by the tiny Wan with the project's sampler, many prompts at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from models.wan.pictures import to_frames
+from models.wan.sampling import sample_latents
+from models.wan.sampling_settings import SamplingSettings, SolverName
 from scripts.tiny_world.asset import TinyWan
-from scripts.tiny_world.compact import velocity
-from scripts.tiny_world.dit_training import encode_ids
+from scripts.tiny_world.compact import CompactDit
+from scripts.tiny_world.dit_training import VARIANT, encode_ids
 from scripts.tiny_world.world import SIZE, Pixels
-from utils.flow_matching import NUM_TRAIN_TIMESTEPS
-from utils.rng import generator
+from utils.rng import derive_seed
 
 _BATCH = 72
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How to sample. `guidance` 1 is without; `shift` as in flow-matching schedulers."""
+    """How to sample: as the flags of `scripts/sample.py`, with the empty caption as negative prompt."""
 
-    num_steps: int
+    steps: int
     guidance: float
     shift: float
+    solver: SolverName = "euler"
 
-    def levels(self) -> list[float]:
-        """Noise levels from 1 to 0, one more than steps."""
-        base = [1 - index / self.num_steps for index in range(self.num_steps + 1)]
-        return [self.shift * level / (1 + (self.shift - 1) * level) for level in base]
+    def settings(self, num_frames: int = 1) -> SamplingSettings:
+        """The sampler's settings for the world's pictures."""
+        return SamplingSettings(
+            VARIANT, SIZE, SIZE, num_frames, self.steps, self.shift, self.guidance, solver=self.solver
+        )
 
 
 @torch.no_grad()
-def draw(model: TinyWan, prompts: Sequence[str], drawing: Drawing, seed: int, num_frames: int = 1) -> Pixels:
-    """Draw each prompt, uint8 [N, num_frames, 48, 48, 3]; the noise depends on the seed and the prompt's place in the list."""
-    frames = model.dit.arch.variant.latent_frames(num_frames)
-    stride = model.vae.stride[1]
-    shape = (model.vae.latent_channels, frames, SIZE // stride, SIZE // stride)
-    parts = []
+def draw(model: TinyWan, prompts: Sequence[str], drawing: Drawing, seed: int) -> Pixels:
+    """Draw each prompt, uint8 [N, 48, 48, 3]; the noise depends on the seed and the prompt's place in the list."""
+    (empty,) = text_states(model, [""])
+    dit = CompactDit(model.dit)
+    drawn = []
     for start in range(0, len(prompts), _BATCH):
         part = prompts[start : start + _BATCH]
-        latents = torch.stack(
-            [
-                torch.randn(shape, generator=generator(seed, "draw", start + place))
-                for place in range(len(part))
-            ]
+        latents = sample_latents(
+            dit,
+            text_states(model, part),
+            [derive_seed(seed, "draw", start + place) for place in range(len(part))],
+            drawing.settings(),
+            negative_states=empty,
         )
-        latents = _denoise(model, part, latents, drawing)
-        video = model.vae.decode(latents)
-        parts.append(((video + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy())
-    return np.concatenate(parts)
+        drawn += [to_frames(video)[0] for video in model.vae.decode(latents)]
+    return np.stack(drawn)
 
 
-def _denoise(model: TinyWan, prompts: Sequence[str], latents: Tensor, drawing: Drawing) -> Tensor:
-    count = len(prompts)
-    text, lens = encode_ids(model.umt5, [model.tokens(prompt) for prompt in [*prompts, ""]])
-    levels = drawing.levels()
-    for level, following in pairwise(levels):
-        times = torch.full((count, 1), level * NUM_TRAIN_TIMESTEPS)
-        answer = velocity(model.dit, latents, times, text[:count], lens[:count])
-        if drawing.guidance != 1:
-            empty_text, empty_lens = text[count:].expand(count, -1, -1), lens[count:].expand(count)
-            without = velocity(model.dit, latents, times, empty_text[:, : int(lens[count])], empty_lens)
-            answer = without + drawing.guidance * (answer - without)
-        latents = latents + (following - level) * answer
-    return latents
+def text_states(model: TinyWan, prompts: Sequence[str]) -> list[torch.Tensor]:
+    """Text states of each prompt at its true length."""
+    text_BLD, lens_B = encode_ids(model.umt5, [model.tokens(prompt) for prompt in prompts])
+    return [text[:length] for text, length in zip(text_BLD, lens_B.tolist(), strict=True)]

@@ -45,11 +45,11 @@ def measure(model: TinyWan, prompts: Sequence[Prompt], drawing: Drawing, seed: i
     return judge(prompts, draw(model, [prompt.text for prompt in prompts], drawing, seed))
 
 
-def judge(prompts: Sequence[Prompt], drawn_NFHWC: Pixels) -> dict[str, float]:
-    """Shares right of the first frames of what was drawn, uint8 [N, frames, size, size, 3]: each attribute, and both."""
+def judge(prompts: Sequence[Prompt], drawn_NHWC: Pixels) -> dict[str, float]:
+    """Shares right of what was drawn, uint8 [N, size, size, 3]: each attribute, and both."""
     rows = []
-    for prompt, frames in zip(prompts, drawn_NFHWC, strict=True):
-        picture = read_picture(frames[0])
+    for prompt, pixels in zip(prompts, drawn_NHWC, strict=True):
+        picture = read_picture(pixels)
         rows.append((picture.colour == prompt.colour, picture.shape == prompt.shape))
     count = len(rows)
     shares = {

@@ -19,7 +19,7 @@ with seed {seed}; this file and `quality.json` are written by the same command. 
 | `vae.safetensors` | the VAE of the Wan 2.1 kind, official names, bfloat16 |
 | `quality.json` | what was measured, how, and the files' SHA-256 |
 
-Drawn with {num_steps} Euler steps, shift {shift:g}, guidance {guidance:g} against the empty caption; templates that
+Drawn with {steps} Euler steps, shift {shift:g}, guidance {guidance:g} against the empty caption; templates that
 training never saw; read by the checker. A picture is right when both colour and shape are.
 
 | templates | both right | colour | shape | n |

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.helpers.workspace import environment
 from utils.data import videos
-from utils.data.videos import nearest_frames, pictures_at, probe_video
+from utils.data.videos import nearest_frames, pictures_at, probe_video, write_video
 from utils.errors import UserError
 
 
@@ -420,3 +420,17 @@ def test_a_file_cut_within_its_last_frames_is_refused(tmp_path, write_video):
     path = cut(whole, tmp_path / "cut.mp4", 0.95)
     with pytest.raises(UserError, match="damaged or cut off"):
         probe_video(path)
+
+
+def test_a_video_that_is_written_reads_back(tmp_path):
+    colours = [(200, 40, 40), (40, 200, 40), (40, 40, 200)]
+    frames = np.stack([np.full((32, 48, 3), colour, np.uint8) for colour in colours])
+    write_video(tmp_path / "v.mp4", frames, 16)
+    facts = probe_video(tmp_path / "v.mp4")
+    assert (facts.width, facts.height, facts.num_frames) == (48, 32, 3)
+    assert facts.seconds == pytest.approx(3 / 16)
+    pictures = pictures_at(tmp_path / "v.mp4", [0.0, 1 / 16, 2 / 16], facts.start_seconds)
+    for colour, (picture, times) in zip(colours, pictures, strict=True):
+        assert times == 1
+        assert np.abs(np.asarray(picture.image, dtype=int) - colour).max() <= 6
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]

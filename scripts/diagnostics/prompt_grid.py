@@ -1,0 +1,345 @@
+"""Probe: what does an adapter, or a tuned encoder, change in what is drawn?
+
+Draws prompts x seeds with the base and with each run, from the same noise, on one sheet; measures how far each picture moved
+from the base's, and holds the change on neutral prompts against that on domain prompts. See docs/diagnostics/prompt_grid.md.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from models.wan.probes.encoder_prompts import Entry, plan_prompts
+from models.wan.probes.grid import BASE, Cell, Change, Column, draw_cells, parse_column, reaching, summarise
+from models.wan.prompts import NEGATIVE_PROMPT
+from models.wan.sample_flags import add_sampling_flags, describe, device_name, settings_from
+from utils.config.load import load_config
+from utils.devices import choose_device
+from utils.errors import UserError
+from utils.probe_cli import config_file, path_of, positive_float, probe_parser, run_probe
+from utils.report import Report, Verdict
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from models.wan.sample_job import SampleJob
+
+TOOL = "prompt_grid"
+QUESTION = "What do runs change in what is drawn from the same noise, on neutral and on domain prompts?"
+# Mean of 1 - SSIM over the neutral cells. There is no published limit: it is a convention that keeps pictures recognisable
+# as the same one, and wants to be set by looking at the sheet.
+DEFAULT_MAX_NEUTRAL_CHANGE = 0.1
+# A latent that moved less than this everywhere was moved by rounding.
+MOVED_DISTANCE = 1e-4
+HOW_TO_READ = """\
+- Each row is one prompt with one seed; all columns begin with the same noise. Look for what changed beside what was meant:
+  layout, colours, artifacts.
+- **change** is 1 - SSIM against the base's picture: 0 where nothing moved, about 1 where nothing is alike. **latent distance** is
+  the length of the difference over that of the base's latents.
+- Neutral prompts should stay, domain prompts should move. Intervals (95 %, Student's t) are over prompts.
+- Sampling amplifies: a small change can turn one picture into another. More seeds say more than one bad cell."""
+NEXT_STEPS: dict[Verdict, str] = {
+    "pass": "- Look at the sheet all the same: SSIM sees no artifacts that are like the base's pictures.",
+    "fail": (
+        "- Use an earlier save, a lower learning rate, a narrower band, or `[budget]`.\n"
+        "- Draw with a lower weight (`NAME=PATH:0.5`): if the domain still moves, less would have done.\n"
+        "- If an adapter touches `self_attn.*`, leave it out first (`--adapter_exclude 'self_attn.*'`)."
+    ),
+    "inconclusive": (
+        "- Pictures that did not move: check that the files are the ones that were meant, and that their runs did train.\n"
+        "- Domain prompts that moved no more than neutral ones: check that they hold what the captions held."
+    ),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = probe_parser(
+        TOOL,
+        "What do runs change in what is drawn? Draws prompts x seeds with the base and with each --run from the same\n"
+        "noise, on one sheet, and measures the change. One frame each, where --frames does not say otherwise.",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        type=config_file,
+        metavar="TOML",
+        help="a training config, or a run's directory: the base",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the config"
+    )
+    parser.add_argument(
+        "--run",
+        action="append",
+        required=True,
+        metavar="NAME=PATH",
+        help="a column: an adapter (PATH:WEIGHT), a tuned encoder, or a run that saved one; PATH+PATH for both (repeatable)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=path_of,
+        metavar="FILE",
+        help="neutral prompts, one per line (default: configs/prompts/neutral.txt)",
+    )
+    parser.add_argument(
+        "--domain_prompts", type=path_of, metavar="FILE", help="prompts that should change (private)"
+    )
+    parser.add_argument(
+        "--redact",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="show prompts of your files as index and hash. Default: domain prompts are hidden, neutral ones are not; --redact "
+        "hides both, --no-redact neither",
+    )
+    parser.add_argument(
+        "--max_prompts",
+        type=_count,
+        default=4,
+        metavar="N",
+        help="prompts of each file, at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=_count, default=2, metavar="N", help="seeds of each prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the first of the seeds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch_size", type=_count, default=1, metavar="N", help="samples at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--adapter_exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="modules of the adapters to leave out",
+    )
+    parser.add_argument(
+        "--max_neutral_change",
+        type=positive_float,
+        default=DEFAULT_MAX_NEUTRAL_CHANGE,
+        metavar="X",
+        help="cap on the mean of 1 - SSIM over neutral cells (default: %(default)s)",
+    )
+    add_sampling_flags(parser)
+    return parser
+
+
+def probe(args: argparse.Namespace) -> Verdict:
+    """Draw, measure, write the report, and return the verdict."""
+    columns = [Column(BASE), *(parse_column(text) for text in args.run)]
+    names = [column.name for column in columns]
+    if len(set(names)) < len(names):
+        raise UserError(f"--run: two columns have one name ({', '.join(names[1:])}); name each differently")
+    entries, remarks = choose_prompts(args)
+    report = Report(TOOL, QUESTION, args.reports_dir, args.run_tag, args.seed)
+    job = build_job(args, columns, entries)
+    for remark in remarks:
+        print(remark)
+        report.note(remark)
+
+    from models.wan.sample_job import Where
+    from utils.progress import Progress, announce
+
+    print(describe(job.settings))
+    batches = -(-len(job.prompts) // job.batch_size)
+    progress = Progress("sampling", len(columns) * batches * job.settings.steps)
+
+    def say(text: str) -> None:
+        announce(text)
+        if text.startswith("warning"):
+            report.note(text)
+
+    where = Where(choose_device(device_name(args.device)), None, say, reaching(progress.reach))
+    samples = [entry for entry in entries for _ in range(args.seeds)]
+    cells, frames = draw_cells(job, where, samples, columns)
+    progress.close()
+    changes = summarise(cells)
+    verdict, explanation = judge(cells, changes, args.max_neutral_change)
+    add_results(report, cells, changes, frames, samples, job)
+    report.cap(
+        "max_neutral_change", args.max_neutral_change, "a mean 1 - SSIM of neutral cells above it fails"
+    )
+    report.cap(
+        "moved_distance", MOVED_DISTANCE, "a column below this latent distance everywhere is inconclusive"
+    )
+    add_inputs(report, args, job)
+    directory = report.write(verdict, explanation, HOW_TO_READ, NEXT_STEPS[verdict])
+    print(f"{verdict}: {explanation}\nreport: {directory}")
+    return verdict
+
+
+def choose_prompts(args: argparse.Namespace) -> tuple[list[Entry], tuple[str, ...]]:
+    """The prompts that are drawn: neutral and domain ones, without Wan's negative prompt, which is drawn against."""
+    config = load_config(args.config, args.set).train
+    model = replace(config.model, caption_aug=None)  # its keywords are no prompts
+    config = replace(config, model=model)
+    plan = plan_prompts(args.prompts, args.domain_prompts, None, config, args.redact, args.max_prompts)
+    kept = [entry for entry in plan.entries if entry.text != NEGATIVE_PROMPT]
+    return kept, tuple(remark.replace("--max_entries", "--max_prompts") for remark in plan.remarks)
+
+
+def build_job(args: argparse.Namespace, columns: Sequence[Column], entries: Sequence[Entry]) -> "SampleJob":
+    """What the sampler has to draw, checked as far as headers tell."""
+    from models.wan.checkpoint import read_variant
+    from models.wan.sample_job import SampleJob, check_job
+
+    config = load_config(args.config, args.set).train
+    variant = read_variant(config.model)
+    settings = settings_from(args, variant, one_frame=args.image is None and variant.model_type != "i2v")
+    seeds = range(args.seed, args.seed + args.seeds)
+    job = SampleJob(
+        config,
+        settings,
+        tuple(entry.text for entry in entries for _ in seeds),
+        tuple(seed for _ in entries for seed in seeds),
+        args.negative_prompt,
+        tuple(column.variation(variant) for column in columns),
+        args.image,
+        args.expert,
+        tuple(args.adapter_exclude),
+        args.batch_size,
+        args.tiling,
+        show_prompts=False,
+    )
+    check_job(job)
+    return job
+
+
+def judge(cells: Sequence[Cell], changes: Sequence[Change], cap: float) -> tuple[Verdict, str]:
+    """The verdict and the sentence that explains it: that of the column that does worst."""
+    neutral = {change.column: change.change.mean for change in changes if change.group == "neutral"}
+    domain = {change.column: change.change.mean for change in changes if change.group == "domain"}
+    worst = max(neutral, key=lambda name: neutral[name])
+    if neutral[worst] > cap:
+        return (
+            "fail",
+            f"{worst} changes neutral prompts by {neutral[worst]:.3g} (1 - SSIM), above the cap of {cap:g}.",
+        )
+    for name in neutral:
+        if max(cell.latent_distance for cell in cells if cell.column == name) < MOVED_DISTANCE:
+            return "inconclusive", f"{name} changes no picture."
+    within = f"Neutral prompts change by at most {neutral[worst]:.3g} (1 - SSIM, {worst}), within the cap of {cap:g}"
+    if not domain:
+        return "pass", f"{within}; whether the domain changes is not known without --domain_prompts."
+    weakest = min(domain, key=lambda name: domain[name] - neutral[name])
+    if domain[weakest] <= neutral[weakest]:
+        return (
+            "inconclusive",
+            f"{within}, but domain prompts change no more than that ({domain[weakest]:.3g}, {weakest}).",
+        )
+    return "pass", f"{within}; domain prompts by at least {min(domain.values()):.3g}."
+
+
+def add_results(
+    report: Report,
+    cells: Sequence[Cell],
+    changes: Sequence[Change],
+    frames: "dict[str, list[np.ndarray]]",
+    samples: Sequence[Entry],
+    job: "SampleJob",
+) -> None:
+    """Numbers, tables and the sheet."""
+    from utils.data.grid_sheet import GridRow, draw_grid
+
+    report.metric("settings", describe(job.settings))
+    names = list(frames)
+    for group in ("neutral", "domain"):
+        found = {one.column: one for one in changes if one.group == group}
+        if not found:
+            continue
+        report.metric(
+            f"{group}_change", {name: one.change.mean for name, one in found.items()}, "mean of 1 - SSIM"
+        )
+        report.metric(
+            f"{group}_change_interval",
+            {name: [one.change.low, one.change.high] for name, one in found.items()},
+            "95 %, over prompts; null for one prompt",
+        )
+        report.metric(
+            f"{group}_latent_distance", {name: one.latent_distance for name, one in found.items()}, "mean"
+        )
+    report.table(
+        "cells",
+        [
+            {
+                "column": cell.column,
+                "group": cell.entry.group,
+                "prompt": cell.entry.label,
+                "seed": cell.seed,
+                "change": cell.change,
+                "ssim": cell.ssim,
+                "latent_distance": cell.latent_distance,
+            }
+            for cell in cells
+        ],
+        "Every cell against the base",
+    )
+    found_cells = {
+        (cell.column, index): cell for name in names[1:] for index, cell in enumerate(_of(cells, name))
+    }
+    rows = [
+        GridRow(
+            entry.label,
+            f"{entry.group}, seed {job.seeds[index]}",
+            tuple(
+                (
+                    frames[name][index],
+                    "" if name == names[0] else f"change {found_cells[name, index].change:.3f}",
+                )
+                for name in names
+            ),
+        )
+        for index, entry in enumerate(samples)
+    ]
+    report.picture("grid", draw_grid(names, rows), "Same prompt and noise in each row")
+
+
+def _of(cells: Sequence[Cell], column: str) -> list[Cell]:
+    return [cell for cell in cells if cell.column == column]
+
+
+def add_inputs(report: Report, args: argparse.Namespace, job: "SampleJob") -> None:
+    """Name every file that the pictures come from; private ones are not named: a short list can be guessed by its hash."""
+    from models.wan.checkpoint import find_checkpoint, open_transformer
+
+    report.add_input("config", args.config)
+    for phase in job.phases:
+        for path in open_transformer(find_checkpoint(job.model(phase)).transformer_dir).files:
+            report.add_input("base", path)
+    paths = find_checkpoint(job.model(job.phases[0]))
+    report.add_input("text_encoder", paths.text_encoder)
+    report.add_input("vae", paths.vae)
+    for text, variation in zip(args.run, job.variations[1:], strict=True):
+        name = text.partition("=")[0]
+        for choice in variation.adapters:
+            report.add_input(f"adapter of {name} (weight {choice.weight:g})", choice.path)
+        if variation.text_encoder is not None:
+            report.add_input(f"text_encoder of {name}", variation.text_encoder)
+    if args.image is not None:
+        report.add_input("image", args.image)
+    hidden = {"prompts": bool(args.redact), "domain_prompts": args.redact is not False}
+    for role, is_hidden in hidden.items():
+        path = getattr(args, role)
+        if path is not None and is_hidden:
+            report.note(f"--{role}: a private file, neither named nor fingerprinted here (--no-redact does)")
+        elif path is not None:
+            report.add_input(role, path)
+
+
+def _count(text: str) -> int:
+    """An argparse `type`: a whole number above 0."""
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the probe and return its exit status."""
+    return run_probe(build_parser(), probe, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
