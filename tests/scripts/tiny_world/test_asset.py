@@ -1,12 +1,9 @@
 """The committed tiny Wan: read as a user's checkpoint is, and drawing what it is told."""
 
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from models.wan.pictures import to_frames
