@@ -1,0 +1,188 @@
+"""What the proof was to show, fixed beforehand, and whether it did."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from statistics import fmean
+
+from scripts.tiny_world.proof_data import LENGTHS
+from scripts.tiny_world.proof_statistics import Estimate, Results, mean_difference, outcomes, recovered, share
+from scripts.tiny_world.world import COLOURS, SHAPES
+
+CHANCE = 1 / (len(COLOURS) * len(SHAPES))
+KNOWN, NEW, HELD_OUT, KNOWN_LOSS, RECOVERED = 0.95, 0.90, 0.85, 0.02, 0.5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A target and what was found.
+
+    Attributes:
+        name, target: what it is about, and the limit, for people.
+        found: in the unit of `limit`.
+        limit: what it is held against.
+        at_least: whether it must not be below the limit (else: not above it).
+        in_points: whether a person wants to see it in percent or points.
+        why: where it was missed, what the numbers say about it.
+    """
+
+    name: str
+    target: str
+    found: Estimate
+    limit: float
+    at_least: bool = True
+    in_points: bool = True
+    why: str = ""
+
+    @property
+    def is_met(self) -> bool:
+        """By the value itself."""
+        return self.found.value >= self.limit if self.at_least else self.found.value <= self.limit
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the whole interval lies on the side of the value."""
+        return not self.found.low < self.limit < self.found.high
+
+    def row(self) -> dict[str, object]:
+        """For a table."""
+        return {
+            "target": self.name,
+            "wanted": self.target,
+            "found": (
+                self.found.shown(100.0 if self.in_points else 1.0) if self.in_points else _plain(self.found)
+            ),
+            "by seed": ", ".join(_number(value, self.in_points) for value in self.found.by_seed),
+            "n": self.found.count,
+            "met": "yes" if self.is_met else "no",
+            "settled at 95 %": "yes" if self.is_settled else "no",
+            "why": self.why,
+        }
+
+
+def judge_targets(results: Results) -> list[Finding]:
+    """Every target whose arms were run."""
+    arms = {name for name, _ in results}
+    found = _of_base(results)
+    if "gentle" in arms:
+        found += _of_gentle(results)
+    if "damaging" in arms:
+        loss = mean_difference(outcomes(results, "base", "known"), outcomes(results, "damaging", "known"))
+        found.append(
+            Finding("damage: known words lost at the damaging rate", "at least 2 points", loss, KNOWN_LOSS)
+        )
+    if {"damaging", "damaging_lora"} <= arms:
+        found += _of_translator(results)
+    return found
+
+
+def _of_base(results: Results) -> list[Finding]:
+    known = share(outcomes(results, "base", "known"))
+    new = share(
+        [
+            list(chain.from_iterable(cells))
+            for cells in zip(*(outcomes(results, "base", one) for one in LENGTHS), strict=True)
+        ]
+    )
+    return [
+        Finding(
+            "base: known words",
+            "at least 95 %",
+            known,
+            KNOWN,
+            why=_reason(results, "base", "known", known, KNOWN),
+        ),
+        Finding(
+            "base: new words",
+            f"chance, {CHANCE:.1%}, in the interval or above it",
+            _from_low(new),
+            CHANCE,
+            False,
+        ),
+    ]
+
+
+def _of_gentle(results: Results) -> list[Finding]:
+    found = []
+    for cell, limit in (*((length, NEW) for length in LENGTHS), ("held_out", HELD_OUT)):
+        value = share(outcomes(results, "gentle", cell))
+        name = f"gentle: {'held-out combinations' if cell == 'held_out' else f'new words, {cell} prompts'}"
+        why = _reason(results, "gentle", cell, value, limit)
+        found.append(Finding(name, f"at least {limit:.0%}", value, limit, why=why))
+    loss = mean_difference(outcomes(results, "base", "known"), outcomes(results, "gentle", "known"))
+    why = "" if loss.value <= KNOWN_LOSS else _mistakes(results, "gentle", "known")
+    found.append(Finding("gentle: known words lost", "at most 2 points", loss, KNOWN_LOSS, False, why=why))
+    drifts, cap = neutral_drifts(results, "gentle")
+    worst = Estimate(max(drifts), min(drifts), max(drifts), len(drifts), tuple(drifts))
+    found.append(
+        Finding("gentle: neutral drift, worst seed", f"at most {cap:g}", worst, cap, False, in_points=False)
+    )
+    return found
+
+
+def _of_translator(results: Results) -> list[Finding]:
+    base, damaged, mended = (outcomes(results, arm, "known") for arm in ("base", "damaging", "damaging_lora"))
+    lost = fmean(list(chain.from_iterable(base))) - fmean(list(chain.from_iterable(damaged)))
+    back = fmean(list(chain.from_iterable(mended))) - fmean(list(chain.from_iterable(damaged)))
+    told = f"{100 * back:+.1f} of {100 * lost:.1f} lost points" + (
+        f" ({back / lost:.0%})" if lost > 0 else ""
+    )
+    half = recovered(base, damaged, mended, RECOVERED)
+    away = mean_difference(
+        outcomes(results, "damaging_lora", "neutral", "distance"),
+        outcomes(results, "damaging", "neutral", "distance"),
+    )
+    return [
+        Finding(
+            "translator: points of known words beyond half of what was lost",
+            "at least 0",
+            half,
+            0.0,
+            why=told,
+        ),
+        Finding(
+            "translator: neutral pictures go further from the base's, relative distance of latents",
+            "at most 0",
+            away,
+            0.0,
+            at_least=False,
+            in_points=False,
+        ),
+    ]
+
+
+def neutral_drifts(results: Results, arm: str) -> tuple[list[float], float]:
+    """Drift of neutral prompts by `te_eval`, for each seed, and the probe's cap."""
+    probes = [result["probes"]["te_eval"] for (name, _), result in sorted(results.items()) if name == arm]
+    return [probe["neutral_drift"] for probe in probes], probes[0]["caps"]["max_neutral_drift"]
+
+
+def _from_low(found: Estimate) -> Estimate:
+    """The lower end in the place of the value: chance is refuted only if it lies below the whole interval."""
+    return Estimate(found.low, found.low, found.high, found.count, found.by_seed)
+
+
+def _reason(results: Results, arm: str, cell: str, value: Estimate, limit: float) -> str:
+    return "" if value.value >= limit else _mistakes(results, arm, cell)
+
+
+def _mistakes(results: Results, arm: str, cell: str) -> str:
+    """Which attribute is wrong, which is what the numbers alone say about a reason."""
+    wrong = {
+        what: 1 - fmean(list(chain.from_iterable(outcomes(results, arm, cell, what))))
+        for what in ("colour", "shape")
+    }
+    return ", ".join(f"{what} wrong in {value:.1%}" for what, value in wrong.items())
+
+
+def _plain(found: Estimate) -> str:
+    return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
+
+
+def _number(value: float, in_points: bool) -> str:
+    return f"{100 * value:.1f}" if in_points else f"{value:.4f}"
+
+
+def all_met(findings: Sequence[Finding]) -> bool:
+    """Whether every target is met."""
+    return all(finding.is_met for finding in findings)
