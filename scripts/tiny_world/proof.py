@@ -65,7 +65,9 @@ def prepare(work: Path, plan: Plan, asset: Path) -> Place:
     drawing = Drawing(**quality["drawing"])
     checkpoint = work / "checkpoint"
     files = {path.name: digest(path) for path in sorted(asset.glob("*.safetensors"))}
-    note = {"plan": plan.document(), "drawing": quality["drawing"], "sha256": files}
+    # More seeds are a continuation; everything else has to be what the results that are there were made with.
+    fixed = {name: value for name, value in plan.document().items() if name not in ("seeds", "arms")}
+    note = {"plan": fixed, "drawing": quality["drawing"], "sha256": files}
     noted = work / "plan.json"
     if noted.is_file() and json.loads(noted.read_text(encoding="utf-8")) != note:
         raise UserError(

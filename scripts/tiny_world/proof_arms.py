@@ -25,7 +25,7 @@ class Recipe:
 
     encoder_steps: int = 300
     adapter_steps: int = 150
-    gentle_lr: float = 1e-3
+    gentle_lr: float = 5e-4
     damaging_lr: float = 5e-3
     adapter_lr: float = 2e-3
     batch: int = 16

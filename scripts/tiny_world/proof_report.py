@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CELLS = (*LENGTHS, "held_out", "known")
-# (arm, held against, outcome cell): what the arms and controls are there to tell apart.
+# (arm, held against): what the arms and controls are there to tell apart.
 COMPARED = (
-    ("damaging_lora", "damaging", "known"),
-    ("damaging_lora_new", "damaging_lora", "known"),
-    ("damaging_more", "damaging_lora", "known"),
-    ("shuffled", "damaging_lora", "known"),
-    ("band", "damaging_lora", "known"),
-    ("self_attn", "damaging_lora", "known"),
-    ("gentle_lora", "gentle", "known"),
-    ("gentle_more", "gentle_lora", "known"),
-    ("gentle_lora_new", "gentle_lora", "known"),
+    ("damaging_lora", "damaging"),
+    ("damaging_lora_new", "damaging_lora"),
+    ("damaging_more", "damaging_lora"),
+    ("shuffled", "damaging_lora"),
+    ("band", "damaging_lora"),
+    ("self_attn", "damaging_lora"),
+    ("gentle_lora", "gentle"),
+    ("gentle_more", "gentle_lora"),
+    ("gentle_lora_new", "gentle_lora"),
 )
 _SHEET_ARMS = ("base", "gentle", "damaging", "damaging_lora", "shuffled", "self_attn")
 # (cell, place in it) of the rows of the sheet.
@@ -48,7 +48,8 @@ _SHEET_ROWS = (
 )
 HOW_TO_READ = """\
 - **New words** name a combination of colour and shape (three words) or an attribute (two, for the held-out combinations).
-  Right is a picture with the right colour and the right shape, as the checker measures it. Chance is 5.6 %.
+  Right is a picture with the right colour and the right shape, as the checker measures it. Chance is 5.6 %, and 16.7 % for the colour
+  alone, which has tables of its own: shapes are the last thing that a miniature learns to draw.
 - **Known** are prompts of known words; all prompts have templates that no training of the proof saw. Every arm draws the same
   prompts from the same noise, so differences are paired.
 - Intervals are at 95 % over prompts: Wilson's for shares, Student's for paired differences. They do not hold how much
@@ -73,10 +74,13 @@ def write_report(
         report.add_input("plan" if path.name == "plan.json" else "checkpoint", path)
     findings = judge_targets(results)
     report.table("targets", [finding.row() for finding in findings], "Targets", inline_rows=len(findings))
-    arms = [arm_row(arm, results) for arm in plan.chosen()]
-    report.table("arms", arms, "Arms: right in percent, with intervals", inline_rows=len(arms))
-    compared = list(comparisons(results))
-    report.table("compared", compared, "Differences, paired, in points", inline_rows=len(compared))
+    for what, said in (("both", "colour and shape right"), ("colour", "colour right")):
+        arms = [arm_row(arm, results, what) for arm in plan.chosen()]
+        report.table(f"arms_{what}", arms, f"Arms: {said}, in percent, with intervals", inline_rows=len(arms))
+        compared = list(comparisons(results, what))
+        report.table(
+            f"compared_{what}", compared, f"Differences, paired: {said}, in points", inline_rows=len(compared)
+        )
     report.table("seeds", list(seed_rows(results)), "Every seed", inline_rows=0)
     report.section("Controls", controls(results, refusal))
     for finding in findings:
@@ -93,13 +97,13 @@ def write_report(
     return report.write(verdict, said, HOW_TO_READ, NEXT_STEPS[verdict])
 
 
-def arm_row(arm: Arm, results: Results) -> dict[str, object]:
-    """One arm over all seeds."""
+def arm_row(arm: Arm, results: Results, what: str) -> dict[str, object]:
+    """One arm over all seeds; `what` has to be right: `both` or `colour`."""
     row: dict[str, object] = {"arm": arm.name, "what": arm.what}
     for cell in CELLS:
-        row[cell] = share(outcomes(results, arm.name, cell)).shown()
-    before = outcomes(results, BASE, "known")
-    row["known against base"] = mean_difference(outcomes(results, arm.name, "known"), before).shown(sign="+")
+        row[cell] = share(outcomes(results, arm.name, cell, what)).shown()
+    now, before = (outcomes(results, name, "known", what) for name in (arm.name, BASE))
+    row["known against base"] = mean_difference(now, before).shown(sign="+")
     for cell in ("known", "neutral"):
         away = [value for one in outcomes(results, arm.name, cell, "distance") for value in one]
         row[f"{cell} distance"] = f"{fmean(away):.3f}"
@@ -125,14 +129,16 @@ def probe_columns(arm: Arm, results: Results) -> dict[str, str]:
     return row
 
 
-def comparisons(results: Results) -> Iterable[dict[str, object]]:
-    """Differences that arms and controls are there for."""
+def comparisons(results: Results, what: str) -> Iterable[dict[str, object]]:
+    """Differences that arms and controls are there for; `what` as of `arm_row`."""
     arms = {name for name, _ in results}
-    for name, other, _ in COMPARED:
+    for name, other in COMPARED:
         if {name, other} <= arms:
             row: dict[str, object] = {"arm": name, "against": other}
             for cell in CELLS:
-                found = mean_difference(outcomes(results, name, cell), outcomes(results, other, cell))
+                found = mean_difference(
+                    outcomes(results, name, cell, what), outcomes(results, other, cell, what)
+                )
                 row[cell] = found.shown(sign="+")
             found = mean_difference(
                 outcomes(results, name, "neutral", "distance"),
@@ -147,7 +153,8 @@ def seed_rows(results: Results) -> Iterable[dict[str, object]]:
     for (name, seed), result in sorted(results.items()):
         row: dict[str, object] = {"arm": name, "seed": seed}
         for cell in CELLS:
-            row[cell] = round(fmean(result["outcomes"][cell]["both"]), 4)
+            for what in ("both", "colour", "shape"):
+                row[f"{cell} {what}"] = round(fmean(result["outcomes"][cell][what]), 4)
         row["known distance"] = round(fmean(result["outcomes"]["known"]["distance"]), 4)
         row["neutral distance"] = round(fmean(result["outcomes"]["neutral"]["distance"]), 4)
         yield row | {

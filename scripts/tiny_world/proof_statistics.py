@@ -46,7 +46,7 @@ def share(by_seed: Sequence[Sequence[float]]) -> Estimate:
     middle = (mean + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
     half = _Z / (1 + _Z**2 / count) * math.sqrt(mean * (1 - mean) / count + _Z**2 / (4 * count**2))
     # Rounding must not put the value outside its own interval.
-    low, high = min(mean, middle - half), max(mean, middle + half)
+    low, high = max(0.0, min(mean, middle - half)), min(1.0, max(mean, middle + half))
     return Estimate(mean, low, high, count, tuple(fmean(one) for one in by_seed))
 
 

@@ -11,6 +11,8 @@ from scripts.tiny_world.world import COLOURS, SHAPES
 
 CHANCE = 1 / (len(COLOURS) * len(SHAPES))
 KNOWN, NEW, HELD_OUT, KNOWN_LOSS, RECOVERED = 0.95, 0.90, 0.85, 0.02, 0.5
+# A convention: two pictures of different noise are about 1 apart.
+NEUTRAL_CHANGE = 0.02
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Finding:
         at_least: whether it must not be below the limit (else: not above it).
         in_points: whether a person wants to see it in percent or points.
         why: where it was missed, what the numbers say about it.
+        by_low: whether the lower end of the interval is held against the limit, and not the value.
     """
 
     name: str
@@ -33,11 +36,13 @@ class Finding:
     at_least: bool = True
     in_points: bool = True
     why: str = ""
+    by_low: bool = False
 
     @property
     def is_met(self) -> bool:
-        """By the value itself."""
-        return self.found.value >= self.limit if self.at_least else self.found.value <= self.limit
+        """By the value itself, or what stands for it."""
+        value = self.found.low if self.by_low else self.found.value
+        return value >= self.limit if self.at_least else value <= self.limit
 
     @property
     def is_settled(self) -> bool:
@@ -94,10 +99,11 @@ def _of_base(results: Results) -> list[Finding]:
         ),
         Finding(
             "base: new words",
-            f"chance, {CHANCE:.1%}, in the interval or above it",
-            _from_low(new),
+            f"chance, {CHANCE:.1%}, not below the interval",
+            new,
             CHANCE,
             False,
+            by_low=True,
         ),
     ]
 
@@ -142,9 +148,9 @@ def _of_translator(results: Results) -> list[Finding]:
         ),
         Finding(
             "translator: neutral pictures go further from the base's, relative distance of latents",
-            "at most 0",
+            f"at most {NEUTRAL_CHANGE:g}",
             away,
-            0.0,
+            NEUTRAL_CHANGE,
             at_least=False,
             in_points=False,
         ),
@@ -155,11 +161,6 @@ def neutral_drifts(results: Results, arm: str) -> tuple[list[float], float]:
     """Drift of neutral prompts by `te_eval`, for each seed, and the probe's cap."""
     probes = [result["probes"]["te_eval"] for (name, _), result in sorted(results.items()) if name == arm]
     return [probe["neutral_drift"] for probe in probes], probes[0]["caps"]["max_neutral_drift"]
-
-
-def _from_low(found: Estimate) -> Estimate:
-    """The lower end in the place of the value: chance is refuted only if it lies below the whole interval."""
-    return Estimate(found.low, found.low, found.high, found.count, found.by_seed)
 
 
 def _reason(results: Results, arm: str, cell: str, value: Estimate, limit: float) -> str:
