@@ -95,6 +95,8 @@ def train(arguments: argparse.Namespace) -> int:
     with distributed.process_group(config.train.timeout_minutes) as processes:
         runs.check_world_size(config.train, processes.world_size)
         say = runs.speaker(processes)
+        for note in config.notes:
+            say(f"note: {note}")
         if is_pair(config.train):
             options = PairOptions(arguments.cache_only, arguments.dry_run, resume, allowed)
             train_pair(config, options, use, processes, say)

@@ -17,6 +17,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import sentencepiece
@@ -163,10 +164,10 @@ def dit_weights(arch: WanArch, seed: int, component: str) -> dict[str, torch.Ten
     return weights
 
 
-def umt5_weights(seed: int) -> dict[str, torch.Tensor]:
+def umt5_weights(seed: int, sizes: Umt5Sizes = UMT5) -> dict[str, torch.Tensor]:
     """bfloat16 weights of a UMT5 encoder; T5 has no 1/sqrt(d) in its attention, so the query carries it."""
     weights = {}
-    for name, shape in expected_umt5_shapes(UMT5).items():
+    for name, shape in expected_umt5_shapes(sizes).items():
         if "norm" in name:
             tensor = random_tensor(seed, f"umt5/{name}", shape, std=0.1, mean=1.0)
         elif name == "token_embedding.weight":
@@ -174,7 +175,7 @@ def umt5_weights(seed: int) -> dict[str, torch.Tensor]:
         elif "pos_embedding" in name:
             tensor = random_tensor(seed, f"umt5/{name}", shape, std=0.5)
         else:
-            narrowing = UMT5.d_kv**-0.5 if name.endswith("attn.q.weight") else 1.0
+            narrowing = sizes.d_kv**-0.5 if name.endswith("attn.q.weight") else 1.0
             tensor = random_tensor(seed, f"umt5/{name}", shape, std=fan_in(shape) ** -0.5 * narrowing)
         weights[name] = tensor.to(torch.bfloat16)
     return weights
@@ -310,7 +311,9 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def make_checkpoint(variant: str, out: Path, seed: int, num_layers: int) -> None:
+def make_checkpoint(
+    variant: str, out: Path, seed: int, num_layers: int, num_text_layers: int = UMT5.num_layers
+) -> None:
     """Write a whole checkpoint directory, or nothing.
 
     Raises:
@@ -326,7 +329,9 @@ def make_checkpoint(variant: str, out: Path, seed: int, num_layers: int) -> None
                 write_dit(directory / expert, arch, dit_weights(arch, seed, expert), NUM_SHARDS[variant])
         else:
             write_dit(directory, arch, dit_weights(arch, seed, "dit"), NUM_SHARDS[variant])
-        torch.save(umt5_weights(seed), directory / TEXT_ENCODER_FILE)
+        torch.save(
+            umt5_weights(seed, replace(UMT5, num_layers=num_text_layers)), directory / TEXT_ENCODER_FILE
+        )
         torch.save(vae_weights(tiny_vae_sizes(info), seed), directory / f"Wan{info.vae_kind}_VAE.pth")
         write_tokenizer(directory / "google" / "umt5-xxl", train_spiece())
         write_json(
@@ -365,7 +370,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="every weight follows from it (default: 0)")
     parser.add_argument("--layers", type=int, default=4, help="number of DiT blocks (default: 4)")
+    parser.add_argument(
+        "--text_layers",
+        type=int,
+        default=UMT5.num_layers,
+        help=f"number of UMT5 blocks (default: {UMT5.num_layers})",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.text_layers < 1:
+        parser.error(f"--text_layers {arguments.text_layers}: an encoder has at least 1 block")
     if arguments.layers < 1:
         parser.error(f"--layers {arguments.layers}: a DiT has at least 1 block")
     return arguments
@@ -378,7 +391,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.trained:
             what = make_trained(arguments.out)
         else:
-            make_checkpoint(arguments.variant, arguments.out, arguments.seed, arguments.layers)
+            make_checkpoint(
+                arguments.variant, arguments.out, arguments.seed, arguments.layers, arguments.text_layers
+            )
             arch = tiny_arch(VARIANTS[arguments.variant], arguments.layers)
             what = f"{arguments.variant}, dim {arch.dim}, {arch.num_layers} blocks, seed {arguments.seed}"
     except UserError as error:

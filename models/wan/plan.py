@@ -86,6 +86,7 @@ def make_plan_document(
         "disk": disk,
         "missing": [{"key": one.key, "reason": one.reason, "fix": one.fix} for one in missing],
         "notes": [
+            *map(str, loaded.notes),
             *model.notes,
             *_noise_notes(config, model.arch.variant),
             *_data_notes(data),

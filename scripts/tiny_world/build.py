@@ -12,7 +12,6 @@ import platform
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -61,7 +60,6 @@ def build(out: Path, work: Path, seed: int) -> int:
 
 def make_asset(directory: Path, states: Path, seed: int) -> None:
     """Fill an empty directory; `states` holds what is under way."""
-    started = time.monotonic()
     trained = vae_training.train_coder(seed, states, say)
     vae_training.train_decoder(trained, seed, states, say)
     vae_training.train_clips(trained, seed, states, say)
@@ -73,7 +71,6 @@ def make_asset(directory: Path, states: Path, seed: int) -> None:
         write_tokenizer_files(tokenizer)
         umt5, dit, loss = dit_training.train_joint(vae, Tokens(tokenizer), seed, states, say)
         write_text_and_dit(umt5, dit, directory)
-        minutes = (time.monotonic() - started) / 60
         write_official(directory, Path(place) / "official")
         model = load_official(Path(place) / "official")
     drawing, tried = sweep(model, say)
@@ -84,7 +81,7 @@ def make_asset(directory: Path, states: Path, seed: int) -> None:
         "results": measure_all(model, drawing, say),
         "vae": vae_quality,
         "sweep": tried,
-        "training": training_facts(loss, minutes),
+        "training": training_facts(loss),
         "sha256": {name: digest(directory / name) for name in (DIT_FILE, UMT5_FILE, VAE_FILE)},
     }
     write_json(directory / QUALITY_FILE, quality)
@@ -102,16 +99,16 @@ def replace_directory(target: Path, fresh: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def training_facts(loss: float, minutes: float) -> dict[str, Any]:
+def training_facts(loss: float) -> dict[str, Any]:
     """How the training was done."""
     return {
         "vae_picture_steps": vae_training.PICTURES.num_steps,
         "vae_decoder_steps": vae_training.DECODER.num_steps,
         "vae_clip_steps": vae_training.CLIPS.num_steps,
         "joint_steps": dit_training.JOINT.num_steps,
+        "joint_fine_steps": dit_training.FINE.num_steps,
         "pictures": dit_training.NUM_PICTURES,
         "last_joint_loss": round(loss, 4),
-        "minutes_of_this_call": round(minutes, 1),
         "torch": torch.__version__,
         "machine": platform.machine(),
     }

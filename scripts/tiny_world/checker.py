@@ -38,10 +38,14 @@ _STRAIGHT = 2.0
 
 @dataclass(frozen=True)
 class Reading:
-    """What one picture shows; None where nothing can be said. `x`, `y`: centre of mass, fractions of the side."""
+    """What one picture shows; None where nothing can be said. `x`, `y`: centre of mass, fractions of the side.
+
+    `nearest` is the shape that fits best, however badly; `overlap` says how well.
+    """
 
     colour: str | None
     shape: str | None
+    nearest: str | None = None
     x: float | None = None
     y: float | None = None
     overlap: float = 0.0
@@ -84,8 +88,8 @@ def read_picture(pixels_HWC: Pixels) -> Reading:
     fine = size * _FINER
     places = np.arange(fine, dtype=np.float32) + 0.5
     x, y = (float((fine_HW.sum(axis=axis) * places).sum() / area) for axis in (0, 1))
-    shape, overlap = _nearest_shape(fine_HW, area, x, y)
-    return Reading(nearest_colour(colour_C), shape, x / fine, y / fine, overlap)
+    shape, nearest, overlap = _nearest_shape(fine_HW, area, x, y)
+    return Reading(nearest_colour(colour_C), shape, nearest, x / fine, y / fine, overlap)
 
 
 def read_clip(pixels_FHWC: Pixels) -> ClipReading:
@@ -137,7 +141,7 @@ def _nearest_shape(
     found = overlaps(alpha_HW, area, x, y)
     first, second = sorted(SHAPES, key=found.__getitem__, reverse=True)[:2]
     sure = found[first] >= _OVERLAP and found[first] - found[second] >= _OVERLAP_AHEAD
-    return (first if sure else None), found[first]
+    return (first if sure else None), first, found[first]
 
 
 def _most(values: Sequence[str | None]) -> str | None:

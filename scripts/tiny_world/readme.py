@@ -20,10 +20,11 @@ with seed {seed}; this file and `quality.json` are written by the same command. 
 | `quality.json` | what was measured, how, and the files' SHA-256 |
 
 Drawn with {steps} Euler steps, shift {shift:g}, guidance {guidance:g} against the empty caption; templates that
-training never saw; read by the checker. A picture is right when both colour and shape are.
+training never saw; read by the checker. A picture is right when both colour and shape are; the checker
+calls a shape only what fits well. "Nearest" asks for the colour and the shape that fits best, however badly it is drawn.
 
-| templates | both right | colour | shape | n |
-| --- | --- | --- | --- | --- |
+| templates | both right | colour | shape | nearest | n |
+| --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -31,7 +32,7 @@ def write_readme(directory: Path, quality: dict[str, Any]) -> None:
     """Write README.md."""
     rows = [
         f"| {name} | {shares['both_right']:.1%} | {shares['colour_right']:.1%} | {shares['shape_right']:.1%} "
-        f"| {shares['n']} |"
+        f"| {shares['nearest_right']:.1%} | {shares['n']} |"
         for name, shares in quality["results"].items()
     ]
     head = _HEAD.format(command=quality["command"], seed=quality["seed"], **quality["drawing"])

@@ -12,6 +12,7 @@ from models.wan.arch import VARIANTS, expected_shapes, load_arch
 from models.wan.checkpoint import open_sharded, open_text_encoder, open_vae, text_encoder_sizes
 from models.wan.component_shapes import vae_sizes
 
+UMT5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FILES = [
     f"google/umt5-xxl/{name}"
     for name in ("special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json")
@@ -164,6 +165,21 @@ def test_layers_sets_the_depth_and_leaves_the_shared_blocks_alone(tiny_ti2v, run
     assert torch.equal(deep.get("blocks.3.ffn.0.weight"), shallow.get("blocks.3.ffn.0.weight"))
 
 
+def test_text_layers_sets_the_depth_of_the_encoder(tiny_ti2v, run_script, tmp_path):
+    done = run_script(
+        "make_tiny_wan.py",
+        *("--variant", "ti2v-5b", "--out", tmp_path / "deep", "--layers", 1, "--text_layers", 5),
+    )
+    assert done.returncode == 0, done.stderr
+    deep, shallow = (open_text_encoder(root / UMT5_FILE) for root in (tmp_path / "deep", tiny_ti2v))
+    assert (text_encoder_sizes(deep.shapes).num_layers, text_encoder_sizes(shallow.shapes).num_layers) == (
+        5,
+        3,
+    )
+    name = "blocks.2.ffn.fc1.weight"
+    assert torch.equal(deep.get(name), shallow.get(name))
+
+
 def test_a_directory_with_something_in_it_is_left_alone(run_script, tmp_path):
     (tmp_path / "mine.txt").write_text("kept")
     done = run_script("make_tiny_wan.py", "--variant", "ti2v-5b", "--out", tmp_path)
@@ -180,7 +196,14 @@ def test_an_empty_directory_is_used(run_script, tmp_path):
     assert "config.json" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--variant", "t2v-1b"], ["--variant", "ti2v-5b", "--layers", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--variant", "t2v-1b"],
+        ["--variant", "ti2v-5b", "--layers", "0"],
+        ["--variant", "ti2v-5b", "--text_layers", "0"],
+    ],
+)
 def test_wrong_arguments_are_refused(run_script, tmp_path, arguments):
     done = run_script("make_tiny_wan.py", "--out", tmp_path / "new", *arguments)
     assert done.returncode == 2

@@ -129,6 +129,8 @@ def on_each_side(check: Check) -> Check:
     def checked(config: TrainConfig) -> list[Problem]:
         if config.adapter is None or (config.adapter.high_noise is None and config.adapter.low_noise is None):
             return check(config)
+        if config.model is None:  # in a draft without a usable [model]: which expert is meant is not known
+            return check(config)
         problems: list[Problem] = []
         for expert in sides_of(config):
             found = [

@@ -1,13 +1,14 @@
 """Loading a training TOML and its dataset TOML: one call, one report of everything that is wrong.
 
-Checking in order: syntax, overrides, the schema, the guardrails, the dataset TOML, and, where asked, files and
-headers. Only a syntax error of the training TOML ends it early. After this nothing reads TOML, and nothing edits the
+Checking in order: syntax, overrides, what another trainer calls by other names, the schema, the guardrails, the dataset
+TOML, and, where asked, files and headers. Only a syntax error of the training TOML ends it early. After this nothing reads TOML, and nothing edits the
 configuration.
 """
 
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from utils.config.file_checks import (
     check_output_path,
     check_probe_paths,
 )
+from utils.config.foreign import check_clip_mode, translate_dataset, translate_training
 from utils.config.guardrails import RULES
 from utils.config.overrides import FLAG, Overridden, apply_overrides
 from utils.config.parse import Parsed, parse_table
@@ -73,16 +75,30 @@ def load_config(
     if unreadable is not None:
         raise ConfigError(path, [unreadable])
     overridden = apply_overrides(table, overrides)
-    parsed = parse_table(TrainConfig, overridden.table, file=path, others={"the dataset TOML": DatasetConfig})
-    dataset = _load_named_dataset("dataset", parsed.draft.dataset, parsed, path, check_files)
+    foreign = translate_training(overridden.table, path)
+    parsed = foreign.completed(
+        parse_table(TrainConfig, foreign.table, file=path, others={"the dataset TOML": DatasetConfig})
+    )
+    read = partial(
+        _load_named_dataset,
+        parsed=parsed,
+        path=path,
+        must_exist=check_files,
+        came_along=foreign.came_from_elsewhere,
+    )
+    dataset = read("dataset", parsed.draft.dataset)
     evals = [
-        _load_named_dataset(f"eval_datasets[{index}].config", named.config, parsed, path, check_files)
+        read(f"eval_datasets[{index}].config", named.config)
         for index, named in enumerate(parsed.draft.eval_datasets)
     ]
     problems = [*overridden.problems, *parsed.problems, *run_rules(RULES, parsed.draft, parsed.invalid, path)]
+    notes = list(foreign.notes)
     for found in filter(None, (dataset, *evals)):
         # One dataset TOML may be named twice, as what is trained and as what is evaluated.
         problems += [problem for problem in found.problems if problem not in problems]
+        notes += [note for note in found.notes if note not in notes]
+    about_clips, is_refused = _check_clip_mode(foreign.clip_mode, parsed.draft, (dataset, *evals), path)
+    (problems if is_refused else notes).extend(about_clips)
     if check_files:
         in_files = _check_files(parsed, {problem.key for problem in problems}, preflight)
         problems += [replace(problem, file=problem.file or path) for problem in in_files]
@@ -95,6 +111,7 @@ def load_config(
         parsed.draft.dataset,
         tuple(overrides),
         tuple(found.value for found in evals if found is not None and found.value is not None),
+        tuple(_name_flag(note, overridden, path) for note in notes),
     )
 
 
@@ -109,6 +126,15 @@ def load_dataset(path: str | Path, *, check_files: bool = False) -> DatasetConfi
     if parsed.value is None:
         raise ConfigError(path, parsed.problems)
     return parsed.value
+
+
+def _check_clip_mode(
+    mode: Any, config: TrainConfig, found: Sequence[Parsed[DatasetConfig] | None], path: str
+) -> tuple[list[Problem], bool]:
+    """`check_clip_mode` against the dataset TOMLs that were `found`: the one to train, then those to evaluate."""
+    names = (config.dataset, *(named.config for named in config.eval_datasets))
+    pairs = zip(names, found, strict=True)
+    return check_clip_mode(mode, [(name, parsed.draft) for name, parsed in pairs if parsed is not None], path)
 
 
 def _read_toml(path: str) -> tuple[dict[str, Any], Problem | None]:
@@ -126,28 +152,31 @@ def _read_toml(path: str) -> tuple[dict[str, Any], Problem | None]:
 
 
 def _load_named_dataset(
-    key: str, named: str, parsed: Parsed[TrainConfig], path: str, must_exist: bool
+    key: str, named: str, *, parsed: Parsed[TrainConfig], path: str, must_exist: bool, came_along: bool
 ) -> Parsed[DatasetConfig] | None:
     """The dataset TOML that a key of the training TOML names; None where that is unusable or the file may be missing."""
     if key in parsed.invalid:
         return None
     if can_be_seen(named):
-        return _parse_dataset(named, must_exist)
+        return _parse_dataset(named, must_exist, came_along)
     if not must_exist:
         return None
     fix = "mend the path; it is relative to the working directory"
     return _unreadable_dataset(Problem(key, f'"{named}" does not exist', fix, path))
 
 
-def _parse_dataset(path: str, check_files: bool) -> Parsed[DatasetConfig]:
+def _parse_dataset(path: str, check_files: bool, came_along: bool = False) -> Parsed[DatasetConfig]:
     table, unreadable = _read_toml(path)
     if unreadable is not None:
         return _unreadable_dataset(unreadable)
-    parsed = parse_table(DatasetConfig, table, file=path, others={"the training TOML": TrainConfig})
+    foreign = translate_dataset(table, path, came_along)
+    parsed = foreign.completed(
+        parse_table(DatasetConfig, foreign.table, file=path, others={"the training TOML": TrainConfig})
+    )
     problems = [*parsed.problems, *run_rules(DATASET_RULES, parsed.draft, parsed.invalid, path)]
     if check_files and not parsed.invalid:
         problems += [replace(found, file=path) for found in check_dataset_paths(parsed.draft)]
-    return Parsed(parsed.draft, tuple(problems), parsed.invalid)
+    return replace(parsed, problems=tuple(problems))
 
 
 def _unreadable_dataset(problem: Problem) -> Parsed[DatasetConfig]:

@@ -19,11 +19,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Parsed(Generic[T]):
-    """What became of a document: the record in draft, the problems, and the dotted keys without a usable value."""
+    """What became of a document: the record in draft, the problems, and the dotted keys without a usable value.
+
+    `notes` are what there is to say of keys that are taken, though they are none of ours.
+    """
 
     draft: T
     problems: tuple[Problem, ...]
     invalid: frozenset[str]
+    notes: tuple[Problem, ...] = ()
 
     @property
     def value(self) -> T | None:

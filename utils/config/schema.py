@@ -472,7 +472,8 @@ class LoadedConfig:
     """What `load_config` returns: both documents, checked together, and where they came from.
 
     `dataset` is None only where the dataset TOML does not exist and files were not checked. `eval_datasets` are in the
-    order of the training TOML's, without those that do not exist.
+    order of the training TOML's, without those that do not exist. `notes` are about keys of another trainer that were
+    taken: worth telling, nothing to mend.
     """
 
     train: TrainConfig
@@ -481,6 +482,7 @@ class LoadedConfig:
     dataset_path: str
     overrides: tuple[str, ...] = ()
     eval_datasets: tuple[DatasetConfig, ...] = ()
+    notes: tuple["Problem", ...] = ()
 
 
 @dataclass(frozen=True)

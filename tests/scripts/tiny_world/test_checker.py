@@ -68,6 +68,9 @@ def test_squarish_circles_are_neither_circle_nor_square():
     for exponent in (3.0, 3.5, 4.0):
         assert shapes_seen(exponent) == {None}, exponent
     assert "circle" not in shapes_seen(5.0)
+    # What fits best is said all the same, apart.
+    assert read_picture(superellipse(3.0, 10, 24, 24)).nearest == "circle"
+    assert read_picture(superellipse(4.0, 10, 24, 24)).nearest == "square"
 
 
 def test_blur_does_not_hide_a_shape():
