@@ -103,8 +103,8 @@ def measure(
         keep: where to write all pictures, uint8 [N, 48, 48, 3] by cell, in numpy's format; None is not at all.
 
     Returns:
-        By cell `colour`, `shape`, `both`: 0 or 1 for each prompt. For `known` and `neutral` also `distance`, the relative
-        distance of the latents to the base's; for `neutral` `reading` too, what the checker saw.
+        By cell 0 or 1 for each prompt, as of `judged`; of `known` and `neutral` prompts `distance`, the relative distance of
+        the latents to the base's.
     """
     latents: dict[str, Tensor] = {}
     pictures: dict[str, Any] = {}
@@ -116,7 +116,7 @@ def measure(
         latents[name], pictures[name] = draw(painter, weights, prompts, seed, name)
     for name, expected in cells.items():
         outcomes[name] = judged(expected, pictures[name])
-    outcomes["neutral"] = {"reading": [list(read(picture)) for picture in pictures["neutral"]]}
+    outcomes["neutral"] = {}
     kept = {name: latents[name] for name in ("known", "neutral")}
     if not base_file.is_file():
         atomic_write_bytes(base_file, save(kept))
@@ -163,22 +163,16 @@ def draw(
 
 
 def judged(prompts: Sequence[Prompt], pictures: Iterable[Pixels]) -> dict[str, list[int]]:
-    """Per prompt whether colour, shape, and both are what was asked for."""
-    rows = [
-        (colour == prompt.colour, shape == prompt.shape)
-        for prompt, (colour, shape) in zip(prompts, map(read, pictures), strict=True)
-    ]
-    return {
-        "colour": [int(colour) for colour, _ in rows],
-        "shape": [int(shape) for _, shape in rows],
-        "both": [int(colour and shape) for colour, shape in rows],
-    }
-
-
-def read(picture: Pixels) -> tuple[str | None, str | None]:
-    """Colour and shape that a picture shows."""
-    reading = read_picture(picture)
-    return reading.colour, reading.shape
+    """Per prompt what is as asked for: `colour`; `shape`, read strictly; `both`; `nearest`, the colour and the best fitting shape."""
+    rows: dict[str, list[int]] = {name: [] for name in ("colour", "shape", "both", "nearest")}
+    for prompt, picture in zip(prompts, pictures, strict=True):
+        seen = read_picture(picture)
+        colour, shape = seen.colour == prompt.colour, seen.shape == prompt.shape
+        rows["colour"].append(int(colour))
+        rows["shape"].append(int(shape))
+        rows["both"].append(int(colour and shape))
+        rows["nearest"].append(int(colour and seen.nearest == prompt.shape))
+    return rows
 
 
 def distances(latents_NCFHW: Tensor, base_NCFHW: Tensor) -> list[float]:

@@ -20,6 +20,12 @@ from utils.report import Report, Verdict
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# Outcomes that have tables, and how they are called.
+WHATS = (
+    ("both", "colour and shape right"),
+    ("nearest", "colour and best fitting shape right"),
+    ("colour", "colour right"),
+)
 CELLS = (*LENGTHS, "held_out", "known")
 # (arm, held against): what the arms and controls are there to tell apart.
 COMPARED = (
@@ -48,8 +54,9 @@ _SHEET_ROWS = (
 )
 HOW_TO_READ = """\
 - **New words** name a combination of colour and shape (three words) or an attribute (two, for the held-out combinations).
-  Right is a picture with the right colour and the right shape, as the checker measures it. Chance is 5.6 %, and 16.7 % for the colour
-  alone, which has tables of its own: shapes are the last thing that a miniature learns to draw.
+  Right is a picture with the right colour and the right shape, as the checker measures it. Chance is 5.6 %. The strict
+  reading of the shape decides over the targets. Shapes are the last thing that a miniature learns to draw, so there are tables
+  too for the shape that fits best, however badly it is drawn, and for the colour alone (chance 16.7 %).
 - **Known** are prompts of known words; all prompts have templates that no training of the proof saw. Every arm draws the same
   prompts from the same noise, so differences are paired.
 - Intervals are at 95 % over prompts: Wilson's for shares, Student's for paired differences. They do not hold how much
@@ -74,7 +81,7 @@ def write_report(
         report.add_input("plan" if path.name == "plan.json" else "checkpoint", path)
     findings = judge_targets(results)
     report.table("targets", [finding.row() for finding in findings], "Targets", inline_rows=len(findings))
-    for what, said in (("both", "colour and shape right"), ("colour", "colour right")):
+    for what, said in WHATS:
         arms = [arm_row(arm, results, what) for arm in plan.chosen()]
         report.table(f"arms_{what}", arms, f"Arms: {said}, in percent, with intervals", inline_rows=len(arms))
         compared = list(comparisons(results, what))
@@ -98,7 +105,7 @@ def write_report(
 
 
 def arm_row(arm: Arm, results: Results, what: str) -> dict[str, object]:
-    """One arm over all seeds; `what` has to be right: `both` or `colour`."""
+    """One arm over all seeds; `what` has to be right, one of `WHATS`."""
     row: dict[str, object] = {"arm": arm.name, "what": arm.what}
     for cell in CELLS:
         row[cell] = share(outcomes(results, arm.name, cell, what)).shown()
@@ -153,7 +160,7 @@ def seed_rows(results: Results) -> Iterable[dict[str, object]]:
     for (name, seed), result in sorted(results.items()):
         row: dict[str, object] = {"arm": name, "seed": seed}
         for cell in CELLS:
-            for what in ("both", "colour", "shape"):
+            for what in ("both", "nearest", "colour", "shape"):
                 row[f"{cell} {what}"] = round(fmean(result["outcomes"][cell][what]), 4)
         row["known distance"] = round(fmean(result["outcomes"]["known"]["distance"]), 4)
         row["neutral distance"] = round(fmean(result["outcomes"]["neutral"]["distance"]), 4)
