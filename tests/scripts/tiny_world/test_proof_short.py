@@ -2,13 +2,19 @@
 
 from statistics import fmean
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from scripts.sample import main as sample
+from scripts.tiny_world.asset import read_quality
 from scripts.tiny_world.proof import prove
 from scripts.tiny_world.proof_arms import Plan, Recipe
-from scripts.tiny_world.proof_data import LENGTHS, Amounts
+from scripts.tiny_world.proof_data import LENGTHS, Amounts, new_prompts
+from scripts.tiny_world.proof_task import MEASURE_SEED
 from utils.errors import UserError
 from utils.report import read_summary
+from utils.rng import derive_seed
 
 PLAN = Plan(
     seeds=(0,),
@@ -71,3 +77,34 @@ def test_another_plan_does_not_go_on_in_the_same_place(proof):
     other = Plan(seeds=(0,), recipe=Recipe(encoder_steps=151), amounts=PLAN.amounts, arms=PLAN.arms)
     with pytest.raises(UserError, match="another plan"):
         prove(proof[0] / "work", other, jobs=1, reports_dir=proof[0] / "reports", run_tag="other")
+
+
+@pytest.mark.long
+def test_what_is_measured_is_what_the_sampling_script_draws(proof):
+    work, drawing = proof[0] / "work", read_quality()["drawing"]
+    (encoder,) = (work / "runs" / "damaging_s0").glob("*/epoch*/text_encoder.safetensors")
+    (high,) = (work / "runs" / "damaging_lora_s0").glob("*/adapter_high_noise.safetensors")
+    prompt = new_prompts("verbose", PLAN.amounts.new_prompts, MEASURE_SEED)[1].text
+    out = proof[0] / "sampled.png"
+    flags = {
+        "--config": work / "configs" / "damaging_lora_s0.toml",
+        "--text_encoder": encoder,
+        "--adapter_high": high,
+        "--adapter_low": high.with_name("adapter_low_noise.safetensors"),
+        "--prompt": prompt,
+        "--negative_prompt": "",
+        "--size": "48x48",
+        "--solver": drawing["solver"],
+        "--steps": drawing["steps"],
+        "--shift": drawing["shift"],
+        "--guidance": drawing["guidance"],
+        "--seed": derive_seed(MEASURE_SEED, "proof", "verbose", 1),
+        "--out": out,
+    }
+    assert sample([str(word) for pair in flags.items() for word in pair]) == 0
+    with np.load(work / "pictures" / "damaging_lora_s0.npz") as pictures:
+        measured, other = (pictures["verbose"][index].astype(int) for index in (1, 0))
+    sampled = np.asarray(Image.open(out)).astype(int)
+    # Padding as one row is the same sum up to rounding; another prompt's picture is far away.
+    assert np.abs(sampled - measured).max() <= 2
+    assert np.abs(sampled - other).max() > 20
