@@ -65,28 +65,29 @@ class Finding:
         }
 
 
-def judge_targets(results: Results) -> list[Finding]:
-    """Every target whose arms were run."""
+def judge_targets(results: Results, what: str = "both") -> list[Finding]:
+    """Every target whose arms were run; `what` has to be right of a picture: `both` or, less strict, `nearest`."""
     arms = {name for name, _ in results}
-    found = _of_base(results)
+    found = _of_base(results, what)
     if "gentle" in arms:
-        found += _of_gentle(results)
+        found += _of_gentle(results, what)
     if "damaging" in arms:
-        loss = mean_difference(outcomes(results, "base", "known"), outcomes(results, "damaging", "known"))
+        base, damaged = (outcomes(results, arm, "known", what) for arm in ("base", "damaging"))
+        loss = mean_difference(base, damaged)
         found.append(
             Finding("damage: known words lost at the damaging rate", "at least 2 points", loss, KNOWN_LOSS)
         )
     if {"damaging", "damaging_lora"} <= arms:
-        found += _of_translator(results)
+        found += _of_translator(results, what)
     return found
 
 
-def _of_base(results: Results) -> list[Finding]:
-    known = share(outcomes(results, "base", "known"))
+def _of_base(results: Results, what: str) -> list[Finding]:
+    known = share(outcomes(results, "base", "known", what))
     new = share(
         [
             list(chain.from_iterable(cells))
-            for cells in zip(*(outcomes(results, "base", one) for one in LENGTHS), strict=True)
+            for cells in zip(*(outcomes(results, "base", one, what) for one in LENGTHS), strict=True)
         ]
     )
     return [
@@ -108,14 +109,16 @@ def _of_base(results: Results) -> list[Finding]:
     ]
 
 
-def _of_gentle(results: Results) -> list[Finding]:
+def _of_gentle(results: Results, what: str) -> list[Finding]:
     found = []
     for cell, limit in (*((length, NEW) for length in LENGTHS), ("held_out", HELD_OUT)):
-        value = share(outcomes(results, "gentle", cell))
+        value = share(outcomes(results, "gentle", cell, what))
         name = f"gentle: {'held-out combinations' if cell == 'held_out' else f'new words, {cell} prompts'}"
         why = _reason(results, "gentle", cell, value, limit)
         found.append(Finding(name, f"at least {limit:.0%}", value, limit, why=why))
-    loss = mean_difference(outcomes(results, "base", "known"), outcomes(results, "gentle", "known"))
+    loss = mean_difference(
+        outcomes(results, "base", "known", what), outcomes(results, "gentle", "known", what)
+    )
     why = "" if loss.value <= KNOWN_LOSS else _mistakes(results, "gentle", "known")
     found.append(Finding("gentle: known words lost", "at most 2 points", loss, KNOWN_LOSS, False, why=why))
     drifts, cap = neutral_drifts(results, "gentle")
@@ -126,8 +129,10 @@ def _of_gentle(results: Results) -> list[Finding]:
     return found
 
 
-def _of_translator(results: Results) -> list[Finding]:
-    base, damaged, mended = (outcomes(results, arm, "known") for arm in ("base", "damaging", "damaging_lora"))
+def _of_translator(results: Results, what: str) -> list[Finding]:
+    base, damaged, mended = (
+        outcomes(results, arm, "known", what) for arm in ("base", "damaging", "damaging_lora")
+    )
     lost = fmean(list(chain.from_iterable(base))) - fmean(list(chain.from_iterable(damaged)))
     back = fmean(list(chain.from_iterable(mended))) - fmean(list(chain.from_iterable(damaged)))
     told = f"{100 * back:+.1f} of {100 * lost:.1f} lost points" + (
@@ -168,12 +173,16 @@ def _reason(results: Results, arm: str, cell: str, value: Estimate, limit: float
 
 
 def _mistakes(results: Results, arm: str, cell: str) -> str:
-    """Which attribute is wrong, which is what the numbers alone say about a reason."""
+    """What is wrong, which is what the numbers alone say about a reason."""
     wrong = {
-        what: 1 - fmean(list(chain.from_iterable(outcomes(results, arm, cell, what))))
-        for what in ("colour", "shape")
+        said: 1 - fmean(chain.from_iterable(outcomes(results, arm, cell, what)))
+        for what, said in (
+            ("colour", "the colour"),
+            ("shape", "the shape, read strictly,"),
+            ("nearest", "colour or best fitting shape"),
+        )
     }
-    return ", ".join(f"{what} wrong in {value:.1%}" for what, value in wrong.items())
+    return "; ".join(f"{said} wrong in {value:.1%}" for said, value in wrong.items())
 
 
 def _plain(found: Estimate) -> str:
