@@ -137,7 +137,7 @@ def _coverage_of(
 
 def _nearest_shape(
     alpha_HW: NDArray[np.float32], area: float, x: float, y: float
-) -> tuple[str | None, float]:
+) -> tuple[str | None, str, float]:
     found = overlaps(alpha_HW, area, x, y)
     first, second = sorted(SHAPES, key=found.__getitem__, reverse=True)[:2]
     sure = found[first] >= _OVERLAP and found[first] - found[second] >= _OVERLAP_AHEAD
