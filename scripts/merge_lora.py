@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from models.wan.expert_files import expert_of_adapter
+from models.wan.expert_files import expert_of_adapter, expert_of_transformer
 from models.wan.lora_merge import MergeDtype, merge_lora
 from models.wan.probes.subject import choose_transformer
 from utils.adapter_runs import find_adapter_file
@@ -68,11 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         adapter = find_adapter_file(args.adapter)
         saved_for = expert_of_adapter(adapter)
         expert = args.expert or saved_for
-        if saved_for not in (None, expert):
-            print(
-                f"warning: {adapter} says that it is for the expert {saved_for}, and is merged into {expert}"
-            )
         base = choose_transformer(args.base, expert, is_asked_for=args.expert is not None)
+        into = args.expert or expert_of_transformer(base)
+        if saved_for is not None and into not in (None, saved_for):
+            raise UserError(
+                f"{adapter}: is for the {saved_for} expert, and would be merged into the {into} one ({base}); give the other "
+                "expert or the other adapter"
+            )
         merge_lora(adapter, base, args.out, dtype=args.dtype, strength=args.strength, say=print)
         print(f"merged: {args.out}")
         return 0

@@ -85,6 +85,7 @@ class Trainer:
         self._probes = probes
         self._per_step = config.gradient_accumulation_steps * pipeline.dp_size
         self.total_steps = 0
+        self._begun = initial_state(self._per_step)
         self.stopped_by: str | None = None
         self._control = RunControl(run_dir, processes.is_main, config.checkpoint_every_n_minutes)
         self._writer = CheckpointWriter(run_dir, pipeline, config.keep_checkpoints)
@@ -102,6 +103,7 @@ class Trainer:
             TrainingStoppedError: a loss or gradient is not finite, or the budget says stop.
         """
         main = self._processes.is_main
+        self._begun = state
         self.total_steps = total_steps(self._config, self._plan, state)
         with ExitStack() as stack:
             stack.enter_context(self._control)
@@ -224,7 +226,7 @@ class Trainer:
     def _step_batches(self, first: int) -> Sequence[MicroBatch]:
         """The micro-batches of the step that begins at this position; fewer than usual at the very end of the run."""
         limit = None if self._config.max_steps is not None else self._plan.batches_before(self._config.epochs)
-        turn = first // self._per_step
+        turn = self._begun.step + (first - self._begun.micro_batches_seen) // self._per_step
         return [replace(batch, turn=turn) for batch in self._plan.window(first, self._per_step, limit)]
 
     def _prepared(self, batches: Sequence[MicroBatch], num_samples: int) -> Iterator[PreparedBatch]:

@@ -34,9 +34,8 @@ class WanEvalBatches(WanBatches):
         first_frame: bool | None = None,
     ) -> None:
         """`first_frame`: whether videos are image-conditioned; None: only if every visit of the training is."""
-        if first_frame is None:
-            first_frame = config.model.first_frame_prob == 1
-        model = replace(config.model, caption_aug=None, first_frame_prob=float(first_frame))
+        self.first_frame = config.model.first_frame_prob == 1 if first_frame is None else first_frame
+        model = replace(config.model, caption_aug=None, first_frame_prob=float(self.first_frame))
         plain = replace(config, uncond_fraction=0.0, model=model)
         super().__init__(plain, variant, samples, cache, tokenizer_dir)
         self._quantiles = tuple(quantiles)

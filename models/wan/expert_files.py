@@ -7,7 +7,7 @@ from models.wan.layouts import named_expert
 from utils.adapter_runs import find_adapter_file
 from utils.config.schema import Expert, ModelConfig, Problem
 from utils.lora_names import SECOND_PREFIX
-from utils.tensor_source import TensorSource, open_safetensors
+from utils.tensor_source import TensorSource, open_safetensors, open_sharded
 
 
 def expert_of_adapter(adapter: Path) -> Expert | None:
@@ -23,6 +23,15 @@ def expert_of_adapter(adapter: Path) -> Expert | None:
     if source.shapes and all(key.startswith(SECOND_PREFIX) for key in source.shapes):
         return "low_noise"
     return named_expert(adapter)
+
+
+def expert_of_transformer(transformer: Path) -> Expert | None:
+    """The expert whose weights these are, by their metadata or their name; None where neither says so.
+
+    Raises:
+        UserError: as `open_sharded`.
+    """
+    return _known(open_sharded(transformer).metadata().get("expert")) or named_expert(transformer)
 
 
 def check_transformer_files(model: ModelConfig, source: TensorSource) -> list[Problem]:

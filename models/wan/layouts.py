@@ -164,7 +164,10 @@ def named_expert(place: Path) -> Expert | None:
 def _find_transformer(base: Path, expert: Expert | None, problems: list[Problem], key: str) -> Path:
     place = transformer_place(base, expert)
     is_bare = place == base and base.is_dir() and not has_two_experts(base)
-    if not is_bare or (base / "config.json").is_file() or any(base.glob(_INDEX_GLOB)):
+    # The one DiT of a directory, in shards or not; several files without an index are a folder of single files.
+    is_dit = (base / "config.json").is_file() and len(list(base.glob("*.safetensors"))) <= 1
+    is_dit = is_dit or any(base.glob("*-of-*.safetensors"))
+    if not is_bare or is_dit or any(base.glob(_INDEX_GLOB)):
         return place
     files = _files_of("transformer", base)
     fitting = [file for file in files if named_expert(file) in (None, expert)] if expert else files

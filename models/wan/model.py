@@ -91,7 +91,7 @@ class WanModel:
         cache: WanCache,
         quantiles: Sequence[float],
         *,
-        first_frame: bool,
+        first_frame: bool = False,
     ) -> WanEvalBatches:
         """The maker of micro-batches of a dataset that is evaluated, with `first_frame` image-conditioned."""
         return WanEvalBatches(

@@ -181,7 +181,7 @@ def _what_is_left(left: Sequence[Expert], pair: PairDir) -> str:
         return ""
     return (
         f". The {left[0]} expert has not been begun; once this is settled, the same command with "
-        f"--resume_from_checkpoint {pair.path} goes on"
+        f"--resume_from_checkpoint {pair.path} goes on (and --allow_changed with the keys that were changed for it)"
     )
 
 

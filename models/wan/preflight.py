@@ -1,6 +1,7 @@
 """Everything about a configuration that only the checkpoint's headers can tell, in one list of problems."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 from models.wan.arch import WanArch, load_arch
@@ -44,13 +45,28 @@ def preflight(config: TrainConfig) -> list[Problem]:
 
 
 def check_pair(config: TrainConfig) -> list[Problem]:
-    """Both experts need two transformers, each in its place."""
-    places = [locate(side_config(config, expert).model)[0].transformer_dir for expert in EXPERTS]
-    if places[0] != places[1]:
+    """Both experts need two transformers of one model, each in its place. Their files are there.
+
+    Raises:
+        UserError: as `open_transformer`, `load_arch`.
+    """
+    paths = [locate(side_config(config, expert).model)[0] for expert in EXPERTS]
+    places = [path.transformer_dir for path in paths]
+    if places[0] == places[1]:
+        reason = f'is "both", but {places[0]} holds one transformer'
+        fix = "give the checkpoint that holds both experts, or train each expert by itself"
+        return [Problem("model.expert", reason, fix)]
+    high, low = (load_arch(path.config_json, open_transformer(path.transformer_dir).shapes) for path in paths)
+    differing = [
+        f"{field.name} {getattr(high, field.name)} and {getattr(low, field.name)}"
+        for field in fields(high)
+        if getattr(high, field.name) != getattr(low, field.name)
+    ]
+    if not differing:
         return []
-    reason = f'is "both", but {places[0]} holds one transformer'
-    fix = "give the checkpoint that holds both experts, or train each expert by itself"
-    return [Problem("model.expert", reason, fix)]
+    names = [f"{place} ({arch.variant.name})" for place, arch in zip(places, (high, low), strict=True)]
+    reason = f'is "both", but {" and ".join(names)} are no two experts of one model: {", ".join(differing)}'
+    return [Problem("model.expert", reason, "give both experts of one checkpoint")]
 
 
 def _check_one(config: TrainConfig) -> list[Problem]:

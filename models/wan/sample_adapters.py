@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.wan.arch import VariantInfo
-from models.wan.probes.subject import Subject, expert_of_adapter, read_fitting_adapter
+from models.wan.expert_files import expert_of_adapter
+from models.wan.probes.subject import Subject, read_fitting_adapter
 from utils.adapter_runs import find_adapter_file
 from utils.config.schema import Expert
 from utils.config.targets import matches

@@ -15,6 +15,7 @@ from models.wan.caching import first_frame_condition
 from models.wan.checkpoint import find_checkpoint, open_transformer
 from models.wan.decoding import Tiling, decode_latents
 from models.wan.denoisers import free_memory, open_dit, transformer_path
+from models.wan.layouts import has_two_experts
 from models.wan.media import video_tokens
 from models.wan.sample_adapters import AdapterChoice, check_exclude, load_adapters
 from models.wan.sampling import Trajectory
@@ -107,7 +108,8 @@ class Where:
 def expert_model(model: ModelConfig, expert: Expert | None) -> ModelConfig:
     """`[model]` with another expert of the same checkpoint; a `transformer_path` of one expert stays that one's."""
     other = replace(model, expert=expert)
-    if model.transformer_path is None or expert == model.expert:
+    place = model.transformer_path
+    if place is None or expert == model.expert or has_two_experts(Path(place)):
         return other
     return replace(other, transformer_path=None)
 

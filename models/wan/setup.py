@@ -20,6 +20,7 @@ from models.wan.datasets import (
     data_fingerprint,
     scan_dataset,
 )
+from models.wan.evaluation import WanEvalBatches
 from models.wan.layouts import weight_files
 from models.wan.media import MEMO_FILE
 from models.wan.model import WanModel
@@ -181,30 +182,25 @@ def build_eval_sets(
     train, sets = config.train, []
     for named, one in zip(train.eval_datasets, cached, strict=True):
         label = f"eval dataset {named.label}"
-        sets.append(_eval_set(named.label, model, one, train, first_frame=False))
-        sigmas = map(model.batches.sigma_law.restricted_quantile, train.eval_quantiles)
-        levels = ", ".join(f"{sigma:.3g}" for sigma in sigmas)
-        say(f"{label}: each sample at {len(train.eval_quantiles)} noise level(s): {levels}")
+        batches = model.eval_batches(one.manifest.samples, one.cache, train.eval_quantiles)
+        levels = ", ".join(f"{sigma:.3g}" for sigma in batches.sigmas)
+        say(f"{label}: each sample at {len(batches.sigmas)} noise level(s): {levels}")
+        sets.append(_eval_set(named.label, one, batches, train))
         videos = one.videos(model.arch.variant) if train.model.first_frame_prob > 0 else None
         if videos is not None:
-            name = named.first_frame_label
-            sets.append(_eval_set(name, model, videos, train, first_frame=True))
-            say(
-                f"{label}: its {len(videos.manifest.samples)} video sample(s) again with a clean first frame, as {name}"
-            )
+            samples, name = videos.manifest.samples, named.first_frame_label
+            clean = model.eval_batches(samples, videos.cache, train.eval_quantiles, first_frame=True)
+            sets.append(_eval_set(name, videos, clean, train))
+            say(f"{label}: its {len(samples)} video sample(s) again with a clean first frame, as {name}")
     return sets
 
 
-def _eval_set(
-    name: str, model: WanModel, cached: CachedDataset, train: TrainConfig, *, first_frame: bool
-) -> EvalSet:
-    samples, quantiles = cached.manifest.samples, train.eval_quantiles
-    batches = model.eval_batches(samples, cached.cache, quantiles, first_frame=first_frame)
+def _eval_set(name: str, cached: CachedDataset, batches: WanEvalBatches, train: TrainConfig) -> EvalSet:
     facts = [data_fingerprint(cached.manifest), train.seed, batches.sigmas]
     # Nothing more of the usual evaluation, so that it keeps its identity.
-    facts += ["first frame"] if first_frame else []
+    facts += ["first frame"] if batches.first_frame else []
     identity = xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())
-    return EvalSet(name, samples, quantiles, identity, batches)
+    return EvalSet(name, cached.manifest.samples, train.eval_quantiles, identity, batches)
 
 
 def check_nodes(config: LoadedConfig, model: WanModel, paths: CheckpointPaths, processes: Processes) -> None:

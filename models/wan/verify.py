@@ -7,6 +7,7 @@ from pathlib import Path
 
 from models.wan.checkpoint import check_checkpoint, locate
 from models.wan.layouts import CheckpointPaths
+from models.wan.preflight import check_pair
 from utils.config.experts import BOTH, EXPERTS, side_model
 from utils.config.load import load_config
 from utils.config.schema import LoadedConfig, ModelConfig
@@ -36,6 +37,8 @@ def read_everything(config: LoadedConfig, say: Callable[[str], None]) -> None:
     Raises:
         UserError: something is missing, damaged, surplus or not finite; every problem is in the message.
     """
+    for note in config.notes:
+        say(str(note))
     began = time.monotonic()
     models = _models(config.train.model)
     paths = locate(next(iter(models.values())))[0]
@@ -60,6 +63,8 @@ def read_everything(config: LoadedConfig, say: Callable[[str], None]) -> None:
     for model in models.values():
         in_headers = _header_problems(model, locate(model)[0], known)
         problems += [problem for problem in in_headers if problem not in problems]
+    if config.train.model.expert == BOTH and not problems:
+        problems += map(str, check_pair(config.train))
     problems += _tokenizer_problems(paths.tokenizer_dir, say)
     num_bytes, seconds = sum(one.num_bytes for one in read), time.monotonic() - began
     say(f"read {num_bytes / 1e9:.2f} GB in {seconds:.1f} s")

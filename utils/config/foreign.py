@@ -200,11 +200,7 @@ def _read_batch_sizes(reader: ForeignReader) -> None:
     table = reader.table
     for name in ("micro_batch_size_per_gpu", "eval_micro_batch_size_per_gpu"):
         pairs = table.get(name)
-        if (
-            isinstance(pairs, list)
-            and pairs
-            and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
-        ):
+        if isinstance(pairs, list) and pairs and all(map(_is_pair, pairs)):
             del table[name]
             reason = f"gives a size for each resolution, {show(pairs)}; here one holds for all"
             fix = f"write one number; the smallest of yours is {show(min(pair[1] for pair in pairs))}"

@@ -37,15 +37,25 @@ def remarks_on_training(table: Mapping[str, Any]) -> list[Remark]:
                 "",
             )
         )
-    if "betas" not in optimizer:
-        found.append(
+    return found + _remarks_on_optimizer(optimizer)
+
+
+def _remarks_on_optimizer(optimizer: Mapping[str, Any]) -> list[Remark]:
+    """Defaults that diffusion-pipe leaves to the optimizer's own library: those of torch and bitsandbytes, or of optimi."""
+    if optimizer.get("type") == "adamw_optimi":
+        if "eps" in optimizer:
+            return []
+        return [
             (
-                "optimizer.betas",
-                "is not set: [0.9, 0.99] here, [0.9, 0.999] in diffusion-pipe",
-                "write betas = [0.9, 0.999]",
+                "optimizer.eps",
+                "is not set: 1e-8 here, 1e-6 in optimi, which sets it there",
+                "write eps = 1e-6",
             )
-        )
-    return found
+        ]
+    if "betas" in optimizer:
+        return []
+    reason = "is not set: [0.9, 0.99] here, [0.9, 0.999] in diffusion-pipe"
+    return [("optimizer.betas", reason, "write betas = [0.9, 0.999]")]
 
 
 def remarks_on_dataset(table: Mapping[str, Any]) -> list[Remark]:

@@ -112,7 +112,7 @@ def base_remarks(adapter: Path, source: TensorSource) -> list[str]:
         return []
     return [
         f"warning: {adapter} was trained on other base weights than those in {source.files[0].parent} "
-        "(fingerprints differ); the ratios below are against the latter"
+        "(fingerprints differ); the latter are used"
     ]
 
 

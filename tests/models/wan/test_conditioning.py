@@ -74,7 +74,7 @@ class AtLevel(WanBatches):
 
     level = 1.0
 
-    def _noise_of(self, sample_id: int, visit: int):
+    def _noise_of(self, sample_id: int, visit: int, *_):
         return generator(0, "noise", sample_id, visit), self.level
 
 

@@ -42,7 +42,7 @@ def test_tiles_cover_the_picture_and_differ_little(vae):
     tiled = decode_latents(vae, LATENTS, "always")
     assert whole.shape == tiled.shape == (2, 3, 1, 32, 320)
     assert not torch.equal(whole, tiled)
-    # Measured: 0.003 in the mean, with random weights; the attention in the middle sees one tile.
+    # Measured: 0.060 in the mean, with random weights; the attention in the middle sees one tile.
     assert (whole - tiled).abs().mean() < 0.1
     assert torch.equal(whole, decode_latents(vae, LATENTS, "auto"))
 

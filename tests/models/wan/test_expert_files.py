@@ -1,5 +1,7 @@
 """Which expert a file is for, by its header and by names, and refusing the other one."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -80,6 +82,22 @@ def test_a_pair_needs_two_transformers(make_config, tiny_t2v, tmp_path):
     folder = linked_copy(tiny_t2v / "high_noise_model", tmp_path / "one")
     (problem,) = problems(make_config, tiny_t2v, "both", transformer_path=str(folder))
     assert problem.key == "model.expert" and "holds one transformer" in problem.reason
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_pair_is_of_one_model(make_config, tiny_t2v, tiny_i2v, tmp_path, order):
+    """Each expert is sound by itself; only together they are wrong, and nothing else would see it before the second half."""
+    high, low = [tiny_t2v, tiny_i2v][::order]
+    root = linked_copy(high, tmp_path / "mixed")
+    shutil.rmtree(root / "low_noise_model")
+    linked_copy(low / "low_noise_model", root / "low_noise_model")
+    for expert in ("high_noise", "low_noise"):
+        assert not [
+            problem for problem in problems(make_config, root, expert) if problem.key == "model.expert"
+        ]
+    (problem,) = [one for one in problems(make_config, root, "both") if one.key == "model.expert"]
+    assert "no two experts of one model: model_type" in problem.reason
+    assert "t2v-a14b" in problem.reason and "i2v-a14b" in problem.reason
 
 
 def test_a_pair_needs_experts(make_config, tiny_ti2v):

@@ -67,6 +67,19 @@ def test_folders_of_single_files(tiny_t2v, tmp_path):
     assert locate(chosen)[1] == []
 
 
+def test_single_files_in_the_directory_itself_with_their_config_json(tiny_ti2v, tmp_path):
+    """A message asks for that config.json; a directory of one DiT is told from it by its files."""
+    models = write_comfyui(tiny_ti2v, tmp_path / "models")
+    root = tmp_path / "flat"
+    root.mkdir()
+    for file in models.rglob("*.safetensors"):
+        (root / file.name).symlink_to(file)
+    (root / "config.json").write_text((tiny_ti2v / "config.json").read_text())
+    paths = find_checkpoint(config(root))
+    assert paths.transformer_dir.parent == root and paths.transformer_dir.suffix == ".safetensors"
+    assert check_checkpoint(config(root)) == []
+
+
 def test_a_tokenizer_directory_counts_before_the_one_inside_the_encoder(tiny_ti2v, tmp_path):
     root = write_comfyui(tiny_ti2v, tmp_path / "models")
     inside = str(root / "text_encoders" / "umt5_xxl_bf16.safetensors")

@@ -152,8 +152,12 @@ def test_an_adapter_of_an_expert_goes_into_that_one(tmp_path, tiny_t2v, capsys):
     untouched = "blocks.0.cross_attn.q.weight"
     assert torch.equal(open_transformer(tmp_path / "out").get(untouched), low.get(untouched))
     more = ["--expert", "high_noise", "--out", str(tmp_path / "high")]
-    assert script.main([str(adapter), "--base", str(tiny_t2v), *more]) == 0
-    assert "for the expert low_noise, and is merged into high_noise" in capsys.readouterr().out
+    assert script.main([str(adapter), "--base", str(tiny_t2v), *more]) == 2
+    assert "for the low_noise expert, and would be merged into the high_noise one" in capsys.readouterr().err
+    named = ["--base", str(tiny_t2v / "high_noise_model"), "--out", str(tmp_path / "high")]
+    assert script.main([str(adapter), *named]) == 2
+    assert "would be merged into the high_noise one" in capsys.readouterr().err
+    assert not (tmp_path / "high").exists()
 
 
 def test_a_stream_takes_what_its_header_promises_and_nothing_else(tmp_path):

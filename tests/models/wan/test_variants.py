@@ -25,6 +25,7 @@ from utils.sparse_weights import write_sparse_safetensors
 
 PAIRS = list(permutations(VARIANTS, 2))
 EXPERTS = {"high_noise": "high_noise_model", "low_noise": "low_noise_model"}
+CHOOSE = 'write expert = "high_noise", "low_noise" or "both"'
 CHANNELS = {"ti2v-5b": (48, 48), "t2v-a14b": (16, 16), "i2v-a14b": (36, 16)}
 VAE_OF = {"ti2v-5b": "2.2", "t2v-a14b": "2.1", "i2v-a14b": "2.1"}
 OTHER_VAE = {"2.1": "2.2", "2.2": "2.1"}
@@ -150,8 +151,7 @@ def test_the_dit_of_another_variant(variant, other, section, parts):
         expected.append("model.expert: is 'low_noise', but ti2v-5b has no experts -> leave it out")
     elif variant == "ti2v-5b":
         expected.append(
-            f"model.expert: is missing, but {place} is an A14B model, which has two experts -> write expert = "
-            '"high_noise", "low_noise" or "both"'
+            f"model.expert: is missing, but {place} is an A14B model, which has two experts -> {CHOOSE}"
         )
     expected.append(
         f"model.variant: is '{variant}', but {place}/config.json and the weights are those of '{other}' -> write variant = "
@@ -195,8 +195,7 @@ def test_experts_where_there_are_none_or_another_one(variant, expert, section, p
         ]
         return
     assert said(section(variant, expert=None)) == [
-        f"model.expert: is missing, but {parts[variant]} is an A14B model, which has two experts -> write expert = "
-        '"high_noise", "low_noise" or "both"'
+        f"model.expert: is missing, but {parts[variant]} is an A14B model, which has two experts -> {CHOOSE}"
     ]
     other = next(name for name in EXPERTS if name != expert)
     place = dit_dir(parts[variant], variant, other)
@@ -209,8 +208,7 @@ def test_everything_of_the_5b_on_a_checkpoint_of_a14b(section, parts):
     """A configuration written for TI2V-5B, pointed at A14B: each thing that does not fit is named once."""
     model = section("ti2v-5b", variant="ti2v-5b", ckpt_path=str(parts["t2v-a14b"]))
     assert said(model) == [
-        f"model.expert: is missing, but {parts['t2v-a14b']} is an A14B model, which has two experts -> write expert = "
-        '"high_noise", "low_noise" or "both"'
+        f"model.expert: is missing, but {parts['t2v-a14b']} is an A14B model, which has two experts -> {CHOOSE}"
     ]
     found = said(section("ti2v-5b", variant="ti2v-5b", expert="high_noise", ckpt_path=str(parts["t2v-a14b"])))
     assert [line.partition(":")[0] for line in found] == ["model.variant", "model.vae_path"]

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -28,7 +29,7 @@ TRAINING: dict[str, Any] = {
         "freeze_transformer": True,
     },
     "adapter": {"include": ["cross_attn.{k,v}"]},
-    "optimizer": {"lr": 1e-5, "betas": [0.9, 0.99]},
+    "optimizer": {"lr": 1e-5, "betas": [0.9, 0.99], "eps": 1e-8},
 }
 DATASET: dict[str, Any] = {
     "enable_ar_bucket": True,
@@ -262,6 +263,35 @@ def test_a_shared_key_with_another_meaning_is_told_where_the_file_came_from_ther
             "directory[0].mask_path",
             "directory[0].frame_buckets",
         }
+
+
+@pytest.mark.parametrize(
+    ("written", "remark"),
+    [
+        ({"type": "adamw"}, "optimizer.betas"),
+        ({"type": "adamw_optimi"}, "optimizer.eps"),  # optimi's own betas are ours
+        ({"type": "adamw_optimi", "eps": 1e-8}, None),
+        ({"type": "adamw", "betas": [0.9, 0.99]}, None),
+    ],
+)
+def test_defaults_of_an_optimizer_are_those_of_its_library(home, written, remark) -> None:
+    own = copy.deepcopy(TRAINING) | {"steps_per_print": 1}
+    own["optimizer"] = {"lr": 1e-5, **written}
+    loaded, problems = load(own, DATASET)
+    assert loaded is not None, problems
+    told = {note.key for note in loaded.notes} & {"optimizer.betas", "optimizer.eps"}
+    assert told == ({remark} if remark else set())
+
+
+def test_what_our_notes_say_of_optimi_is_so() -> None:
+    optimi = pytest.importorskip("optimi")
+    found = inspect.signature(optimi.AdamW.__init__).parameters
+    assert (found["betas"].default, found["eps"].default) == ((0.9, 0.99), 1e-6)
+
+
+def test_batch_sizes_that_are_no_pairs_are_an_error_of_the_config(home) -> None:
+    loaded, problems = load({**TRAINING, "micro_batch_size_per_gpu": [[512, 4], [1024, "x"]]}, DATASET)
+    assert loaded is None and any(one.key == "micro_batch_size_per_gpu" for one in problems)
 
 
 def test_the_precision_of_an_adapter_follows_from_the_optimizer(home) -> None:
