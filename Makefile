@@ -10,7 +10,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install smoke test test-long chaos bench bench-gpu tiny-world lint format
+.PHONY: install smoke test test-long chaos bench bench-gpu tiny-world proof lint format
 
 install: $(INSTALLED)
 
@@ -50,6 +50,10 @@ chaos: $(INSTALLED)
 # The trained tiny Wan of tests/assets/tiny_wan/, from nothing: docs/tiny_world.md. One thread, whatever the machine has.
 tiny-world: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.tiny_world.build
+
+# Trains, draws and judges every arm of docs/proof.md; goes on where it was interrupted. Two arms at a time, one core each.
+proof: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.tiny_world.proof
 
 lint: $(INSTALLED)
 	$(BIN)/black --check --quiet .

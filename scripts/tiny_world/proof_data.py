@@ -1,0 +1,160 @@
+"""What the proof trains on and asks for: new words for things that the DiT draws already, pictures, captions, prompts.
+
+Three words name a combination of colour and shape, two an attribute. Training sees the attributes in some combinations only,
+and never two new words together. No caption of training has a template of the evaluation, nor the bare name.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.tiny_world.captions import EVALUATION, GENERAL, TRAINING, Prompt, evaluation_prompts, fill
+from scripts.tiny_world.dit_training import SPREAD
+from scripts.tiny_world.world import COLOURS, GROUNDS, SHAPES, Pixels, draw_scene, render
+from utils.files import atomic_directory
+
+# A name for a thing as a whole: stands where "red triangle" would.
+THINGS: dict[str, tuple[str, str]] = {
+    "zorp": ("red", "triangle"),
+    "blicket": ("green", "circle"),
+    "daxen": ("purple", "square"),
+}
+# A name for a colour, a name for a shape.
+COLOUR_WORDS = {"vume": "cyan"}
+SHAPE_WORDS = {"korb": "square"}
+# (word for the colour, word for the shape): seen in training, and kept out of it.
+SEEN = (
+    ("vume", "circle"),
+    ("vume", "triangle"),
+    ("red", "korb"),
+    ("green", "korb"),
+    ("yellow", "korb"),
+    ("purple", "korb"),
+)
+HELD_OUT = (("vume", "square"), ("blue", "korb"), ("vume", "korb"))
+NEW_WORDS = (*THINGS, *COLOUR_WORDS, *SHAPE_WORDS)
+NEUTRAL = tuple(dict.fromkeys(fill(one, "", "", ground, None) for one in GENERAL for ground in GROUNDS))
+LENGTHS = ("single", "short", "verbose")
+_WITHOUT_NAME_ALONE = tuple(one for one in TRAINING if one != "{thing}{motion}")
+_OF_THINGS = tuple(one for one in _WITHOUT_NAME_ALONE if "{thing}" in one)
+_CAPTIONS_OF_A_PICTURE = 4
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How many pictures there are to train on, and how many prompts to measure with, for one seed of training.
+
+    Attributes:
+        thing, combination, known: pictures of each new thing, each seen combination, each known combination.
+        known_prompts: of known words, a third for each of the short, verbose and apart templates.
+        new_prompts: of new words, for each length.
+        held_out_prompts: of combinations kept out of training.
+        neutral_prompts: prompts that name neither colour nor shape.
+    """
+
+    thing: int = 16
+    combination: int = 8
+    known: int = 6
+    known_prompts: int = 216
+    new_prompts: int = 72
+    held_out_prompts: int = 72
+    neutral_prompts: int = 72
+
+
+def meaning(colour_word: str, shape_word: str) -> tuple[str, str]:
+    """The colour and shape that two words, new or known, name."""
+    return COLOUR_WORDS.get(colour_word, colour_word), SHAPE_WORDS.get(shape_word, shape_word)
+
+
+def write_data(directory: Path, seed: int, amounts: Amounts) -> None:
+    """Write `new/`, `rehearsal/` and `shuffled/`: pictures with captions. Nothing where it is there already.
+
+    `shuffled/` has the pictures of the other two with their captions dealt out at random.
+    """
+    if directory.is_dir():
+        return
+    draws = random.Random(f"{seed}/proof")
+    new = [_thing(draws, word) for word in THINGS for _ in range(amounts.thing)]
+    new += [_combination(draws, *pair) for pair in SEEN for _ in range(amounts.combination)]
+    known = [
+        _combination(draws, colour, shape)
+        for colour in COLOURS
+        for shape in SHAPES
+        for _ in range(amounts.known)
+    ]
+    captions = [one[1] for one in (*new, *known)]
+    draws.shuffle(captions)
+    mixed = [(pixels, other) for (pixels, _), other in zip((*new, *known), captions, strict=True)]
+    with atomic_directory(directory) as place:
+        for name, samples in (("new", new), ("rehearsal", known), ("shuffled", mixed)):
+            _write(place / name, samples)
+
+
+def known_prompts(count: int, seed: int) -> list[Prompt]:
+    """Prompts of known words: as many of the short as of the verbose and the apart templates."""
+    return [
+        prompt
+        for name in ("short", "verbose", "apart")
+        for prompt in evaluation_prompts(name, count // 3, seed)
+    ]
+
+
+def new_prompts(length: str, count: int, seed: int) -> list[Prompt]:
+    """Prompts of one length in which a new word names the thing as a whole, each word as often."""
+    draws = random.Random(f"{seed}/new/{length}")
+    words = tuple(THINGS)
+    prompts = []
+    for index in range(count):
+        word = words[index % len(words)]
+        template = EVALUATION[length][(index // len(words)) % len(EVALUATION[length])]
+        text = _named(template, word, draws.choice(tuple(GROUNDS)))
+        prompts.append(Prompt(text, *THINGS[word], None, length))
+    return prompts
+
+
+def held_out_prompts(count: int, seed: int) -> list[Prompt]:
+    """Prompts of combinations of a new attribute word that training never saw, in turn through all templates."""
+    draws = random.Random(f"{seed}/held_out")
+    templates = [(name, one) for name in EVALUATION for one in EVALUATION[name]]
+    prompts = []
+    for index in range(count):
+        pair = HELD_OUT[index % len(HELD_OUT)]
+        name, template = templates[(index // len(HELD_OUT)) % len(templates)]
+        text = fill(template, *pair, draws.choice(tuple(GROUNDS)), None)
+        prompts.append(Prompt(text, *meaning(*pair), None, name))
+    return prompts
+
+
+def neutral_prompts(count: int) -> list[str]:
+    """Prompts that name neither a colour nor a shape, in turn."""
+    return [NEUTRAL[index % len(NEUTRAL)] for index in range(count)]
+
+
+def _named(template: str, word: str, ground: str) -> str:
+    """A template whose thing is one word."""
+    return template.format(thing=word, ground=ground, motion="")
+
+
+def _thing(draws: random.Random, word: str) -> tuple[Pixels, list[str]]:
+    scene = draw_scene(draws, *THINGS[word], motion="still", spread=SPREAD)
+    templates = draws.sample(_OF_THINGS, _CAPTIONS_OF_A_PICTURE)
+    return render(scene), [_named(one, word, scene.ground) for one in templates]
+
+
+def _combination(draws: random.Random, colour_word: str, shape_word: str) -> tuple[Pixels, list[str]]:
+    scene = draw_scene(draws, *meaning(colour_word, shape_word), motion="still", spread=SPREAD)
+    templates = draws.sample(_WITHOUT_NAME_ALONE, _CAPTIONS_OF_A_PICTURE)
+    return render(scene), [fill(one, colour_word, shape_word, scene.ground, None) for one in templates]
+
+
+def _write(directory: Path, samples: list[tuple[Pixels, list[str]]]) -> None:
+    from PIL import Image
+
+    directory.mkdir()
+    captions = {}
+    for index, (pixels, texts) in enumerate(samples):
+        name = f"{index:03}.png"
+        Image.fromarray(pixels).save(directory / name)
+        captions[name] = texts
+    (directory / "captions.json").write_text(json.dumps(captions, indent=1), encoding="utf-8")
