@@ -126,6 +126,7 @@ def test_a_projection_depends_on_no_precision_and_no_place_of_the_base(workspace
     assert ratios["plain"] == ratios["swapped"]
 
 
+@pytest.mark.long
 def test_the_drift_of_an_encoder_is_measured_and_stops_the_run(workspace) -> None:
     free = workspace.launch(
         TORCHRUN, "encoder_ft", *ENCODER, "budget.max_neutral_drift=1.0", "pipeline_stages=2"

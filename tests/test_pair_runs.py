@@ -299,7 +299,7 @@ def test_probes_look_at_both_under_names_that_differ(workspace) -> None:
 @pytest.mark.parametrize(
     "layout",
     [
-        ("pipeline_stages=2",),
+        pytest.param(("pipeline_stages=2",), marks=pytest.mark.long),
         pytest.param(("zero_stage=1", "gradient_accumulation_steps=1"), marks=pytest.mark.long),
     ],
 )

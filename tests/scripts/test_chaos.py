@@ -13,6 +13,7 @@ from utils.checkpoint import LATEST, LoopState, loop_document
 from utils.errors import TrainingStoppedError
 
 
+@pytest.mark.long
 def test_killed_runs_lose_nothing(tmp_path, tiny_ti2v, tiny_dataset, run_script) -> None:
     media = make_workspace(tmp_path, tiny_ti2v, tiny_dataset).media
     places = ("--out", tmp_path / "chaos", "--checkpoint", tiny_ti2v, "--media", media)

@@ -209,6 +209,7 @@ NUM_KILLS = 20
 NUM_ITEMS = 4000
 
 
+@pytest.mark.long
 def test_killed_at_twenty_moments_and_finished_it_holds_what_an_undisturbed_fill_holds(tmp_path):
     """Whole items or none after each kill, and each kill costs at most the item in flight."""
     random, root = Random(0), tmp_path / "cache"
