@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from models.wan.lora_convert import convert_lora
 from models.wan.lora_dialects import DIALECTS
+from utils.argument_types import path_of
 from utils.cli import run_command
-from utils.probe_cli import path_of
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,10 +12,10 @@ from models.wan.expert_files import expert_of_adapter, expert_of_transformer
 from models.wan.lora_merge import MergeDtype, merge_lora
 from models.wan.probes.subject import choose_transformer
 from utils.adapter_runs import find_adapter_file
+from utils.argument_types import path_of
 from utils.cli import run_command
 from utils.config.schema import Expert
 from utils.errors import UserError
-from utils.probe_cli import path_of
 
 
 def build_parser() -> argparse.ArgumentParser:

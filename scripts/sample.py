@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.wan.sample_flags import add_sampling_flags, describe, device_name, settings_from, tuned_encoder
+from utils.argument_types import config_file, path_of
 from utils.cli import end_process, run_command
 from utils.errors import UserError
-from utils.probe_cli import config_file, path_of
 
 if TYPE_CHECKING:
     from torch import Tensor

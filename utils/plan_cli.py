@@ -2,10 +2,10 @@
 
 import argparse
 import json
-import math
 import sys
 from typing import Any
 
+from utils.argument_types import positive_float, positive_int
 from utils.plan_text import plan_text
 
 # bfloat16 on an H100 in training: 40 % of the 989 that its data sheet promises.
@@ -30,14 +30,14 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="with --plan: print JSON (docs/plan.md)")
     group.add_argument(
         "--gpus",
-        type=_positive_int,
+        type=positive_int,
         default=None,
         metavar="N",
         help="with --plan: how many GPUs there are (default: pipeline_stages)",
     )
     group.add_argument(
         "--tflops",
-        type=_positive_float,
+        type=positive_float,
         default=None,
         metavar="X",
         help=f"with --plan: TFLOP/s that a GPU reaches, not its peak (default: {DEFAULT_TFLOPS:g}, an H100 in bfloat16)",
@@ -68,17 +68,3 @@ def print_plan(document: dict[str, Any], *, as_json: bool) -> None:
     text = json.dumps(document, indent=1) if as_json else plan_text(document)
     # File names may hold what is no UTF-8.
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value

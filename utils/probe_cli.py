@@ -6,13 +6,12 @@ the user stopped it.
 
 import argparse
 import logging
-import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
+from utils.argument_types import config_file, path_of
 from utils.config.schema import Expert
 from utils.errors import (
     EXIT_FAILED,
@@ -25,30 +24,12 @@ from utils.errors import (
     as_user_error,
 )
 from utils.report_summary import Verdict
-from utils.saved_runs import RUN_CONFIG_NAME as CONFIG_FILE
 
 EXIT_BY_VERDICT: dict[Verdict, int] = {
     "pass": EXIT_OK,
     "fail": EXIT_FAILED,
     "inconclusive": EXIT_INCONCLUSIVE,
 }
-
-
-def path_of(text: str) -> Path:
-    """An argparse `type`: a path; an empty one, such as an unset variable of a shell gives, would mean this folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty")
-    return Path(text)
-
-
-def config_file(text: str) -> Path:
-    """An argparse `type`: a TOML file; a run's directory stands for the `config.toml` in it."""
-    path = path_of(text)
-    if path.is_dir() and not (path / CONFIG_FILE).is_file():
-        raise argparse.ArgumentTypeError(f"{path} is a directory without {CONFIG_FILE}, so it is no run")
-    return path / CONFIG_FILE if path.is_dir() else path
-
-
 # Flags that several probes share; each probe names those that it reads.
 _FLAGS: dict[str, dict[str, Any]] = {
     "config": {
@@ -118,17 +99,6 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
     prompts, device, seed."""
     for name in names:
         parser.add_argument(f"--{name}", **_FLAGS[name])
-
-
-def positive_float(text: str) -> float:
-    """An argparse `type` for limits: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
 
 
 def run_probe(

@@ -116,6 +116,19 @@ class Report:
             ) from None
         self._inputs.append(entry)
 
+    def add_prompt_file(self, role: str, path: Path | None, *, is_private: bool) -> None:
+        """The same for a file of prompts, if there is one; a private one is neither named nor fingerprinted.
+
+        Whoever has a guess at a short list could confirm it by its hash.
+
+        Raises:
+            UserError: as `add_input`.
+        """
+        if path is not None and is_private:
+            self.note(f"--{role}: a private file, neither named nor fingerprinted here (--no-redact does)")
+        elif path is not None:
+            self.add_input(role, path)
+
     def metric(self, name: str, value: Any, meaning: str = "") -> None:
         """Record a number, text, truth value, None, or lists and tables of them; `meaning` goes into `report.md`.
 

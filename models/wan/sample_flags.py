@@ -16,9 +16,9 @@ from models.wan.sampling_settings import (
     official_settings,
     size_for_image,
 )
+from utils.argument_types import path_of
 from utils.config.schema import Expert
 from utils.errors import UserError
-from utils.probe_cli import path_of
 from utils.saved_runs import find_saved_file
 
 _SIZE = re.compile(r"(\d+)[xX*](\d+)")

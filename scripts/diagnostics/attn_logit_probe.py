@@ -14,7 +14,8 @@ from models.wan.probes.delta_report import add_adapter_inputs
 from models.wan.probes.logit_flags import add_logit_flags, check_logit_flags
 from models.wan.probes.logit_report import KINDS, add_logit_results, judge_logits
 from models.wan.probes.logit_subject import LogitSubject, choose_logit_subject, measure_logits
-from utils.probe_cli import add_flags, path_of, probe_parser, run_probe
+from utils.argument_types import path_of
+from utils.probe_cli import add_flags, probe_parser, run_probe
 from utils.report import Report, Verdict
 
 TOOL = "attn_logit_probe"

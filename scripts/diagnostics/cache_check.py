@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from models.wan.layouts import weight_files
 from models.wan.probes.encoder_subject import find_encoder
+from utils.argument_types import path_of
 from utils.config.load import load_config
 from utils.config.schema import LoadedConfig
 from utils.devices import choose_device
 from utils.newest_run import newest_run_config
-from utils.probe_cli import add_flags, path_of, probe_parser, run_probe
+from utils.probe_cli import add_flags, probe_parser, run_probe
 from utils.report import Report, Verdict
 
 if TYPE_CHECKING:

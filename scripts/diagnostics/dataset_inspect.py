@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.wan.checkpoint import TOKENIZER_FILES, locate
+from utils.argument_types import config_file, path_of
 from utils.config.load import load_config, load_dataset
 from utils.config.schema import TrainConfig
 from utils.errors import UserError
-from utils.probe_cli import config_file, path_of, probe_parser, run_probe
+from utils.probe_cli import probe_parser, run_probe
 from utils.report import Report, Verdict
 
 if TYPE_CHECKING:

@@ -23,10 +23,11 @@ from models.wan.probes.logit_report import (
 from models.wan.probes.logit_subject import LogitSubject, MeasuredLogits, measure_logits
 from models.wan.probes.subject import Subject, choose_subject
 from utils.adapter_runs import run_of_adapter
+from utils.argument_types import positive_float
 from utils.eval_records import EVAL_FILE
 from utils.eval_verdict import EvalEffect, read_effects
 from utils.module_paths import type_of
-from utils.probe_cli import add_flags, positive_float, probe_parser, run_probe
+from utils.probe_cli import add_flags, probe_parser, run_probe
 from utils.report import Report, Verdict
 from utils.tensor_source import open_safetensors
 

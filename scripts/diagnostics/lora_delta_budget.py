@@ -13,8 +13,9 @@ from models.wan.checkpoint import open_transformer
 from models.wan.probes.delta import WEAK_RATIO, choose_caps, judge_delta, measure_delta
 from models.wan.probes.delta_report import add_delta_inputs, add_delta_results
 from models.wan.probes.subject import OUTPUT_ROOT, choose_subject
+from utils.argument_types import positive_float
 from utils.config.schema import BudgetConfig
-from utils.probe_cli import add_flags, positive_float, probe_parser, run_probe
+from utils.probe_cli import add_flags, probe_parser, run_probe
 from utils.report import Report, Verdict
 
 TOOL = "lora_delta_budget"

@@ -14,10 +14,11 @@ from models.wan.probes.encoder_prompts import Entry, plan_prompts
 from models.wan.probes.grid import BASE, Cell, Change, Column, draw_cells, parse_column, reaching, summarise
 from models.wan.prompts import NEGATIVE_PROMPT
 from models.wan.sample_flags import add_sampling_flags, describe, device_name, settings_from
+from utils.argument_types import config_file, path_of, positive_float, positive_int
 from utils.config.load import load_config
 from utils.devices import choose_device
 from utils.errors import UserError
-from utils.probe_cli import config_file, path_of, positive_float, probe_parser, run_probe
+from utils.probe_cli import probe_parser, run_probe
 from utils.report import Report, Verdict
 
 if TYPE_CHECKING:
@@ -95,19 +96,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max_prompts",
-        type=_count,
+        type=positive_int,
         default=4,
         metavar="N",
         help="prompts of each file, at most (default: %(default)s)",
     )
     parser.add_argument(
-        "--seeds", type=_count, default=2, metavar="N", help="seeds of each prompt (default: %(default)s)"
+        "--seeds",
+        type=positive_int,
+        default=2,
+        metavar="N",
+        help="seeds of each prompt (default: %(default)s)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="the first of the seeds (default: %(default)s)"
     )
     parser.add_argument(
-        "--batch_size", type=_count, default=1, metavar="N", help="samples at once (default: %(default)s)"
+        "--batch_size",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="samples at once (default: %(default)s)",
     )
     parser.add_argument(
         "--adapter_exclude",
@@ -320,20 +329,8 @@ def add_inputs(report: Report, args: argparse.Namespace, job: "SampleJob") -> No
             report.add_input(f"text_encoder of {name}", variation.text_encoder)
     if args.image is not None:
         report.add_input("image", args.image)
-    hidden = {"prompts": bool(args.redact), "domain_prompts": args.redact is not False}
-    for role, is_hidden in hidden.items():
-        path = getattr(args, role)
-        if path is not None and is_hidden:
-            report.note(f"--{role}: a private file, neither named nor fingerprinted here (--no-redact does)")
-        elif path is not None:
-            report.add_input(role, path)
-
-
-def _count(text: str) -> int:
-    """An argparse `type`: a whole number above 0."""
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+    report.add_prompt_file("prompts", args.prompts, is_private=bool(args.redact))
+    report.add_prompt_file("domain_prompts", args.domain_prompts, is_private=args.redact is not False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

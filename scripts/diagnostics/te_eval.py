@@ -21,10 +21,11 @@ from models.wan.probes.encoder_subject import (
     choose_encoders,
 )
 from models.wan.probes.subject import OUTPUT_ROOT
+from utils.argument_types import path_of, positive_float, positive_int
 from utils.devices import choose_device
 from utils.errors import UserError
 from utils.metrics import METRICS_FILE, read_metrics
-from utils.probe_cli import add_flags, path_of, positive_float, probe_parser, run_probe
+from utils.probe_cli import add_flags, probe_parser, run_probe
 from utils.report import Report, Verdict
 
 if TYPE_CHECKING:
@@ -117,14 +118,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--neighbours",
         metavar="K",
-        type=_count,
+        type=positive_int,
         default=5,
         help="nearest neighbours to compare (default: %(default)s)",
     )
     parser.add_argument(
         "--max_entries",
         metavar="N",
-        type=_count,
+        type=positive_int,
         default=256,
         help="prompts or keywords of each file that are measured, at most (default: %(default)s)",
     )
@@ -338,21 +339,11 @@ def add_inputs(report: Report, args: argparse.Namespace, subject: EncoderSubject
     }
     for role, path in given.items():
         is_hidden = bool(args.redact) if role == "prompts" else args.redact is not False
-        if path is not None and is_hidden:
-            report.note(f"--{role}: a private file, neither named nor fingerprinted here (--no-redact does)")
-        elif path is not None:
-            report.add_input(role, path)
-
-
-def _count(text: str) -> int:
-    """An argparse `type`: a whole number above 0."""
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+        report.add_prompt_file(role, path, is_private=is_hidden)
 
 
 def _count_or_zero(text: str) -> int:
-    return 0 if text == "0" else _count(text)
+    return 0 if text == "0" else positive_int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,12 +25,13 @@ from models.wan.probes.weight_tables import (
     part_row,
     shape_rows,
 )
+from utils.argument_types import path_of
 from utils.config.load import load_config
 from utils.config.schema import Expert
 from utils.errors import UserError
 from utils.files import atomic_write_text
 from utils.newest_run import newest_run_config
-from utils.probe_cli import add_flags, path_of, probe_parser, run_probe
+from utils.probe_cli import add_flags, probe_parser, run_probe
 from utils.report import Report, Verdict, check_writable, refuse_training_run
 
 TOOL = "weights_inspect"

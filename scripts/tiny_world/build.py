@@ -39,6 +39,7 @@ from scripts.tiny_world.vae_quality import measure_vae
 from utils.cli import run_command
 from utils.errors import EXIT_OK
 from utils.files import TEMPORARY_SUFFIX, atomic_directory
+from utils.progress import announce
 
 COMMAND = "make tiny-world"
 
@@ -54,31 +55,31 @@ def build(out: Path, work: Path, seed: int) -> int:
         make_asset(fresh, states, seed)
         replace_directory(out, fresh)
     shutil.rmtree(states)
-    say(f"{out}: {sum(path.stat().st_size for path in out.iterdir()):,} B in all")
+    announce(f"{out}: {sum(path.stat().st_size for path in out.iterdir()):,} B in all")
     return EXIT_OK
 
 
 def make_asset(directory: Path, states: Path, seed: int) -> None:
     """Fill an empty directory; `states` holds what is under way."""
-    trained = vae_training.train_coder(seed, states, say)
-    vae_training.train_decoder(trained, seed, states, say)
-    vae_training.train_clips(trained, seed, states, say)
+    trained = vae_training.train_coder(seed, states, announce)
+    vae_training.train_decoder(trained, seed, states, announce)
+    vae_training.train_clips(trained, seed, states, announce)
     vae = write_vae(vae_training.finished(trained, seed), directory)
     vae_quality = measure_vae(vae)
-    say(f"VAE: {vae_quality}")
+    announce(f"VAE: {vae_quality}")
     with tempfile.TemporaryDirectory() as place:
         tokenizer = Path(place) / "tokenizer"
         write_tokenizer_files(tokenizer)
-        umt5, dit, loss = dit_training.train_joint(vae, Tokens(tokenizer), seed, states, say)
+        umt5, dit, loss = dit_training.train_joint(vae, Tokens(tokenizer), seed, states, announce)
         write_text_and_dit(umt5, dit, directory)
         write_official(directory, Path(place) / "official")
         model = load_official(Path(place) / "official")
-    drawing, tried = sweep(model, say)
+    drawing, tried = sweep(model, announce)
     quality: dict[str, Any] = {
         "command": COMMAND,
         "seed": seed,
         "drawing": asdict(drawing),
-        "results": measure_all(model, drawing, say),
+        "results": measure_all(model, drawing, announce),
         "vae": vae_quality,
         "sweep": tried,
         "training": training_facts(loss),
@@ -117,11 +118,6 @@ def training_facts(loss: float) -> dict[str, Any]:
 def digest(path: Path) -> str:
     """SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def say(text: str) -> None:
-    """Progress, at once."""
-    print(text, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

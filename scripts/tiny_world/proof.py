@@ -26,6 +26,7 @@ from scripts.tiny_world.proof_task import Place, run_task, write_prompt_files
 from utils.cli import run_command
 from utils.errors import EXIT_OK, UserError
 from utils.files import atomic_write_text
+from utils.progress import announce
 from utils.report import Report
 
 TOOL = "tiny_world_proof"
@@ -100,7 +101,7 @@ def run_all(place: Place, plan: Plan, jobs: int) -> dict[Job, dict[str, Any]]:
                 for future in done:
                     job = running.pop(future)
                     results[job] = future.result()
-                    say(f"{len(results)}/{total} {job[0]}, seed {job[1]}: {_line(results[job])}")
+                    announce(f"{len(results)}/{total} {job[0]}, seed {job[1]}: {_line(results[job])}")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -123,11 +124,6 @@ def _line(result: dict[str, Any]) -> str:
     return (
         ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) + f" ({used:.0f} s of processor)"
     )
-
-
-def say(text: str) -> None:
-    """Progress, at once."""
-    print(text, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         done = prove(
             arguments.work, plan, arguments.jobs, arguments.asset, arguments.reports_dir, arguments.run_tag
         )
-        say(f"report: {done['directory']}")
+        print(f"report: {done['directory']}")
         return EXIT_OK
 
     return run_command(run, debug=arguments.debug)

@@ -1,9 +1,7 @@
-import argparse
-
 import pytest
 
 from utils.errors import UserError
-from utils.probe_cli import add_flags, config_file, positive_float, probe_parser, run_probe
+from utils.probe_cli import probe_parser, run_probe
 
 
 def run(outcome, argv=()):
@@ -76,31 +74,3 @@ def test_help_explains_the_exit_status(capsys):
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert "Answers a question." in text and "3 inconclusive" in text
-
-
-def test_limits_are_numbers_above_zero():
-    assert positive_float("5e-2") == 0.05
-    for text in ("0", "-1", "nan", "inf", "a"):
-        with pytest.raises(argparse.ArgumentTypeError, match="above 0"):
-            positive_float(text)
-
-
-def test_a_run_s_directory_stands_for_its_config(tmp_path):
-    assert config_file(str(tmp_path / "x.toml")) == tmp_path / "x.toml"
-    (tmp_path / "config.toml").touch()
-    assert config_file(str(tmp_path)) == tmp_path / "config.toml"
-
-
-@pytest.mark.parametrize("value", ["", "folder"])
-def test_a_path_that_cannot_be_meant_is_wrong_use(value, tmp_path, monkeypatch, capsys):
-    """An unset variable of a shell gives an empty one, which would mean the working directory."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    parser = probe_parser("x", "X?")
-    add_flags(parser, "config")
-    with pytest.raises(SystemExit) as stopped:
-        parser.parse_args(["--config", value])
-    assert stopped.value.code == 2
-    assert (
-        "is empty" if not value else "folder is a directory without config.toml"
-    ) in capsys.readouterr().err

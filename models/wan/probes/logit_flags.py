@@ -4,8 +4,8 @@ import argparse
 
 from models.wan.probes.logit_report import MAX_RATIO, MIN_RATIO
 from models.wan.probes.target_list import parse_blocks
+from utils.argument_types import positive_float
 from utils.errors import UserError
-from utils.probe_cli import positive_float
 
 DEFAULT_QUANTILES = "0.1,0.5,0.9"
 

@@ -4,8 +4,6 @@ The pipeline runs as a person runs it, from a picture to the transformer's input
 keeps. Ours come the way of training: a clip decoded, encoded into a cache, read back and noised by `WanBatches`.
 """
 
-import csv
-import gzip
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +25,7 @@ from models.wan.caching import WanCache, WeightHashes
 from models.wan.checkpoint import find_checkpoint
 from models.wan.media import media_rules
 from models.wan.stages import TextWire
-from models.wan.vae import LATENT_STATS
+from tests.helpers.diffusers_wan import VAE_CONFIGS, published_vae_names
 from utils.config.schema import DatasetConfig, DirectoryConfig
 from utils.data.cache import CacheStore
 from utils.data.manifest import build_manifest
@@ -43,22 +41,6 @@ WIDTH, HEIGHT, FRAMES = 96, 64, 9
 STEPS, SHIFT = 3, 5.0
 # Measured: at most 2.4e-7, in latents of the first frame; noise, masks and timesteps are equal.
 TOLERANCE = 5e-6
-# As in the `vae/config.json` of the published diffusers repositories, but for the widths.
-VAES = {
-    "2.1": {"base_dim": 8},
-    "2.2": {
-        "base_dim": 8,
-        "decoder_base_dim": 16,
-        "z_dim": 48,
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-        "latents_mean": list(LATENT_STATS["2.2"].mean),
-        "latents_std": list(LATENT_STATS["2.2"].std),
-    },
-}
 
 
 class KeepsItsInputs(WanTransformer3DModel):
@@ -125,10 +107,9 @@ def case(variant, request, tiny_dataset, make_config, tmp_path_factory) -> Case:
 def build_pipeline(variant, vae_path: Path) -> WanImageToVideoPipeline:
     """diffusers' modules alone, the VAE's names by the published list."""
     kind = variant.vae_kind
-    with gzip.open(KEYS / f"wan{kind.replace('.', '')}_vae_keys.csv.gz", "rt", encoding="utf-8") as file:
-        names = {row[0]: row[1] for row in list(csv.reader(file))[1:]}
+    names = published_vae_names(kind)
     state = torch.load(vae_path, weights_only=True)
-    vae = AutoencoderKLWan(**VAES[kind])
+    vae = AutoencoderKLWan(**VAE_CONFIGS[kind])
     vae.load_state_dict({names[name]: tensor for name, tensor in state.items()}, strict=True)
     transformer = KeepsItsInputs(
         num_attention_heads=1,

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -17,6 +16,7 @@ from models.wan.checkpoint import TEXT_ENCODER_FILE, open_text_encoder
 from models.wan.export import TEXT_ENCODER_CONFIG, TEXT_ENCODER_WEIGHTS, EncoderFormat, save_text_encoder
 from models.wan.lora_convert import convert_lora
 from models.wan.text_encoder import load_umt5, pad_token_ids
+from tests.helpers.diffusers_wan import build_transformer, exact_timesteps
 from utils.config.schema import BudgetConfig
 from utils.errors import UserError
 from utils.layers import global_names
@@ -38,34 +38,15 @@ WHOLE, PART = (EncoderFormat("hf", full, Path("unused")) for full in (True, Fals
 @pytest.fixture
 def exact_sinusoid(monkeypatch):
     """Timesteps in float64 on diffusers' side, so that adapters are compared and not the timestep's rounding."""
-
-    def float64_sinusoid(self, timesteps):
-        half = self.num_channels // 2
-        angles = timesteps.double()[:, None] / 10000 ** (torch.arange(half, dtype=torch.float64) / half)
-        return torch.cat((torch.cos(angles), torch.sin(angles)), dim=1).float()
-
-    monkeypatch.setattr("diffusers.models.embeddings.Timesteps.forward", float64_sinusoid)
+    monkeypatch.setattr("diffusers.models.embeddings.Timesteps.forward", exact_timesteps)
 
 
 def build_pipeline(checkpoint, *, second: bool = False) -> WanPipeline:
     """diffusers' pipeline around a transformer that its own converter made of the official checkpoint."""
-    arch = checkpoint.arch
 
     def transformer() -> WanTransformer3DModel:
-        model = WanTransformer3DModel(
-            num_attention_heads=arch.num_heads,
-            attention_head_dim=arch.head_dim,
-            in_channels=arch.in_dim,
-            out_channels=arch.out_dim,
-            text_dim=arch.text_dim,
-            freq_dim=arch.freq_dim,
-            ffn_dim=arch.ffn_dim,
-            num_layers=arch.num_layers,
-            eps=arch.eps,
-        )
         state = {name: checkpoint.source.get(name).clone() for name in checkpoint.source.shapes}
-        model.load_state_dict(convert_wan_transformer_to_diffusers(state), strict=True)
-        return model.eval()
+        return build_transformer(checkpoint.arch, state)
 
     return WanPipeline(
         tokenizer=None,

@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 from torch.nn import functional as F
 
@@ -18,6 +17,7 @@ from models.wan.sampling_settings import official_settings
 from models.wan.schedulers import build_scheduler, build_solver
 from models.wan.transformer import WanTransformer
 from models.wan.vae import load_vae
+from tests.helpers.diffusers_wan import build_transformer, exact_timesteps
 from utils.data.media import scale_frames
 
 STEPS = 6
@@ -36,31 +36,13 @@ def load_both(folder):
     with torch.device("meta"):
         ours = WanTransformer(arch)
     ours.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, strict=True, assign=True)
-    theirs = WanTransformer3DModel(
-        num_attention_heads=arch.num_heads,
-        attention_head_dim=arch.head_dim,
-        in_channels=arch.in_dim,
-        out_channels=arch.out_dim,
-        text_dim=arch.text_dim,
-        freq_dim=arch.freq_dim,
-        ffn_dim=arch.ffn_dim,
-        num_layers=arch.num_layers,
-        eps=arch.eps,
-    )
-    theirs.load_state_dict(convert_wan_transformer_to_diffusers(state), strict=True)
-    return ours.requires_grad_(False), theirs.eval(), arch
+    return ours.requires_grad_(False), build_transformer(arch, state), arch
 
 
 @pytest.fixture
 def exact_sinusoid(monkeypatch):
     """Timesteps in float64 on diffusers' side, so that sampling is compared and not the timestep's rounding."""
-
-    def float64_sinusoid(self, timesteps):
-        half = self.num_channels // 2
-        angles = timesteps.double()[:, None] / 10000 ** (torch.arange(half, dtype=torch.float64) / half)
-        return torch.cat((torch.cos(angles), torch.sin(angles)), dim=1).float()
-
-    monkeypatch.setattr("diffusers.models.embeddings.Timesteps.forward", float64_sinusoid)
+    monkeypatch.setattr("diffusers.models.embeddings.Timesteps.forward", exact_timesteps)
 
 
 class Case:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from models.wan.arch import WanArch, expected_shapes
 from models.wan.names import dit_to_diffusers
 from models.wan.transformer import WanTransformer, timestep_sinusoid
+from tests.helpers.diffusers_wan import build_transformer
 
 GRID = (3, 2, 3)  # frames, rows, columns of tokens
 TEXT_LENS = (7, 12)
@@ -48,22 +48,6 @@ def build_ours(arch: WanArch, state: dict[str, Tensor], *dtypes: torch.dtype) ->
     return model.requires_grad_(False)
 
 
-def build_theirs(arch: WanArch, state: dict[str, Tensor]) -> WanTransformer3DModel:
-    model = WanTransformer3DModel(
-        num_attention_heads=arch.num_heads,
-        attention_head_dim=arch.head_dim,
-        in_channels=arch.in_dim,
-        out_channels=arch.out_dim,
-        text_dim=arch.text_dim,
-        freq_dim=arch.freq_dim,
-        ffn_dim=arch.ffn_dim,
-        num_layers=arch.num_layers,
-        eps=arch.eps,
-    )
-    model.load_state_dict(convert_wan_transformer_to_diffusers(dict(state)), strict=True)
-    return model.eval().requires_grad_(False)
-
-
 def ragged_text(width: int, generator: torch.Generator) -> Tensor:
     """States of two captions, zero behind the end of the shorter."""
     text_BLD = torch.randn(2, max(TEXT_LENS), width, generator=generator)
@@ -80,7 +64,7 @@ def case(request, make_arch, random_state) -> Case:
     frames, rows, columns = GRID
     latents_BCFHW = torch.randn(2, arch.in_dim, frames, 2 * rows, 2 * columns, generator=generator)
     text_BLD = ragged_text(arch.text_dim, generator)
-    return Case(arch, build_ours(arch, state), build_theirs(arch, state), latents_BCFHW, text_BLD)
+    return Case(arch, build_ours(arch, state), build_transformer(arch, state), latents_BCFHW, text_BLD)
 
 
 def run_theirs(case: Case, latents_BCFHW: Tensor, timesteps_BT: Tensor, text_BLD: Tensor) -> Tensor:
@@ -239,7 +223,7 @@ def test_no_modulation_per_token_is_ever_built(make_arch, random_state):
         text_dim=8,
     )
     state = random_state(arch)
-    ours, theirs = build_ours(arch, state), build_theirs(arch, state)
+    ours, theirs = build_ours(arch, state), build_transformer(arch, state)
     num_tokens = 3 * 4 * 6
     per_token = 6 * arch.dim * num_tokens
     latents = torch.randn(1, arch.in_dim, 3, 8, 12, requires_grad=True)

@@ -1,7 +1,5 @@
 """The VAE against diffusers, with names converted by diffusers' own code (2.1) or the published key list (2.2)."""
 
-import csv
-import gzip
 import inspect
 from pathlib import Path
 
@@ -14,32 +12,11 @@ from safetensors.torch import save_file
 from models.wan.component_shapes import VaeSizes, expected_vae_shapes
 from models.wan.names import vae_to_diffusers
 from models.wan.vae import LATENT_STATS, load_vae
+from tests.helpers.diffusers_wan import VAE_CONFIGS, published_vae_names
 from utils.errors import UserError
 
 KEYS = Path(__file__).resolve().parents[2] / "assets" / "keys"
 CPU = torch.device("cpu")
-# The constructor's arguments as in the `vae/config.json` of the published diffusers repositories, made narrower.
-CONFIGS = {
-    "2.1": {"base_dim": 8},
-    "2.2": {
-        "base_dim": 8,
-        "decoder_base_dim": 16,
-        "z_dim": 48,
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-        "latents_mean": list(LATENT_STATS["2.2"].mean),
-        "latents_std": list(LATENT_STATS["2.2"].std),
-    },
-}
-
-
-def published_names(kind):
-    """Official and diffusers names of the published VAE; the small one has the same tensors, only narrower."""
-    with gzip.open(KEYS / f"wan{kind.replace('.', '')}_vae_keys.csv.gz", "rt", encoding="utf-8") as file:
-        return {row[0]: row[1] for row in list(csv.reader(file))[1:]}
 
 
 @pytest.fixture(scope="module", params=["2.1", "2.2"])
@@ -51,14 +28,14 @@ def kind(request):
 def reference(kind):
     """diffusers' own module with random weights."""
     torch.manual_seed(0)
-    return AutoencoderKLWan(**CONFIGS[kind]).eval().requires_grad_(False)
+    return AutoencoderKLWan(**VAE_CONFIGS[kind]).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def official_state(kind, reference):
     """The reference's weights under official names, by the published list and not by this project's map."""
     state = reference.state_dict()
-    return {official: state[diffusers].clone() for official, diffusers in published_names(kind).items()}
+    return {official: state[diffusers].clone() for official, diffusers in published_vae_names(kind).items()}
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +72,8 @@ def test_2_1_names_agree_with_diffusers_converter():
 @pytest.mark.parametrize(
     ("sizes", "config"),
     [
-        (VaeSizes("2.1", 96, 96), CONFIGS["2.1"] | {"base_dim": 96}),
-        (VaeSizes("2.2", 160, 256), CONFIGS["2.2"] | {"base_dim": 160, "decoder_base_dim": 256}),
+        (VaeSizes("2.1", 96, 96), VAE_CONFIGS["2.1"] | {"base_dim": 96}),
+        (VaeSizes("2.2", 160, 256), VAE_CONFIGS["2.2"] | {"base_dim": 160, "decoder_base_dim": 256}),
     ],
 )
 def test_the_published_sizes_fill_diffusers_module_exactly(sizes, config):
@@ -132,7 +109,7 @@ def test_2_1_latents_equal_those_of_weights_that_diffusers_converted(video_BCFHW
         for name, shape in expected_vae_shapes(sizes).items()
     }
     torch.save(state, tmp_path / "vae.pth")
-    module = AutoencoderKLWan(**CONFIGS["2.1"]).eval().requires_grad_(False)
+    module = AutoencoderKLWan(**VAE_CONFIGS["2.1"]).eval().requires_grad_(False)
     module.load_state_dict(convert_wan_vae_to_diffusers(dict(state)))
     expected = normalise_by_hand(module.encode(video_BCFHW).latent_dist.mode(), "2.1")
     latents = load_vae(tmp_path / "vae.pth", torch.float32, CPU).encode(video_BCFHW)
