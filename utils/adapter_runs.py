@@ -5,6 +5,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.saved_runs import (
+    PAIR_FILE,
     RUN_CONFIG_NAME,
     SavedKind,
     SavedRun,
@@ -18,6 +19,7 @@ __all__ = [
     "ADAPTER_NAME",
     "RUN_CONFIG_NAME",
     "AdapterRun",
+    "adapters_of_pair",
     "find_adapter_file",
     "last_save",
     "newest_adapter_run",
@@ -43,12 +45,21 @@ def find_adapter_file(path: Path) -> Path:
     Raises:
         UserError: there is nothing, more than one file to choose from, or a file of another kind.
     """
+    both = adapters_of_pair(path)
+    if both:
+        names = " or ".join(map(str, both))
+        raise UserError(f"{path}: holds the adapters of two experts; name one of them, {names}")
     file = find_saved_file(path, _ADAPTER)
     if file.suffix != ".safetensors":
         raise UserError(
             f"{file}: adapters are read from .safetensors files only; convert it with the program that made it"
         )
     return file
+
+
+def adapters_of_pair(path: Path) -> tuple[Path, ...]:
+    """The finished adapters in the directory of a pair of runs, one for each expert; none for any other path."""
+    return tuple(sorted(path.glob("adapter_*.safetensors"))) if (path / PAIR_FILE).is_file() else ()
 
 
 def newest_adapter_run(root: Path) -> AdapterRun:
@@ -61,9 +72,13 @@ def newest_adapter_run(root: Path) -> AdapterRun:
 
 
 def run_of_adapter(adapter: Path) -> AdapterRun | None:
-    """The run that an adapter file lies in, None if it does not lie in one."""
-    run = run_of_saved_file(adapter, _ADAPTER)
-    return None if run is None else _adapter_run(run)
+    """The run that an adapter file lies in, or for a copy in the directory of a pair that it is from; None for others."""
+    if adapter in adapters_of_pair(adapter.parent):
+        run = adapter.parent / adapter.stem.removeprefix("adapter_")
+        if (run / RUN_CONFIG_NAME).is_file():
+            return AdapterRun(run, run / RUN_CONFIG_NAME, adapter)
+    saved = run_of_saved_file(adapter, _ADAPTER)
+    return None if saved is None else _adapter_run(saved)
 
 
 def last_save(run: Path) -> Path | None:

@@ -15,7 +15,8 @@ from utils.adapter_runs import last_save
 from utils.config.schema import Expert, LoadedConfig, TrainConfig
 from utils.errors import UserError
 from utils.files import atomic_directory, atomic_path, atomic_write_text
-from utils.run_dir import CONFIG_FILE, NEWEST, PAIR_FILE, fill_run_dir, free_name, newest_with
+from utils.run_dir import CONFIG_FILE, NEWEST, fill_run_dir, free_name, newest_with
+from utils.saved_runs import PAIR_FILE
 
 REPORT_FILE = "report.md"
 FORMAT = 1

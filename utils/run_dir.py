@@ -12,9 +12,9 @@ from utils.config.dump import dump_config
 from utils.config.schema import LoadedConfig, TrainConfig
 from utils.errors import UserError
 from utils.files import TEMPORARY_SUFFIX, atomic_directory, atomic_write_text
+from utils.saved_runs import PAIR_FILE
 
 CONFIG_FILE = "config.toml"
-PAIR_FILE = "pair.json"
 NEWEST = ""
 _RUN_NAME = re.compile(r"(?P<stamp>\d{8}_\d{6})(_(?P<number>\d+))?")
 

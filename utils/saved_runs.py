@@ -12,6 +12,8 @@ from pathlib import Path
 from utils.errors import UserError
 
 RUN_CONFIG_NAME = "config.toml"
+# Marks the directory of two runs, one for each expert (utils/pair_dir.py).
+PAIR_FILE = "pair.json"
 _SAVE_DIRECTORY = re.compile(r"(?:epoch|step)(\d+)")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from models.wan.arch import VariantInfo
 from models.wan.expert_files import expert_of_adapter
 from models.wan.probes.subject import Subject, read_fitting_adapter
-from utils.adapter_runs import find_adapter_file
+from utils.adapter_runs import adapters_of_pair, find_adapter_file
 from utils.config.schema import Expert
 from utils.config.targets import matches
 from utils.errors import UserError
@@ -60,21 +60,26 @@ def choose_adapters(
 
     Args:
         variant: what is sampled.
-        either: of `--adapter`; with two experts the file has to say which it is for.
+        either: of `--adapter`; with two experts the file has to say which it is for. The directory of a pair of runs stands
+            for the adapters of both.
         high: of `--adapter_high`; low: of `--adapter_low`.
         flag: what named `either`; mend: what to do about a file that does not say its expert.
 
     Raises:
         UserError: a file is missing, is for another variant or expert, or does not say for which expert it is.
     """
-    told: list[tuple[str, str, Expert | None]] = [(flag, text, None) for text in either]
-    told += [("--adapter_high", text, "high_noise") for text in high]
-    told += [("--adapter_low", text, "low_noise") for text in low]
+    told: list[tuple[str, Path, float, Expert | None]] = []
+    for text in either:
+        path, weight = parse_weighted(text)
+        told += [(flag, one, weight, None) for one in adapters_of_pair(path) or (path,)]
+    told += [("--adapter_high", *parse_weighted(text), "high_noise") for text in high]
+    told += [("--adapter_low", *parse_weighted(text), "low_noise") for text in low]
     return [_choose(variant, *one, mend) for one in told]
 
 
-def _choose(variant: VariantInfo, flag: str, text: str, expert: Expert | None, mend: str) -> AdapterChoice:
-    path, weight = parse_weighted(text)
+def _choose(
+    variant: VariantInfo, flag: str, path: Path, weight: float, expert: Expert | None, mend: str
+) -> AdapterChoice:
     file = find_adapter_file(path)
     if expert is not None and not variant.has_experts:
         raise UserError(f"{flag}: {variant.name} has no experts; write --adapter")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.adapter_runs import find_adapter_file, newest_adapter_run, run_of_adapter
+from utils.adapter_runs import adapters_of_pair, find_adapter_file, newest_adapter_run, run_of_adapter
 from utils.errors import UserError
 
 NAME = "adapter_model.safetensors"
@@ -76,3 +76,20 @@ def test_the_run_that_an_adapter_lies_in(tmp_path, monkeypatch):
     assert run_of_adapter(run / "elsewhere" / NAME) is None
     loose = make_run(tmp_path / "loose", {"epoch1": 1}, config=False)
     assert run_of_adapter(loose / "epoch1" / NAME) is None
+
+
+def test_the_adapters_of_a_pair_belong_to_the_runs_they_were_copied_from(tmp_path):
+    pair = tmp_path / "pair"
+    for expert in ("high_noise", "low_noise"):
+        make_run(pair / expert, {"epoch1": 100})
+        (pair / f"adapter_{expert}.safetensors").touch()
+    assert adapters_of_pair(pair) == ()  # nothing marks it as a pair
+    (pair / "pair.json").touch()
+    high, low = adapters_of_pair(pair)
+    assert (high.name, low.name) == ("adapter_high_noise.safetensors", "adapter_low_noise.safetensors")
+    with pytest.raises(UserError, match="the adapters of two experts; name one of them, .*high.* or .*low"):
+        find_adapter_file(pair)
+    assert find_adapter_file(low) == low
+    assert run_of_adapter(low).directory == pair / "low_noise" and run_of_adapter(low).adapter == low
+    (pair / "high_noise" / "config.toml").unlink()
+    assert run_of_adapter(high) is None

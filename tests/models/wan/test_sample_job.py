@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from models.wan import sample_job
 from models.wan.arch import VARIANTS
 from models.wan.checkpoint import TOKENIZER_DIR
-from models.wan.sample_adapters import AdapterChoice, parse_weighted
+from models.wan.sample_adapters import AdapterChoice, choose_adapters, parse_weighted
 from models.wan.sample_job import SampleJob, Variation, Where, check_job, decode, sample, warn_of_cut_prompts
 from models.wan.sampling_settings import official_settings
 from models.wan.text_encoder import MAX_TEXT_TOKENS, WanTokenizer
@@ -23,6 +24,20 @@ def job(tiny_t2v, make_config):
     settings = replace(official_settings(VARIANTS["t2v-a14b"]), width=32, height=32, num_frames=1, steps=3)
     prompts = ("a red circle", "a blue square", "a red circle that moves to the right")
     return SampleJob(config, settings, prompts, (3, 4, 5), "")
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The experts whose DiT is opened, in order."""
+    experts = []
+
+    def recorded(config, model, *rest):
+        experts.append(model.expert)
+        return open_dit(config, model, *rest)
+
+    open_dit = sample_job.open_dit
+    monkeypatch.setattr(sample_job, "open_dit", recorded)
+    return experts
 
 
 def test_what_is_cut_off_is_what_the_encoder_does_not_see(tiny_t2v):
@@ -42,15 +57,7 @@ def test_what_is_cut_off_is_what_the_encoder_does_not_see(tiny_t2v):
     ]
 
 
-def test_each_expert_is_loaded_once_whatever_there_is_to_draw(job, monkeypatch):
-    opened = []
-
-    def recorded(config, model, *rest):
-        opened.append(model.expert)
-        return open_dit(config, model, *rest)
-
-    open_dit = sample_job.open_dit
-    monkeypatch.setattr(sample_job, "open_dit", recorded)
+def test_each_expert_is_loaded_once_whatever_there_is_to_draw(job, opened):
     steps = []
     where = replace(HERE, on_progress=lambda done, total: steps.append((done, total)))
     both = replace(job, variations=(Variation(), Variation()), batch_size=2)
@@ -65,15 +72,7 @@ def test_each_expert_is_loaded_once_whatever_there_is_to_draw(job, monkeypatch):
     assert video.shape == (3, 3, 1, 32, 32)
 
 
-def test_an_expert_without_steps_is_not_loaded(job, monkeypatch):
-    opened = []
-
-    def recorded(config, model, *rest):
-        opened.append(model.expert)
-        return open_dit(config, model, *rest)
-
-    open_dit = sample_job.open_dit
-    monkeypatch.setattr(sample_job, "open_dit", recorded)
+def test_an_expert_without_steps_is_not_loaded(job, opened):
     # With one step all of the way is the high-noise expert's.
     sample(replace(job, settings=replace(job.settings, steps=1)), HERE)
     assert opened == ["high_noise"]
@@ -107,3 +106,18 @@ def test_paths_with_weights(text, path, weight):
 def test_weights_that_mean_nothing(text):
     with pytest.raises(UserError, match="write FILE or FILE:WEIGHT"):
         parse_weighted(text)
+
+
+def test_the_directory_of_a_pair_stands_for_both_adapters(tmp_path):
+    pair = tmp_path / "pair"
+    pair.mkdir()
+    (pair / "pair.json").touch()
+    for expert in ("high_noise", "low_noise"):
+        name = "diffusion_model.blocks.0.cross_attn.k.lora_A.weight"
+        file = pair / f"adapter_{expert}.safetensors"
+        save_file({name: torch.zeros(2, 4)}, file, {"expert": expert, "variant": "t2v-a14b"})
+    found = choose_adapters(VARIANTS["t2v-a14b"], [f"{pair}:0.5"])
+    assert [(choice.path.name, choice.weight, choice.expert) for choice in found] == [
+        ("adapter_high_noise.safetensors", 0.5, "high_noise"),
+        ("adapter_low_noise.safetensors", 0.5, "low_noise"),
+    ]
