@@ -8,22 +8,22 @@ See docs/sampling.md.
 
 import argparse
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.wan.sample_flags import add_sampling_flags, describe, device_name, settings_from, tuned_encoder
-from utils.argument_types import config_file, path_of
+from utils.argument_types import config_file, path_of, seed
 from utils.cli import end_process, run_command
 from utils.errors import UserError
+from utils.local_ranks import run_ranks
+from utils.report import check_writable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from models.wan.sample_job import SampleJob, Where
-    from utils.progress import Progress
 
 _SUFFIXES = (".png", ".mp4")
 
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="override a value of the config (repeatable)",
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to draw")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the noise (default: 0)")
     parser.add_argument(
         "--out",
         required=True,
@@ -98,6 +98,9 @@ def build_job(args: argparse.Namespace) -> "SampleJob":
     suffix = args.out.suffix.lower()
     if suffix not in _SUFFIXES:
         raise UserError(f"--out {args.out}: ends in neither {' nor '.join(_SUFFIXES)}")
+    if args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a directory; give the file to write")
+    check_writable(args.out, "--out")
     config = load_config(args.config, args.set).train
     variant = read_variant(config.model)
     settings = settings_from(args, variant, one_frame=suffix == ".png")
@@ -123,6 +126,7 @@ def build_job(args: argparse.Namespace) -> "SampleJob":
         tiling=args.tiling,
     )
     check_job(job)
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # now, and not once everything is drawn
     return job
 
 
@@ -159,20 +163,16 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Draw in this process, or in as many as there are stages."""
     job = build_job(args)
     stages = job.config.pipeline_stages
+    if stages > 1 and args.device is not None:
+        raise UserError(
+            "--device: each of several stages has its own; leave it out, or add --set pipeline_stages=1"
+        )
     if stages > 1 and "WORLD_SIZE" not in os.environ:
         print(
             f"pipeline_stages = {stages}: starting as many processes (--set pipeline_stages=1 stays in one)",
             flush=True,
         )
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(stages),
-        ]
-        return subprocess.run([*launcher, str(Path(__file__).resolve()), *argv], check=False).returncode
+        return run_ranks([sys.executable, str(Path(__file__).resolve()), *argv], stages)
 
     from models.wan.sample_job import Where
     from utils.devices import choose_device
@@ -180,14 +180,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
     if stages == 1:
         progress = Progress("sampling", job.settings.steps)
-        where = Where(choose_device(device_name(args.device)), None, announce, _reaching(progress))
+        where = Where(choose_device(device_name(args.device)), None, announce, progress.reach)
         draw(job, where, args.out)
         progress.close()
         return 0
-    if args.device is not None:
-        raise UserError(
-            "--device: each of several stages has its own; leave it out, or add --set pipeline_stages=1"
-        )
 
     from utils import distributed
 
@@ -202,13 +198,9 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
             draw(job, Where(processes.device, processes), args.out)
             return 0
         progress = Progress("sampling", job.settings.steps)
-        draw(job, Where(processes.device, processes, announce, _reaching(progress)), args.out)
+        draw(job, Where(processes.device, processes, announce, progress.reach), args.out)
         progress.close()
         return 0
-
-
-def _reaching(progress: "Progress") -> Callable[[int, int], None]:
-    return lambda done, total: progress.reach(done)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

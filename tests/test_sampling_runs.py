@@ -129,7 +129,7 @@ def test_clips_begin_with_their_first_frame(ti2v_config, tiny_i2v, write_config,
         ["--config", ti2v_config, "--prompt", "x", "--image", str(image), "--out", "x.mp4"]
     )
     settings = settings_from(args, VARIANTS["ti2v-5b"])
-    assert (settings.width, settings.height, settings.num_frames) == (928, 928, 121)
+    assert (settings.width, settings.height, settings.num_frames) == (960, 928, 121)
 
 
 def test_adapters_with_weights_and_without_some_modules(ti2v_config, tmp_path, capsys):
@@ -230,8 +230,6 @@ def test_what_is_refused_is_said_in_a_line(more, message, ti2v_config, tmp_path,
     write_adapter(Path("kv.safetensors"))
     write_adapter(Path("wide.safetensors"), width=64)
     named = {"KV": "kv.safetensors", "WIDE": "wide.safetensors"}
-    if "pipeline_stages=2" in more:
-        monkeypatch.setenv("WORLD_SIZE", "2")
     given = [
         "--config",
         ti2v_config,
@@ -247,6 +245,42 @@ def test_what_is_refused_is_said_in_a_line(more, message, ti2v_config, tmp_path,
     assert message in said
     assert len(said.strip().splitlines()) == 1
     assert not [path for path in tmp_path.iterdir() if path.suffix not in (".safetensors",)]
+
+
+@pytest.mark.parametrize("kind", ["directory", "no rights", "proc"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_drawn(
+    kind, ti2v_config, tmp_path, capsys, monkeypatch
+):
+    from models.wan import sample_job
+
+    monkeypatch.setattr(sample_job, "sample", lambda *_: pytest.fail("it was drawn"))
+    out = tmp_path / "a.png"
+    if kind == "directory":
+        out.mkdir()
+    elif kind == "no rights":
+        (tmp_path / "file").touch()
+        out = tmp_path / "file" / "a.png"
+    else:
+        out = Path("/proc/none/a.png")
+    status, said = run(capsys, "--config", ti2v_config, "--prompt", "x", "--out", out, *SMALL)
+    assert status == 2 and ("/proc/none" if kind == "proc" else str(out)) in said
+    assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("seed", ["-1", "x", "99999999999999999999999"])
+def test_a_seed_that_torch_cannot_take_is_wrong_use(seed, ti2v_config, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(capsys, "--config", ti2v_config, "--prompt", "x", "--out", tmp_path / "a.png", f"--seed={seed}")
+    assert stopped.value.code == 2
+
+
+def test_guidance_alone_is_that_of_both_experts(t2v_config, tmp_path, capsys):
+    def drawn(*more):
+        return draw(capsys, t2v_config, tmp_path / "a.png", *more)
+
+    both = drawn("--guidance", "6")
+    assert np.array_equal(both, drawn("--guidance", "6", "--guidance_low", "6"))
+    assert not np.array_equal(both, drawn("--guidance", "6", "--guidance_low", "1.5"))
 
 
 def test_two_stages_draw_what_one_does(t2v_config, tmp_path, capsys):

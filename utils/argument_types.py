@@ -29,6 +29,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A whole number from 0 to 2^62: with what is added to it, a seed of torch."""
+    if not text.isascii() or not text.isdigit() or int(text) > 2**62:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^62")
+    return int(text)
+
+
 def positive_float(text: str) -> float:
     """A finite number above 0."""
     try:

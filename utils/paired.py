@@ -1,4 +1,4 @@
-"""Mean of paired differences with a confidence interval: Student's t over samples."""
+"""Means of differences with a confidence interval, paired or of two groups: Student's t over samples."""
 
 import math
 from collections.abc import Sequence
@@ -36,3 +36,24 @@ def paired_difference(now: Sequence[float], before: Sequence[float]) -> Paired:
 
     half = float(stdtrit(count - 1, 0.5 + CONFIDENCE / 2)) * stdev(differences) / math.sqrt(count)
     return Paired(mean, mean - half, mean + half)
+
+
+def group_difference(one: Sequence[float], other: Sequence[float]) -> Paired:
+    """Mean of `one` minus mean of `other`, two independent groups, with Welch's interval at 95 %.
+
+    The ends are None where a group has a single value.
+
+    Raises:
+        ValueError: a group is empty.
+    """
+    if not one or not other:
+        raise ValueError("there is nothing to compare")
+    mean = fmean(one) - fmean(other)
+    if len(one) == 1 or len(other) == 1:
+        return Paired(mean, None, None)
+    if stdev(one) == stdev(other) == 0.0:
+        return Paired(mean, mean, mean)
+    from scipy.stats import ttest_ind
+
+    ends = ttest_ind(one, other, equal_var=False).confidence_interval(CONFIDENCE)
+    return Paired(mean, float(ends.low), float(ends.high))

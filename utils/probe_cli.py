@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
-from utils.argument_types import config_file, path_of
+from utils.argument_types import config_file, path_of, seed
 from utils.config.schema import Expert
 from utils.errors import (
     EXIT_FAILED,
@@ -69,7 +69,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "device": {"metavar": "DEVICE", "default": "cpu", "help": "cpu, cuda or cuda:N (default: %(default)s)"},
     "seed": {
         "metavar": "N",
-        "type": int,
+        "type": seed,
         "default": 0,
         "help": "everything random follows from it (default: %(default)s)",
     },

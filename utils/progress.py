@@ -49,7 +49,14 @@ class Progress:
         )
 
     def advance(self, count: int, **figures: str) -> None:
-        """Move on by `count`, showing `figures` behind the bar, the most important first: a narrow terminal cuts."""
+        """Move on by `count`, showing `figures` behind the bar, the most important first: a narrow terminal cuts.
+
+        By 0: the work begins now, and what came before it says nothing about how long it takes.
+        """
+        if count == 0:
+            self._began = time.monotonic()
+            if self._bar is not None:
+                self._bar.unpause()
         self._done += count
         self._is_shown = True
         shown = "  ".join(f"{name} {value}" for name, value in figures.items())

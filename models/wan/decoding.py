@@ -1,6 +1,5 @@
 """Latents to pictures: whole where memory allows it, in tiles where not."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Literal
 
@@ -57,12 +56,11 @@ def decode_latents(
 
 def _whole(vae: WanVae, latents: Tensor) -> Tensor | None:
     """The video; None where there is not enough memory. The error, which holds on to tensors, is gone by then."""
-    with contextlib.suppress(torch.OutOfMemoryError):
-        try:
-            return vae.decode(latents).cpu()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+    try:
+        return vae.decode(latents).cpu()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
     return None
 
 

@@ -3,7 +3,7 @@
 With two experts all batches go through the high-noise one first, so that each is loaded once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,12 +88,15 @@ class SampleJob:
 
 @dataclass(frozen=True)
 class Where:
-    """Where to compute, and whom to tell. `processes`: the stages of a pipeline; None is this process alone."""
+    """Where to compute, and whom to tell. `processes`: the stages of a pipeline; None is this process alone.
+
+    `on_progress` hears how many batches times steps are done, at first that none is, once the DiT is loaded.
+    """
 
     device: torch.device
     processes: Processes | None = None
     say: Say = lambda text: None
-    on_progress: Callable[[int, int], None] = lambda done, total: None
+    on_progress: Callable[[int], None] = lambda done: None
 
     @property
     def is_main(self) -> bool:
@@ -169,12 +172,12 @@ def sample(job: SampleJob, where: Where) -> list[Tensor]:
         ]
         for index in range(len(job.variations))
     ]
-    done, total = 0, len(job.variations) * len(batches) * job.settings.steps
+    done = 0
 
     def on_step() -> None:
         nonlocal done
         done += 1
-        where.on_progress(done, total)
+        where.on_progress(done)
 
     settings = job.settings
     tokens = video_tokens(settings.variant, Bucket(settings.width, settings.height, settings.num_frames))
@@ -186,6 +189,8 @@ def sample(job: SampleJob, where: Where) -> list[Tensor]:
             for row, variation in zip(trajectories, job.variations, strict=True):
                 adapters = _adapters(job, variation, phase)
                 with adapters_added(dit.layers, adapters, where.device):
+                    if not done:
+                        where.on_progress(0)
                     for trajectory in row:
                         trajectory.advance(dit, on_step, until)
     return [torch.cat([one.result().cpu() for one in row]) for row in trajectories]
@@ -237,8 +242,10 @@ def _states(job: SampleJob, text_encoder: Path | None, where: Where) -> list[Ten
     paths = find_checkpoint(model)
     tokenizer = WanTokenizer(paths.tokenizer_dir)
     if text_encoder is None or text_encoder == job.variations[0].text_encoder:
+        numbered = enumerate(dict.fromkeys(job.prompts), start=1)
+        named = {prompt: f"prompt {number}" for number, prompt in numbered}
         warn_of_cut_prompts(
-            tokenizer, (*dict.fromkeys((*job.prompts, job.negative_prompt)),), job.show_prompts, where.say
+            tokenizer, {job.negative_prompt: "the negative prompt"} | named, job.show_prompts, where.say
         )
     encoder = TextEncoder(
         text_encoder or paths.text_encoder,
@@ -257,14 +264,14 @@ def _states(job: SampleJob, text_encoder: Path | None, where: Where) -> list[Ten
     return [states[job.negative_prompt], *(states[prompt] for prompt in job.prompts)]
 
 
-def warn_of_cut_prompts(tokenizer: WanTokenizer, prompts: Sequence[str], show: bool, say: Say) -> None:
-    """Say which prompts are longer than what Wan reads, and what is cut off."""
-    for number, prompt in enumerate(prompts, start=1):
+def warn_of_cut_prompts(tokenizer: WanTokenizer, names: Mapping[str, str], show: bool, say: Say) -> None:
+    """Say which prompts, by their names, are longer than what Wan reads, and what is cut off."""
+    for prompt, name in names.items():
         count = tokenizer.count(prompt)
         if count > MAX_TEXT_TOKENS:
             cut = f': "{_shortened(tokenizer.cut_off(prompt))}"' if show else ""
             say(
-                f"warning: prompt {number} has {count} tokens, and Wan reads {MAX_TEXT_TOKENS}; its end, "
+                f"warning: {name} has {count} tokens, and Wan reads {MAX_TEXT_TOKENS}; its end, "
                 f"{count - MAX_TEXT_TOKENS} tokens, is not seen{cut}"
             )
 

@@ -102,11 +102,29 @@ def official_settings(variant: VariantInfo) -> SamplingSettings:
 
 
 def size_for_image(settings: SamplingSettings, width: int, height: int) -> tuple[int, int]:
-    """Width and height with the area of `settings` and the aspect ratio of an image, as the official I2V code has it."""
-    area, aspect, multiple = settings.width * settings.height, height / width, settings.variant.pixel_multiple
-    rows = max(1, round(math.sqrt(area * aspect)) // multiple)
-    columns = max(1, round(math.sqrt(area / aspect)) // multiple)
-    return columns * multiple, rows * multiple
+    """Width and height that the official code gives a sample with this image as its first frame.
+
+    Within the area of `settings`, as near to the image's aspect ratio as each variant's code comes: for I2V both sides are
+    rounded down (`wan/image2video.py`), for TI2V one side is, the other fills the area, and of the two the nearer ratio is
+    taken (`best_output_size` in `wan/utils/utils.py`).
+    """
+    area, ratio, multiple = settings.width * settings.height, width / height, settings.variant.pixel_multiple
+
+    def down(side: float) -> int:
+        return max(1, int(side // multiple)) * multiple
+
+    ideal_width = math.sqrt(area * ratio)
+    ideal_height = area / ideal_width
+    if settings.variant.model_type != "ti2v":
+        return down(ideal_width), down(ideal_height)
+    by_width = (down(ideal_width), down(area / down(ideal_width)))
+    by_height = (down(area / down(ideal_height)), down(ideal_height))
+
+    def distortion(size: tuple[int, int]) -> float:
+        own = size[0] / size[1]
+        return max(own / ratio, ratio / own)
+
+    return by_width if distortion(by_width) < distortion(by_height) else by_height
 
 
 def check_settings(settings: SamplingSettings, *, has_image: bool) -> None:
@@ -137,6 +155,10 @@ def check_settings(settings: SamplingSettings, *, has_image: bool) -> None:
     ):
         if value is not None and not 0.0 < value < math.inf:
             raise UserError(f"{flag} {value:g}: write a number above 0")
+        if flag != "--shift" and value is not None and value < 1.0:
+            raise UserError(
+                f"{flag} {value:g}: below 1 there is no guidance; write 1 to switch it off, or more"
+            )
     if settings.guidance_low_noise is not None and not variant.has_experts:
         raise UserError(f"--guidance_low: {variant.name} has no low-noise expert; leave it out")
 

@@ -1,8 +1,8 @@
 """diffusers' schedulers as solvers of Wan's flow: the only module that imports them.
 
-All of them walk the official grid of noise levels, linspace(0.999, 0, steps + 1) without its end, shifted: with it
-diffusers' UniPC computes what the official FlowUniPC does (sigmas to 6e-8, the timesteps equal). diffusers' own default
-grids end elsewhere.
+All of them walk the grid of noise levels of the official UniPC, linspace(0.999, 0, steps + 1) without its end, shifted
+(`set_timesteps` of wan/utils/fm_solvers_unipc.py); tests/models/wan/test_sampling.py has its values. diffusers' own default
+grids end elsewhere. The official DPM++ begins at 1 instead (`get_sampling_sigmas`), so its way differs a little from ours.
 """
 
 from typing import Any

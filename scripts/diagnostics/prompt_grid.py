@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from models.wan.probes.encoder_prompts import Entry, plan_prompts
-from models.wan.probes.grid import BASE, Cell, Change, Column, draw_cells, parse_column, reaching, summarise
+from models.wan.probes.grid import BASE, Cell, Change, Column, draw_cells, parse_column, summarise
 from models.wan.prompts import NEGATIVE_PROMPT
 from models.wan.sample_flags import add_sampling_flags, describe, device_name, settings_from
-from utils.argument_types import config_file, path_of, positive_float, positive_int
+from utils.argument_types import config_file, path_of, positive_float, positive_int, seed
 from utils.config.load import load_config
 from utils.devices import choose_device
 from utils.errors import UserError
+from utils.paired import group_difference
 from utils.probe_cli import probe_parser, run_probe
 from utils.report import Report, Verdict
 
@@ -38,7 +39,8 @@ HOW_TO_READ = """\
   layout, colours, artifacts.
 - **change** is 1 - SSIM against the base's picture: 0 where nothing moved, about 1 where nothing is alike. **latent distance** is
   the length of the difference over that of the base's latents.
-- Neutral prompts should stay, domain prompts should move. Intervals (95 %, Student's t) are over prompts.
+- Neutral prompts should stay, domain prompts should move. Intervals (95 %, Student's t) are over prompts, each the
+  mean of its seeds: a few prompts say little.
 - Sampling amplifies: a small change can turn one picture into another. More seeds say more than one bad cell."""
 NEXT_STEPS: dict[Verdict, str] = {
     "pass": "- Look at the sheet all the same: SSIM sees no artifacts that are like the base's pictures.",
@@ -49,7 +51,8 @@ NEXT_STEPS: dict[Verdict, str] = {
     ),
     "inconclusive": (
         "- Pictures that did not move: check that the files are the ones that were meant, and that their runs did train.\n"
-        "- Domain prompts that moved no more than neutral ones: check that they hold what the captions held."
+        "- Domain prompts that moved no more than neutral ones: check that they hold what the captions held.\n"
+        "- An interval that holds 0: more prompts (`--max_prompts`) say more than more seeds."
     ),
 }
 
@@ -109,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="seeds of each prompt (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="the first of the seeds (default: %(default)s)"
+        "--seed", type=seed, default=0, metavar="N", help="the first of the seeds (default: %(default)s)"
     )
     parser.add_argument(
         "--batch_size",
@@ -161,7 +164,7 @@ def probe(args: argparse.Namespace) -> Verdict:
         if text.startswith("warning"):
             report.note(text)
 
-    where = Where(choose_device(device_name(args.device)), None, say, reaching(progress.reach))
+    where = Where(choose_device(device_name(args.device)), None, say, progress.reach)
     samples = [entry for entry in entries for _ in range(args.seeds)]
     cells, frames = draw_cells(job, where, samples, columns)
     progress.close()
@@ -181,12 +184,12 @@ def probe(args: argparse.Namespace) -> Verdict:
 
 
 def choose_prompts(args: argparse.Namespace) -> tuple[list[Entry], tuple[str, ...]]:
-    """The prompts that are drawn: neutral and domain ones, without Wan's negative prompt, which is drawn against."""
+    """The prompts that are drawn: neutral and domain ones, without Wan's negative prompt and the one that is drawn against."""
     config = load_config(args.config, args.set).train
     model = replace(config.model, caption_aug=None)  # its keywords are no prompts
     config = replace(config, model=model)
     plan = plan_prompts(args.prompts, args.domain_prompts, None, config, args.redact, args.max_prompts)
-    kept = [entry for entry in plan.entries if entry.text != NEGATIVE_PROMPT]
+    kept = [entry for entry in plan.entries if entry.text not in (NEGATIVE_PROMPT, args.negative_prompt)]
     return kept, tuple(remark.replace("--max_entries", "--max_prompts") for remark in plan.remarks)
 
 
@@ -219,8 +222,8 @@ def build_job(args: argparse.Namespace, columns: Sequence[Column], entries: Sequ
 
 def judge(cells: Sequence[Cell], changes: Sequence[Change], cap: float) -> tuple[Verdict, str]:
     """The verdict and the sentence that explains it: that of the column that does worst."""
-    neutral = {change.column: change.change.mean for change in changes if change.group == "neutral"}
-    domain = {change.column: change.change.mean for change in changes if change.group == "domain"}
+    by_group = {(change.column, change.group): change for change in changes}
+    neutral = {column: one.change.mean for (column, group), one in by_group.items() if group == "neutral"}
     worst = max(neutral, key=lambda name: neutral[name])
     if neutral[worst] > cap:
         return (
@@ -231,15 +234,21 @@ def judge(cells: Sequence[Cell], changes: Sequence[Change], cap: float) -> tuple
         if max(cell.latent_distance for cell in cells if cell.column == name) < MOVED_DISTANCE:
             return "inconclusive", f"{name} changes no picture."
     within = f"Neutral prompts change by at most {neutral[worst]:.3g} (1 - SSIM, {worst}), within the cap of {cap:g}"
-    if not domain:
+    if not any(group == "domain" for _, group in by_group):
         return "pass", f"{within}; whether the domain changes is not known without --domain_prompts."
-    weakest = min(domain, key=lambda name: domain[name] - neutral[name])
-    if domain[weakest] <= neutral[weakest]:
-        return (
-            "inconclusive",
-            f"{within}, but domain prompts change no more than that ({domain[weakest]:.3g}, {weakest}).",
-        )
-    return "pass", f"{within}; domain prompts by at least {min(domain.values()):.3g}."
+    more = {
+        name: group_difference(by_group[name, "domain"].by_prompt, by_group[name, "neutral"].by_prompt)
+        for name in neutral
+    }
+    weakest = min(more, key=lambda name: more[name].mean)
+    found = more[weakest]
+    told = f"{found.mean:+.3g}, {weakest}"
+    if found.low is None:
+        return "inconclusive", f"{within}; one domain prompt says nothing about the domain ({told})."
+    told = f"{told}, 95 % interval {found.low:+.3g} to {found.high:+.3g}"
+    if found.low <= 0:
+        return "inconclusive", f"{within}, but domain prompts change no more than that for certain ({told})."
+    return "pass", f"{within}; domain prompts change more ({told})."
 
 
 def add_results(
@@ -270,6 +279,22 @@ def add_results(
         report.metric(
             f"{group}_latent_distance", {name: one.latent_distance for name, one in found.items()}, "mean"
         )
+    report.table(
+        "changes",
+        [
+            {
+                "column": one.column,
+                "group": one.group,
+                "prompts": len(one.by_prompt),
+                "change": one.change.mean,
+                "low": one.change.low,
+                "high": one.change.high,
+                "latent_distance": one.latent_distance,
+            }
+            for one in changes
+        ],
+        "Mean change of each column, with its 95 % interval over prompts",
+    )
     report.table(
         "cells",
         [

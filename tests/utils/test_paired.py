@@ -5,7 +5,7 @@ from statistics import stdev
 
 import pytest
 
-from utils.paired import paired_difference
+from utils.paired import group_difference, paired_difference
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,24 @@ def test_one_pair_has_no_interval_and_none_is_an_error() -> None:
         paired_difference([], [])
     with pytest.raises(ValueError):
         paired_difference([1.0], [1.0, 2.0])
+
+
+def test_two_groups_by_hand() -> None:
+    """Welch's t-test of a textbook's kind: variances 1 and 4, 3 values each."""
+    found = group_difference([4.0, 5.0, 6.0], [0.0, 2.0, 4.0])
+    error = math.sqrt(1 / 3 + 4 / 3)
+    degrees = (1 / 3 + 4 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (4 / 3) ** 2 / 2)  # 2.941
+    assert degrees == pytest.approx(2.941, abs=1e-3)
+    # Student's quantile for 2.941 degrees of freedom lies between those for 2 (4.3027) and 3 (3.1824), near the latter.
+    assert found.mean == pytest.approx(3.0)
+    assert 3.18 < (found.high - found.mean) / error < 3.25
+    assert found.mean - found.low == pytest.approx(found.high - found.mean)
+
+
+def test_groups_without_spread_and_of_one_value() -> None:
+    assert group_difference([2.0, 2.0], [1.0, 1.0]) == (same := paired_difference([2.0, 2.0], [1.0, 1.0]))
+    assert (same.low, same.high) == (1.0, 1.0)
+    found = group_difference([2.0], [1.0, 3.0])
+    assert (found.mean, found.low, found.high) == (0.0, None, None)
+    with pytest.raises(ValueError):
+        group_difference([], [1.0])

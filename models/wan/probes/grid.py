@@ -1,7 +1,7 @@
 """What prompt_grid draws and how it measures: its columns, its cells, and the change that each column makes."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -70,11 +70,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Change:
-    """The mean change that a column makes to a group of prompts, with its interval at 95 %, over cells."""
+    """The mean change that a column makes to a group of prompts, with its interval at 95 %.
+
+    Attributes:
+        column, group: whose and of which prompts.
+        by_prompt: the mean change of each prompt over its seeds, which are not independent of one another.
+        change: mean over prompts, and the ends of its interval; a change is never below 0.
+        latent_distance: mean over cells.
+    """
 
     column: str
     group: Group
-    num_cells: int
+    by_prompt: tuple[float, ...]
     change: Paired
     latent_distance: float
 
@@ -164,18 +171,14 @@ def summarise(cells: Sequence[Cell]) -> list[Change]:
 
 
 def _change(own: Sequence[Cell]) -> Change:
-    # Of one prompt, seeds are not independent of one another: the interval is over the means of prompts.
-    by_prompt = list(_means_by_prompt(own))
+    by_prompt = tuple(_means_by_prompt(own))
     change = paired_difference(by_prompt, [0.0] * len(by_prompt))
+    if change.low is not None:
+        change = replace(change, low=max(0.0, change.low))
     distance = fmean(cell.latent_distance for cell in own)
-    return Change(own[0].column, own[0].entry.group, len(own), change, distance)
+    return Change(own[0].column, own[0].entry.group, by_prompt, change, distance)
 
 
 def _means_by_prompt(cells: Sequence[Cell]) -> Iterator[float]:
     for number in dict.fromkeys(cell.entry.number for cell in cells):
         yield fmean(cell.change for cell in cells if cell.entry.number == number)
-
-
-def reaching(progress: Callable[[int], None]) -> Callable[[int, int], None]:
-    """A progress line as the sampler calls it."""
-    return lambda done, total: progress(done)

@@ -49,21 +49,21 @@ def test_what_is_cut_off_is_what_the_encoder_does_not_see(tiny_t2v):
     assert tokenizer(prompt) == tokenizer(" ".join(["red"] * 511))
     assert tokenizer.cut_off("red " * 511) == ""
     said = []
-    warn_of_cut_prompts(tokenizer, ("red", prompt), True, said.append)
-    warn_of_cut_prompts(tokenizer, (prompt,), False, said.append)
+    warn_of_cut_prompts(tokenizer, {"red": "prompt 1", prompt: "prompt 2"}, True, said.append)
+    warn_of_cut_prompts(tokenizer, {prompt: "the negative prompt"}, False, said.append)
     assert said == [
         'warning: prompt 2 has 514 tokens, and Wan reads 512; its end, 2 tokens, is not seen: "blue green"',
-        "warning: prompt 1 has 514 tokens, and Wan reads 512; its end, 2 tokens, is not seen",
+        "warning: the negative prompt has 514 tokens, and Wan reads 512; its end, 2 tokens, is not seen",
     ]
 
 
 def test_each_expert_is_loaded_once_whatever_there_is_to_draw(job, opened):
     steps = []
-    where = replace(HERE, on_progress=lambda done, total: steps.append((done, total)))
+    where = replace(HERE, on_progress=steps.append)
     both = replace(job, variations=(Variation(), Variation()), batch_size=2)
     first, second = sample(both, where)
     assert opened == ["high_noise", "low_noise"]
-    assert steps == [(done, 12) for done in range(1, 13)]
+    assert steps == list(range(13))
     assert torch.equal(first, second)
     assert first.shape == (3, 16, 1, 4, 4)
     # Measured: 5.5e-6.

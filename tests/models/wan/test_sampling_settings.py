@@ -63,7 +63,34 @@ def test_a_first_frame_is_refused_where_it_does_nothing():
         check_settings(settings_of("ti2v-5b", num_frames=1), has_image=True)
 
 
-def test_the_size_keeps_the_images_aspect_ratio_within_the_area():
-    # round(sqrt(1280 * 720 * 3 / 4)) = 831 -> 816, round(sqrt(1280 * 720 * 4 / 3)) = 1109 -> 1104
-    assert size_for_image(settings_of("i2v-a14b"), 400, 300) == (1104, 816)
-    assert size_for_image(settings_of("ti2v-5b"), 300, 300) == (928, 928)
+@pytest.mark.parametrize(
+    ("variant", "image", "size"),
+    [
+        # Both sides down to a multiple of 16: sqrt(1280 * 720 * 3 / 4) = 831.4, sqrt(1280 * 720 * 4 / 3) = 1108.5.
+        ("i2v-a14b", (400, 300), (1104, 816)),
+        # 607.66: rounded first, it would reach 608.
+        ("i2v-a14b", (3599, 1442), (1504, 592)),
+        # Of 928 x 960 (by width) and 960 x 928 (by height), equally near to 1, the second.
+        ("ti2v-5b", (300, 300), (960, 928)),
+        # 1280 x 704 = 901120: by width 1088 x 800 (ratio 1.36), by height 1120 x 800 (1.4): the image has 1.333.
+        ("ti2v-5b", (400, 300), (1088, 800)),
+        # By width 672 x 1312 (0.512), by height 672 x 1312.
+        ("ti2v-5b", (512, 1000), (672, 1312)),
+        # By width 1472 x 608 (2.421), by height 1536 x 576 (2.667): the image has 2.45.
+        ("ti2v-5b", (2450, 1000), (1472, 608)),
+    ],
+)
+def test_the_size_of_a_sample_of_an_image(variant, image, size):
+    assert size_for_image(settings_of(variant), *image) == size
+
+
+def test_an_image_of_the_default_size_keeps_it():
+    for variant in ("i2v-a14b", "ti2v-5b"):
+        settings = settings_of(variant)
+        assert size_for_image(settings, settings.width, settings.height) == (settings.width, settings.height)
+
+
+def test_guidance_below_one_is_refused():
+    for changes in ({"guidance": 0.5}, {"guidance_low_noise": 0.9}):
+        with pytest.raises(UserError, match="below 1 there is no guidance"):
+            check_settings(settings_of("t2v-a14b", **changes), has_image=False)

@@ -187,27 +187,34 @@ def test_the_interval_is_over_prompts():
         return Cell(Entry("neutral", number, f"text {number}", f"text {number}"), seed, "a", 0.5, ssim)
 
     (change,) = summarise([cell(1, 0, 0.9), cell(1, 1, 0.7), cell(2, 0, 0.6), cell(2, 1, 0.6)])
-    assert change.num_cells == 4
+    assert change.by_prompt == pytest.approx((0.2, 0.4))
     # Means of prompts 0.2 and 0.4; with one degree of freedom t = 12.706.
     assert change.change.mean == pytest.approx(0.3)
     assert change.change.high - change.change.mean == pytest.approx(12.706 * 0.1, rel=1e-3)
+    assert change.change.low == 0.0  # a change is never below it
 
 
-def judged(changes):
-    cells, found = [], []
-    for column, group, value in changes:
-        entry = Entry(group, 1, "t", "t")
-        cells.append(Cell(entry, 0, column, value, 1 - value))
-        found += summarise(cells[-1:])
-    return probe.judge(cells, found, 0.1)
+def judged(*changes):
+    """The verdict on columns and groups with the changes of their prompts."""
+    cells = [
+        Cell(Entry(group, number, "t", "t"), 0, column, value, 1 - value)
+        for column, group, values in changes
+        for number, value in enumerate(values, start=1)
+    ]
+    return probe.judge(cells, summarise(cells), 0.1)
 
 
 def test_verdicts():
-    assert judged([("a", "neutral", 0.05)])[0] == "pass"
-    assert judged([("a", "neutral", 0.05), ("a", "domain", 0.5)])[0] == "pass"
-    verdict, why = judged(
-        [("a", "neutral", 0.05), ("a", "domain", 0.5), ("b", "neutral", 0.2), ("b", "domain", 0.5)]
-    )
+    neutral, changed = ("a", "neutral", (0.05, 0.06)), ("a", "domain", (0.5, 0.52))
+    assert judged(neutral)[0] == "pass"
+    verdict, why = judged(neutral, changed)
+    assert verdict == "pass" and "domain prompts change more (+0.455, a, 95 % interval" in why
+    verdict, why = judged(neutral, changed, ("b", "neutral", (0.2, 0.21)), ("b", "domain", (0.5, 0.52)))
     assert (verdict, why.split()[0]) == ("fail", "b")
-    assert judged([("a", "neutral", 0.05), ("a", "domain", 0.04)])[0] == "inconclusive"
-    assert judged([("a", "neutral", 0.0)])[0] == "inconclusive"
+    assert judged(neutral, ("a", "domain", (0.04, 0.05)))[0] == "inconclusive"
+    # More on average, and no more than chance.
+    verdict, why = judged(neutral, ("a", "domain", (0.05, 0.3)))
+    assert verdict == "inconclusive" and "for certain (+0.12, a, 95 % interval -" in why
+    verdict, why = judged(neutral, ("a", "domain", (0.5,)))
+    assert verdict == "inconclusive" and "one domain prompt says nothing" in why
+    assert judged(("a", "neutral", (0.0, 0.0)))[0] == "inconclusive"
