@@ -334,6 +334,15 @@ def test_a_file_that_grows_over_the_limit(workspace, capsys) -> None:
     assert workspace.leftovers() == [] and not list(workspace.run().glob("epoch*"))
 
 
+def test_a_read_only_output_directory(workspace, small_disk, capsys) -> None:
+    disk = small_disk(1 << 20)
+    done = subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("remounting is not allowed here")
+    code = workspace.train("dit_lora", "max_steps=1", f"output_dir={disk / 'out'}")
+    check_refused(code, capsys.readouterr().err, str(disk / "out"), "is not writable")
+
+
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_an_output_directory_that_cannot_be_made(workspace, refused, place) -> None:
     (workspace.root / "file").write_text("")

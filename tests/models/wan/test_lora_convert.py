@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from models.wan import lora_convert
 from models.wan.lora_convert import convert_lora, read_wan_adapter
 from models.wan.lora_dialects import DIALECTS, folded, to_dialect
 from scripts import convert_lora as script
@@ -63,18 +64,23 @@ def place(root, name, dialect):
 @settings(max_examples=25, deadline=None)
 @given(
     way=st.lists(st.sampled_from(DIALECTS), min_size=1, max_size=4),
+    modules=st.just(WHOLE) | st.lists(st.sampled_from(WHOLE), min_size=1, max_size=6, unique=True),
     rank=st.sampled_from([1, 3, 4, 32]),
     scale=st.sampled_from([1.0, 0.25, 2.0, 0.75, 1 / 3]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 100),
 )
-def test_round_trips_are_the_identity(tmp_path_factory, way, rank, scale, dtype, seed):
+def test_round_trips_are_the_identity(tmp_path_factory, way, modules, rank, scale, dtype, seed):
     root = tmp_path_factory.mktemp("trip")
-    original = pairs(WHOLE, rank, scale, dtype, seed)
+    original = pairs(modules, rank, scale, dtype, seed)
     at = write(root / "start", original, "comfyui", {"variant": "ti2v-5b"})
     first = load_file(at)
     for number, dialect in enumerate(way):
         target = place(root, str(number), dialect)
+        if dialect == "kohya" and len(modules) < len(WHOLE):
+            with pytest.raises(UserError, match="is not adapted"):  # diffusers could not read a part of them
+                convert_lora(at, dialect, target)
+            continue
         convert_lora(at, dialect, target)
         at = target
     convert_lora(at, "comfyui", root / "end.safetensors")
@@ -202,3 +208,20 @@ def test_the_command(tmp_path, capsys):
         == 2
     )
     assert "k_img is no linear layer of Wan 2.2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_was_written_wrongly_gets_no_name(tmp_path, monkeypatch, dialect):
+    """A fault of the writer: the file is read again and compared before it has its name."""
+    path = write(tmp_path / "adapter", pairs(WHOLE), "comfyui")
+    written = lora_convert._write
+
+    def with_a_fault(directory, made, metadata):
+        name = next(name for name in made.tensors if "lora_B" in name or "lora_up" in name)
+        made.tensors[name] = made.tensors[name] + 1e-3
+        written(directory, made, metadata)
+
+    monkeypatch.setattr(lora_convert, "_write", with_a_fault)
+    with pytest.raises(RuntimeError, match="differs from"):
+        convert_lora(path, dialect, place(tmp_path, "out", dialect))
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["adapter.safetensors"]

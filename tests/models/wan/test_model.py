@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from models.wan import model as model_module
 from models.wan.checkpoint import find_checkpoint
 from models.wan.layers import Workload
 from models.wan.model import WanModel
@@ -100,6 +101,27 @@ def test_an_export_is_read_again(make_model, make_config, build_layers, open_tin
     trained[parameter_names(model.targets[-1])[1]][0, 0] = torch.inf
     with pytest.raises(UserError, match="read again after it was written.*holds NaN or infinite values"):
         model.export(trained, tmp_path, {"variant": "ti2v-5b"})
+
+
+@pytest.mark.parametrize("is_untrained", [True, False])
+def test_an_adapter_that_never_trained_is_checked_to_change_nothing(
+    make_model, make_config, build_layers, open_tiny, tiny_ti2v, tmp_path, monkeypatch, is_untrained
+):
+    checks = []
+    monkeypatch.setattr(
+        model_module, "check_saved_adapter", lambda *_, is_untrained: checks.append(is_untrained)
+    )
+    model = make_model()
+    parameters = build(model, make_config, build_layers, open_tiny, tiny_ti2v)
+    trained = {
+        name: parameters[name].detach().clone()
+        for target in model.targets
+        for name in parameter_names(target)
+    }
+    if not is_untrained:
+        trained[parameter_names(model.targets[-1])[1]][0, 0] = 1e-6
+    model.export(trained, tmp_path, {"variant": "ti2v-5b"})
+    assert checks == [is_untrained]
 
 
 def test_the_exported_adapter_starts_a_model(

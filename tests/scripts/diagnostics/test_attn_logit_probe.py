@@ -122,6 +122,7 @@ def test_an_adapter_that_adds_nothing_is_inconclusive(tmp_path, tiny_ti2v):
     adapter = write_adapter(tmp_path / "a.safetensors", source, {"blocks.0.cross_attn.k": torch.zeros(shape)})
     status, directory, summary = run(tmp_path, "--base", tiny_ti2v, "--adapter", adapter, "--synthetic")
     assert status == 3 and "Nothing changes" in summary.explanation
+    assert summary.metrics["inputs"] == "random, 256 queries"
     assert blocks_of(directory)[0, "cross_attn"]["mean_std_ratio"] == 1.0
 
 
@@ -144,6 +145,21 @@ def test_a_run_s_own_adapter_on_its_own_samples_and_the_run_stays_as_it_is(
     assert again.metrics == summary.metrics
     other = run(tmp_path / "other", "--adapter", trained.run(), "--seed", 7)[2]
     assert other.seed == 7 and other.metrics["mean_std_ratio"] != summary.metrics["mean_std_ratio"]
+
+
+def test_the_number_of_random_queries(tmp_path, tiny_ti2v, monkeypatch):
+    from models.wan.probes import logits
+
+    seen = []
+    original = logits.synthetic_inputs
+    monkeypatch.setattr(
+        logits, "synthetic_inputs", lambda *arguments: seen.append(arguments[-1]) or original(*arguments)
+    )
+    other = changed_copy(tiny_ti2v, tmp_path / "other", {})
+    status, _, summary = run(
+        tmp_path, "--base", tiny_ti2v, "--against", other, "--synthetic", "--blocks", "1", "--tokens", 32
+    )
+    assert status == 3 and set(seen) == {32} and summary.metrics["inputs"] == "random, 32 queries"
 
 
 def test_only_what_is_asked_for_is_read(tmp_path, tiny_ti2v, monkeypatch):
