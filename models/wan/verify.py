@@ -44,11 +44,12 @@ def read_everything(config: LoadedConfig, say: Callable[[str], None]) -> None:
     paths = locate(next(iter(models.values())))[0]
     parts = {label: locate(model)[0].transformer_dir for label, model in models.items()}
     parts |= {"text encoder": paths.text_encoder, "VAE": paths.vae}
-    found, problems = {}, list[str]()
+    found: dict[str, list[Path]] = {}
+    of_index: dict[str, list[str]] = {}
     for label, place in parts.items():
         if place.exists():
-            found[label], wrong = find_shards(place) if place.is_dir() else ([place], [])
-            problems += wrong
+            found[label], of_index[label] = find_shards(place) if place.is_dir() else ([place], [])
+    problems = [problem for wrong in of_index.values() for problem in wrong]
     total = sum(file.stat().st_size for files in found.values() for file in files)
     progress = _MebibyteProgress(total)
     read: list[ReadFile] = []
@@ -57,7 +58,7 @@ def read_everything(config: LoadedConfig, say: Callable[[str], None]) -> None:
         read += results
         own = [problem for result in results for problem in result.problems]
         problems += own
-        say(_describe(label, parts[label], results, is_sound=not own))
+        say(_describe(label, parts[label], results, is_sound=not own and not of_index[label]))
     progress.close()
     known = list(problems)
     for model in models.values():
