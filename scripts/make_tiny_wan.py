@@ -368,15 +368,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", required=True, type=Path, help="directory to make; must not exist, or be empty"
     )
-    parser.add_argument("--seed", type=int, default=0, help="every weight follows from it (default: 0)")
-    parser.add_argument("--layers", type=int, default=4, help="number of DiT blocks (default: 4)")
-    parser.add_argument(
-        "--text_layers",
-        type=int,
-        default=UMT5.num_layers,
-        help=f"number of UMT5 blocks (default: {UMT5.num_layers})",
-    )
+    defaults = {"seed": 0, "layers": 4, "text_layers": UMT5.num_layers}
+    for name, what in (
+        ("seed", "every weight follows from it"),
+        ("layers", "number of DiT blocks"),
+        ("text_layers", "number of UMT5 blocks"),
+    ):
+        # No default here: whether a flag was given is asked below.
+        parser.add_argument(
+            f"--{name}", type=int, help=f"{what} (default: {defaults[name]}; not with --trained)"
+        )
     arguments = parser.parse_args(argv)
+    given = [f"--{name}" for name in defaults if getattr(arguments, name) is not None]
+    if arguments.trained and given:
+        parser.error(f"{', '.join(given)}: not allowed with --trained, whose weights have one seed and depth")
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     if arguments.text_layers < 1:
         parser.error(f"--text_layers {arguments.text_layers}: an encoder has at least 1 block")
     if arguments.layers < 1:

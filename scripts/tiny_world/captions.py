@@ -73,12 +73,11 @@ EMPTY_SHARE, COLOUR_SHARE, SHAPE_SHARE, GENERAL_SHARE = 0.10, 0.07, 0.07, 0.05
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption for evaluation, and what should be seen; `motion` is None where a picture is asked for."""
+    """A caption for evaluation of pictures, and what should be seen."""
 
     text: str
     colour: str
     shape: str
-    motion: str | None
     template_set: str
 
 
@@ -108,21 +107,19 @@ def fill(template: str, colour: str, shape: str, ground: str, clause: str | None
     )
 
 
-def evaluation_prompts(template_set: str, count: int, seed: int, motion: bool = False) -> list[Prompt]:
+def evaluation_prompts(template_set: str, count: int, seed: int) -> list[Prompt]:
     """Prompts of one set of templates: every combination of colour and shape comes up before one is used again."""
-    generator = random.Random(f"{seed}/{template_set}/{motion}")
+    # The last word is part of what the asset's measured prompts follow from.
+    generator = random.Random(f"{seed}/{template_set}/False")
     combinations = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    directions = tuple(MOTION_CLAUSES)
     prompts = []
     for index in range(count):
         if index % len(combinations) == 0:
             generator.shuffle(combinations)
         colour, shape = combinations[index % len(combinations)]
-        direction = directions[index % len(directions)] if motion else None
-        clause = None if direction is None else generator.choice(MOTION_CLAUSES[direction])
         template = EVALUATION[template_set][index % len(EVALUATION[template_set])]
-        text = fill(template, colour, shape, generator.choice(tuple(GROUNDS)), clause)
-        prompts.append(Prompt(text, colour, shape, direction, template_set))
+        text = fill(template, colour, shape, generator.choice(tuple(GROUNDS)), None)
+        prompts.append(Prompt(text, colour, shape, template_set))
     return prompts
 
 

@@ -20,7 +20,7 @@ from scripts.tiny_world.build import digest
 from scripts.tiny_world.drawing import Drawing
 from scripts.tiny_world.proof_arms import BASE, Arm, Plan
 from scripts.tiny_world.proof_control import refused_cache
-from scripts.tiny_world.proof_data import write_data
+from scripts.tiny_world.proof_data import texts_digest, write_data
 from scripts.tiny_world.proof_report import write_report
 from scripts.tiny_world.proof_task import Place, run_task, write_prompt_files
 from utils.cli import run_command
@@ -47,7 +47,7 @@ def prove(
     """Run what is missing and write the report; returns the results by arm and seed, and the report's directory.
 
     Raises:
-        UserError: the report exists, or `work` was begun with another plan or checkpoint.
+        UserError: the report exists, or `work` was begun with another plan, checkpoint or other prompts.
         TrainingStoppedError: a training or a probe failed.
     """
     report = Report(TOOL, QUESTION, reports_dir, run_tag, plan.seeds[0])
@@ -68,11 +68,11 @@ def prepare(work: Path, plan: Plan, asset: Path) -> Place:
     files = {path.name: digest(path) for path in sorted(asset.glob("*.safetensors"))}
     # More seeds are a continuation; everything else has to be what the results that are there were made with.
     fixed = {name: value for name, value in plan.document().items() if name not in ("seeds", "arms")}
-    note = {"plan": fixed, "drawing": quality["drawing"], "sha256": files}
+    note = {"plan": fixed, "drawing": quality["drawing"], "sha256": files, "texts": texts_digest()}
     noted = work / "plan.json"
     if noted.is_file() and json.loads(noted.read_text(encoding="utf-8")) != note:
         raise UserError(
-            f"{work}: was begun with another plan or checkpoint than is asked for now; choose another --work, or remove it"
+            f"{work}: was begun with another plan, checkpoint or other prompts than are asked for now; choose another --work, or remove it"
         )
     work.mkdir(parents=True, exist_ok=True)
     atomic_write_text(noted, json.dumps(note, indent=1))

@@ -4,6 +4,7 @@ Three words name a combination of colour and shape, two an attribute. Training s
 and never two new words together. No caption of training has a template of the evaluation, nor the bare name.
 """
 
+import hashlib
 import json
 import random
 from dataclasses import dataclass
@@ -34,8 +35,47 @@ SEEN = (
 )
 HELD_OUT = (("vume", "square"), ("blue", "korb"), ("vume", "korb"))
 NEW_WORDS = (*THINGS, *COLOUR_WORDS, *SHAPE_WORDS)
-NEUTRAL = tuple(dict.fromkeys(fill(one, "", "", ground, None) for one in GENERAL for ground in GROUNDS))
 LENGTHS = ("single", "short", "verbose")
+# The evaluation's and more, so that there are enough texts for an interval. No training saw any of them.
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "single": EVALUATION["single"],
+    "short": (
+        *EVALUATION["short"],
+        "this is one {thing}",
+        "it is a {thing}",
+        "here a {thing} is seen",
+        "a simple {thing}",
+        "there is one {thing}",
+        "this picture is of a {thing}",
+        "a {thing} and nothing else",
+        "one plain {thing} in a picture",
+    ),
+    "verbose": (
+        *EVALUATION["verbose"],
+        "on a {ground} wall, near the middle, there is one {thing}, and nothing else can be seen",
+        "this is a {ground} picture, and what can be seen in the middle of it is a {thing}",
+        "the background here is {ground} and plain, and in front of it is the {thing}",
+        "in this simple picture with a {ground} background there is nothing else, it is one {thing}",
+        "near the side or in the middle of a plain {ground} wall a {thing} can be seen here",
+        "a {thing} is what can be seen in front of the {ground} wall in this simple picture",
+        "one picture with a plain {ground} background, and all that is seen in it is a {thing}",
+        "here, in the middle of the picture, a {thing} is in front of a {ground} background",
+    ),
+    "apart": EVALUATION["apart"],
+}
+_NEUTRAL_TEMPLATES = (
+    *GENERAL,
+    "one thing and nothing else",
+    "something in the middle of a picture",
+    "here is something",
+    "all that can be seen is one thing",
+    "a simple {ground} background",
+    "this plain wall is {ground}",
+    "there is something near the side of a {ground} picture",
+)
+NEUTRAL = tuple(
+    dict.fromkeys(fill(one, "", "", ground, None) for one in _NEUTRAL_TEMPLATES for ground in GROUNDS)
+)
 _WITHOUT_NAME_ALONE = tuple(one for one in TRAINING if one != "{thing}{motion}")
 _OF_THINGS = tuple(one for one in _WITHOUT_NAME_ALONE if "{thing}" in one)
 _CAPTIONS_OF_A_PICTURE = 4
@@ -107,23 +147,33 @@ def new_prompts(length: str, count: int, seed: int) -> list[Prompt]:
     prompts = []
     for index in range(count):
         word = words[index % len(words)]
-        template = EVALUATION[length][(index // len(words)) % len(EVALUATION[length])]
+        template = TEMPLATES[length][(index // len(words)) % len(TEMPLATES[length])]
         text = _named(template, word, draws.choice(tuple(GROUNDS)))
-        prompts.append(Prompt(text, *THINGS[word], None, length))
+        prompts.append(Prompt(text, *THINGS[word], length))
     return prompts
 
 
 def held_out_prompts(count: int, seed: int) -> list[Prompt]:
-    """Prompts of combinations of a new attribute word that training never saw, in turn through all templates."""
+    """Prompts of combinations of a new attribute word that training never saw, in turn through all templates.
+
+    The order of the templates follows from the seed, so that few prompts of several seeds reach all of them.
+    """
     draws = random.Random(f"{seed}/held_out")
-    templates = [(name, one) for name in EVALUATION for one in EVALUATION[name]]
+    templates = [(name, one) for name in TEMPLATES for one in TEMPLATES[name]]
+    draws.shuffle(templates)
     prompts = []
     for index in range(count):
         pair = HELD_OUT[index % len(HELD_OUT)]
         name, template = templates[(index // len(HELD_OUT)) % len(templates)]
         text = fill(template, *pair, draws.choice(tuple(GROUNDS)), None)
-        prompts.append(Prompt(text, *meaning(*pair), None, name))
+        prompts.append(Prompt(text, *meaning(*pair), name))
     return prompts
+
+
+def texts_digest() -> str:
+    """SHA-256 of what prompts are made of: results of other templates or words are not to be mixed with these."""
+    made_of = (TEMPLATES, NEUTRAL, THINGS, COLOUR_WORDS, SHAPE_WORDS, HELD_OUT)
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
 def neutral_prompts(count: int) -> list[str]:

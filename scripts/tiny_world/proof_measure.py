@@ -4,8 +4,8 @@ Sampled with the project's sampler, each expert with its own adapter; padding is
 """
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from models.wan.checkpoint import EXPERT_DIRS, open_text_encoder, open_transformer
-from models.wan.pictures import to_frames
 from models.wan.sample_adapters import AdapterChoice, load_adapters
-from models.wan.sampling import ModuleDenoiser, Trajectory
 from models.wan.text_encoder import load_umt5
 from scripts.tiny_world.asset import TinyWan
 from scripts.tiny_world.captions import Prompt
-from scripts.tiny_world.checker import read_picture
-from scripts.tiny_world.compact import CompactDit
-from scripts.tiny_world.drawing import Drawing, text_states
+from scripts.tiny_world.drawing import Drawing, draw
 from scripts.tiny_world.proof_data import (
     LENGTHS,
     Amounts,
@@ -33,14 +29,13 @@ from scripts.tiny_world.proof_data import (
     neutral_prompts,
     new_prompts,
 )
+from scripts.tiny_world.quality import outcomes_of
 from scripts.tiny_world.world import Pixels
 from utils.added_lora import adapters_added
 from utils.config.schema import Expert
 from utils.files import atomic_write_bytes
 from utils.rng import derive_seed
 
-EXPERTS: tuple[Expert, ...] = ("high_noise", "low_noise")
-_BATCH = 72
 _CPU = torch.device("cpu")
 
 
@@ -99,13 +94,19 @@ def measure(
         weights: what is put into it.
         seed: of prompts and noise.
         amounts: how many prompts.
-        base_file: the base's latents of the same prompts; written if it is not there, which is for `Weights()` alone.
+        base_file: the base's latents of the same prompts. The base itself, `Weights()`, writes it.
         keep: where to write all pictures, uint8 [N, 48, 48, 3] by cell, in numpy's format; None is not at all.
 
     Returns:
-        By cell 0 or 1 for each prompt, as of `judged`; of `known` and `neutral` prompts `distance`, the relative distance of
-        the latents to the base's.
+        By cell `text` of each prompt, and 0 or 1 as of `outcomes_of`; of `known` and `neutral` prompts `distance`, the
+        relative distance of the latents to the base's.
+
+    Raises:
+        ValueError: there is no `base_file`, and `weights` are not the base: its latents would pass for the base's.
     """
+    is_base = weights == Weights()
+    if not is_base and not base_file.is_file():
+        raise ValueError(f"{base_file}: the base was not drawn yet, so there is nothing to hold this against")
     latents: dict[str, Tensor] = {}
     pictures: dict[str, Any] = {}
     outcomes: dict[str, dict[str, Any]] = {}
@@ -113,12 +114,12 @@ def measure(
     texts = {name: [prompt.text for prompt in prompts] for name, prompts in cells.items()}
     texts["neutral"] = neutral_prompts(amounts.neutral_prompts)
     for name, prompts in texts.items():
-        latents[name], pictures[name] = draw(painter, weights, prompts, seed, name)
+        latents[name], pictures[name] = draw_cell(painter, weights, prompts, seed, name)
     for name, expected in cells.items():
-        outcomes[name] = judged(expected, pictures[name])
-    outcomes["neutral"] = {}
+        outcomes[name] = {"text": texts[name]} | outcomes_of(expected, pictures[name])
+    outcomes["neutral"] = {"text": texts["neutral"]}
     kept = {name: latents[name] for name in ("known", "neutral")}
-    if not base_file.is_file():
+    if is_base:
         atomic_write_bytes(base_file, save(kept))
     base = load_file(base_file)
     for name, own in kept.items():
@@ -135,44 +136,23 @@ def measure_known(
 ) -> dict[str, Any]:
     """The known words alone, as of `measure`; `base_file` is there."""
     prompts = cells_of(amounts, seed)["known"]
-    latents, pictures = draw(painter, weights, [prompt.text for prompt in prompts], seed, "known")
-    return judged(prompts, pictures) | {"distance": distances(latents, load_file(base_file)["known"])}
+    texts = [prompt.text for prompt in prompts]
+    latents, pictures = draw_cell(painter, weights, texts, seed, "known")
+    found: dict[str, Any] = {"text": texts, "distance": distances(latents, load_file(base_file)["known"])}
+    return found | outcomes_of(prompts, pictures)
 
 
-@torch.no_grad()
-def draw(
+def draw_cell(
     painter: Painter, weights: Weights, prompts: Sequence[str], seed: int, cell: str
 ) -> tuple[Tensor, Pixels]:
-    """Draw prompts: latents [N, C, 1, H, W] and pictures uint8 [N, 48, 48, 3]. Noise follows from seed, cell and place."""
+    """Draw prompts, as of `drawing.draw`. Noise follows from seed, cell and place."""
     painter = painter.with_encoder(weights.encoder)
-    (empty,) = text_states(painter.model, [""])
-    settings = painter.drawing.settings()
-    trajectories = []
-    for start in range(0, len(prompts), _BATCH):
-        part = prompts[start : start + _BATCH]
-        seeds = [derive_seed(seed, "proof", cell, start + place) for place in range(len(part))]
-        trajectories.append(Trajectory(text_states(painter.model, part), seeds, settings, empty))
-    denoiser = ModuleDenoiser(CompactDit(painter.model.dit))
-    for expert in EXPERTS:
-        with painter.adapted(expert, weights.adapters):
-            for trajectory in trajectories:
-                trajectory.advance(denoiser, expert=expert)
-    results = [trajectory.result() for trajectory in trajectories]
-    frames = [to_frames(video)[0] for part in results for video in painter.model.vae.decode(part)]
-    return torch.cat(results), np.stack(frames)
+    seeds = [derive_seed(seed, "proof", cell, place) for place in range(len(prompts))]
 
+    def adapted(expert: Expert) -> AbstractContextManager[None]:
+        return painter.adapted(expert, weights.adapters)
 
-def judged(prompts: Sequence[Prompt], pictures: Iterable[Pixels]) -> dict[str, list[int]]:
-    """Per prompt what is as asked for: `colour`; `shape`, read strictly; `both`; `nearest`, the colour and the best fitting shape."""
-    rows: dict[str, list[int]] = {name: [] for name in ("colour", "shape", "both", "nearest")}
-    for prompt, picture in zip(prompts, pictures, strict=True):
-        seen = read_picture(picture)
-        colour, shape = seen.colour == prompt.colour, seen.shape == prompt.shape
-        rows["colour"].append(int(colour))
-        rows["shape"].append(int(shape))
-        rows["both"].append(int(colour and shape))
-        rows["nearest"].append(int(colour and seen.nearest == prompt.shape))
-    return rows
+    return draw(painter.model, prompts, painter.drawing, seeds, adapted)
 
 
 def distances(latents_NCFHW: Tensor, base_NCFHW: Tensor) -> list[float]:

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from scripts.tiny_world.asset import QUALITY_FILE
+from scripts.tiny_world.drawing import EXPERTS
 from scripts.tiny_world.proof_arms import BASE, Arm, Plan
 from scripts.tiny_world.proof_control import Refusal
-from scripts.tiny_world.proof_data import LENGTHS, neutral_prompts
-from scripts.tiny_world.proof_measure import EXPERTS, cells_of
-from scripts.tiny_world.proof_statistics import Results, mean_difference, outcomes, share
+from scripts.tiny_world.proof_data import LENGTHS, NEW_WORDS, neutral_prompts
+from scripts.tiny_world.proof_measure import cells_of
+from scripts.tiny_world.proof_statistics import FEWEST_TEXTS, Results, mean_difference, outcomes, share
 from scripts.tiny_world.proof_targets import all_met, judge_targets
 from scripts.tiny_world.proof_task import MEASURE_SEED, Place
 from utils.report import Report, Verdict
@@ -59,10 +59,13 @@ HOW_TO_READ = """\
   too for the shape that fits best, however badly it is drawn, and for the colour alone (chance 16.7 %).
 - **Known** are prompts of known words; all prompts have templates that no training of the proof saw. Every arm draws the same
   prompts from the same noise, so differences are paired.
-- Intervals are at 95 % over prompts: Wilson's for shares, Student's for paired differences. They do not hold how much
-  trainings differ; the values by seed do.
+- Pictures of one text are not independent of one another, so each **text** counts once, by the mean of its pictures over noise
+  and seeds. Intervals are Student's at 95 % over texts, of paired differences too. `counts` says how many texts there are; the
+  bare new words are three, so their interval says next to nothing. Intervals hold neither how much trainings differ (the
+  values by seed do) nor how much words do: they are for these words (`words.csv` has each).
 - **distance** is the relative distance of a picture's latents to those that the base drew: 0 where nothing changed.
-- A target is **met** by its value; **settled** says whether the whole interval agrees."""
+- A target is **met** by its value; **settled** says whether the whole interval agrees, and is never said over
+  fewer than """ + f"{FEWEST_TEXTS} texts."
 NEXT_STEPS: dict[Verdict, str] = {
     "pass": "- Run it again after a change of the training code; `scripts/reports.py compare` holds two reports side by side.",
     "fail": (
@@ -92,6 +95,8 @@ def write_report(
         report.table(
             f"compared_{what}", compared, f"Differences, paired: {said}, in points", inline_rows=len(compared)
         )
+    report.table("counts", list(count_rows(results)), "How many texts and pictures", inline_rows=10)
+    report.table("words", list(word_rows(results)), "New words, each by itself", inline_rows=0)
     report.table("seeds", list(seed_rows(results)), "Every seed", inline_rows=0)
     report.section("Controls", controls(results, refusal))
     for finding in findings:
@@ -119,10 +124,34 @@ def arm_row(arm: Arm, results: Results, what: str) -> dict[str, object]:
     now, before = (outcomes(results, name, "known", what) for name in (arm.name, BASE))
     row["known against base"] = mean_difference(now, before).shown(sign="+")
     for cell in ("known", "neutral"):
-        away = [value for one in outcomes(results, arm.name, cell, "distance") for value in one]
-        row[f"{cell} distance"] = f"{fmean(away):.3f}"
+        row[f"{cell} distance"] = f"{outcomes(results, arm.name, cell, 'distance').mean():.3f}"
     row |= probe_columns(arm, results)
     return row
+
+
+def count_rows(results: Results) -> Iterable[dict[str, object]]:
+    """How many texts and pictures there are of each cell, of all seeds together; the same for every arm."""
+    for cell in CELLS:
+        found = share(outcomes(results, BASE, cell))
+        yield {"cell": cell, "texts": found.num_texts, "pictures": found.num_pictures}
+    neutral = outcomes(results, BASE, "neutral", "distance")
+    yield {
+        "cell": "neutral",
+        "texts": len(neutral.by_text()),
+        "pictures": sum(map(len, neutral.values)),
+    }
+
+
+def word_rows(results: Results) -> Iterable[dict[str, object]]:
+    """Means of each new word by itself, over all seeds: intervals are over texts, and hold for these words alone."""
+    for arm in dict.fromkeys(name for name, _ in results):
+        for word in NEW_WORDS:
+            row: dict[str, object] = {"arm": arm, "word": word}
+            for cell in (*LENGTHS, "held_out"):
+                for what, _ in WHATS:
+                    own = outcomes(results, arm, cell, what).with_word(word)
+                    row[f"{cell} {what}"] = round(own.mean(), 4) if own.by_text() else ""
+            yield row
 
 
 def probe_columns(arm: Arm, results: Results) -> dict[str, str]:
@@ -166,11 +195,12 @@ def seed_rows(results: Results) -> Iterable[dict[str, object]]:
     """Every training by itself."""
     for (name, seed), result in sorted(results.items()):
         row: dict[str, object] = {"arm": name, "seed": seed}
+        alone: Results = {(name, seed): result}
         for cell in CELLS:
             for what in ("both", "nearest", "colour", "shape"):
-                row[f"{cell} {what}"] = round(fmean(result["outcomes"][cell][what]), 4)
-        row["known distance"] = round(fmean(result["outcomes"]["known"]["distance"]), 4)
-        row["neutral distance"] = round(fmean(result["outcomes"]["neutral"]["distance"]), 4)
+                row[f"{cell} {what}"] = round(outcomes(alone, name, cell, what).mean(), 4)
+        for cell in ("known", "neutral"):
+            row[f"{cell} distance"] = round(outcomes(alone, name, cell, "distance").mean(), 4)
         yield row | {
             f"{probe} {key}": value
             for probe, numbers in result["probes"].items()
@@ -191,10 +221,8 @@ def controls(results: Results, refusal: Refusal) -> str:
         )
     for name in adapters:
         right = share(outcomes(results, name, "known_base_encoder"))
-        away = [value for one in outcomes(results, name, "known_base_encoder", "distance") for value in one]
-        lines.append(
-            f"  - {name}: {right.shown()} % right, distance {fmean(away):.3f} from the base's pictures"
-        )
+        away = outcomes(results, name, "known_base_encoder", "distance").mean()
+        lines.append(f"  - {name}: {right.shown()} % right, distance {away:.3f} from the base's pictures")
     if {"self_attn", "damaging_lora"} <= set(adapters):
         found = mean_difference(
             outcomes(results, "self_attn", "known_base_encoder", "distance"),

@@ -2,11 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from statistics import fmean
 
 from scripts.tiny_world.proof_data import LENGTHS
-from scripts.tiny_world.proof_statistics import Estimate, Results, mean_difference, outcomes, recovered, share
+from scripts.tiny_world.proof_statistics import (
+    FEWEST_TEXTS,
+    Estimate,
+    Results,
+    mean_difference,
+    outcomes,
+    recovered,
+    share,
+)
 from scripts.tiny_world.world import COLOURS, SHAPES
 
 CHANCE = 1 / (len(COLOURS) * len(SHAPES))
@@ -46,8 +52,15 @@ class Finding:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the whole interval lies on the side of the value."""
-        return not self.found.low < self.limit < self.found.high
+        """Whether the whole interval lies on the side of the value, over at least `FEWEST_TEXTS` texts."""
+        return self.found.num_texts >= FEWEST_TEXTS and not self.found.low < self.limit < self.found.high
+
+    def _settled(self) -> str:
+        if not self.found.num_texts:
+            return "no interval"
+        if self.found.num_texts < FEWEST_TEXTS:
+            return f"no: fewer than {FEWEST_TEXTS} texts"
+        return "yes" if self.is_settled else "no"
 
     def row(self) -> dict[str, object]:
         """For a table."""
@@ -58,9 +71,10 @@ class Finding:
                 self.found.shown(100.0 if self.in_points else 1.0) if self.in_points else _plain(self.found)
             ),
             "by seed": ", ".join(_number(value, self.in_points) for value in self.found.by_seed),
-            "n": self.found.count,
+            "n texts": self.found.num_texts or "",
+            "n pictures": self.found.num_pictures or "",
             "met": "yes" if self.is_met else "no",
-            "settled at 95 %": "yes" if self.is_settled else "no",
+            "settled at 95 %": self._settled(),
             "why": self.why,
         }
 
@@ -84,12 +98,7 @@ def judge_targets(results: Results, what: str = "both") -> list[Finding]:
 
 def _of_base(results: Results, what: str) -> list[Finding]:
     known = share(outcomes(results, "base", "known", what))
-    new = share(
-        [
-            list(chain.from_iterable(cells))
-            for cells in zip(*(outcomes(results, "base", one, what) for one in LENGTHS), strict=True)
-        ]
-    )
+    new = share(outcomes(results, "base", LENGTHS, what))
     return [
         Finding(
             "base: known words",
@@ -122,7 +131,7 @@ def _of_gentle(results: Results, what: str) -> list[Finding]:
     why = "" if loss.value <= KNOWN_LOSS else _mistakes(results, "gentle", "known")
     found.append(Finding("gentle: known words lost", "at most 2 points", loss, KNOWN_LOSS, False, why=why))
     drifts, cap = neutral_drifts(results, "gentle")
-    worst = Estimate(max(drifts), min(drifts), max(drifts), len(drifts), tuple(drifts))
+    worst = Estimate(max(drifts), min(drifts), max(drifts), 0, 0, tuple(drifts))
     found.append(
         Finding("gentle: neutral drift, worst seed", f"at most {cap:g}", worst, cap, False, in_points=False)
     )
@@ -133,8 +142,7 @@ def _of_translator(results: Results, what: str) -> list[Finding]:
     base, damaged, mended = (
         outcomes(results, arm, "known", what) for arm in ("base", "damaging", "damaging_lora")
     )
-    lost = fmean(list(chain.from_iterable(base))) - fmean(list(chain.from_iterable(damaged)))
-    back = fmean(list(chain.from_iterable(mended))) - fmean(list(chain.from_iterable(damaged)))
+    lost, back = base.mean() - damaged.mean(), mended.mean() - damaged.mean()
     told = f"{100 * back:+.1f} of {100 * lost:.1f} lost points" + (
         f" ({back / lost:.0%})" if lost > 0 else ""
     )
@@ -175,7 +183,7 @@ def _reason(results: Results, arm: str, cell: str, value: Estimate, limit: float
 def _mistakes(results: Results, arm: str, cell: str) -> str:
     """What is wrong, which is what the numbers alone say about a reason."""
     wrong = {
-        said: 1 - fmean(chain.from_iterable(outcomes(results, arm, cell, what)))
+        said: 1 - outcomes(results, arm, cell, what).mean()
         for what, said in (
             ("colour", "the colour"),
             ("shape", "the shape, read strictly,"),

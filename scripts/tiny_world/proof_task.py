@@ -18,10 +18,10 @@ import torch
 from models.wan.probes.encoder_subject import SAVED_ENCODER
 from scripts.diagnostics import attn_logit_probe, lora_delta_budget, te_eval
 from scripts.tiny_world.asset import load_official
-from scripts.tiny_world.drawing import Drawing
+from scripts.tiny_world.drawing import EXPERTS, Drawing
 from scripts.tiny_world.proof_arms import Arm, Plan, write_configs
 from scripts.tiny_world.proof_data import LENGTHS, NEUTRAL, NEW_WORDS, Amounts, new_prompts
-from scripts.tiny_world.proof_measure import EXPERTS, Painter, Weights, measure, measure_known
+from scripts.tiny_world.proof_measure import Painter, Weights, measure, measure_known
 from utils.config.schema import Expert
 from utils.errors import EXIT_UNEXPECTED, EXIT_USER_ERROR, TrainingStoppedError
 from utils.files import atomic_write_text
@@ -73,11 +73,14 @@ class Place:
 def run_task(place: Place, plan: Plan, arm: Arm, seed: int) -> dict[str, Any]:
     """Train, measure, probe; what is done already is read. Everything it needs of other arms is there.
 
+    The base is drawn again where its latents are gone, which all other arms are held against.
+
     Raises:
         TrainingStoppedError: `train.py` or a probe failed; names the log.
     """
     target = place.result(arm.name, seed)
-    if target.is_file():
+    is_whole = arm.kind != "base" or place.base_latents(seed).is_file()
+    if target.is_file() and is_whole:
         return read_result(target)
     torch.set_num_threads(1)
     for path in (target, place.pictures(arm.name, seed), place.base_latents(seed)):
@@ -167,7 +170,7 @@ def _is_trained(place: Place, arm: Arm, seed: int) -> bool:
 
 
 def write_prompt_files(place: Place, amounts: Amounts) -> None:
-    """The prompts that `te_eval` and `prompt_grid` read."""
+    """The prompts that `te_eval` reads."""
     place.work.mkdir(parents=True, exist_ok=True)
     domain = [prompt.text for length in LENGTHS for prompt in new_prompts(length, len(NEW_WORDS) * 4, 0)]
     atomic_write_text(place.work / NEUTRAL_FILE, "\n".join(NEUTRAL) + "\n")

@@ -1,7 +1,8 @@
 """How well the tiny Wan draws what it is told: prompts of templates that training never saw, read by the checker."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 from scripts.tiny_world.asset import TinyWan
@@ -9,6 +10,7 @@ from scripts.tiny_world.captions import EVALUATION, Prompt, evaluation_prompts
 from scripts.tiny_world.checker import read_picture
 from scripts.tiny_world.drawing import Drawing, draw
 from scripts.tiny_world.world import Pixels
+from utils.rng import derive_seed
 
 GUIDANCE, SHIFTS, STEPS = (2.0, 3.0, 4.0), (2.0, 3.0), (16,)
 SWEEP_COUNT, COUNT = 72, 216
@@ -42,25 +44,30 @@ def measure_all(model: TinyWan, drawing: Drawing, say: Callable[[str], None]) ->
 
 def measure(model: TinyWan, prompts: Sequence[Prompt], drawing: Drawing, seed: int) -> dict[str, float]:
     """Draw prompts as pictures and read them; shares in [0, 1] and the number of prompts."""
-    return judge(prompts, draw(model, [prompt.text for prompt in prompts], drawing, seed))
+    seeds = [derive_seed(seed, "draw", place) for place in range(len(prompts))]
+    _, pictures = draw(model, [prompt.text for prompt in prompts], drawing, seeds)
+    return judge(prompts, pictures)
+
+
+def outcomes_of(prompts: Sequence[Prompt], pictures: Iterable[Pixels]) -> dict[str, list[int]]:
+    """0 or 1 for each prompt, by what has to be as asked for.
+
+    `colour`; `shape`, read strictly; `both`; `nearest`, which asks less: the colour, and the shape that fits best however
+    badly it is drawn.
+    """
+    rows: dict[str, list[int]] = {name: [] for name in ("colour", "shape", "both", "nearest")}
+    for prompt, picture in zip(prompts, pictures, strict=True):
+        seen = read_picture(picture)
+        colour, shape = seen.colour == prompt.colour, seen.shape == prompt.shape
+        rows["colour"].append(int(colour))
+        rows["shape"].append(int(shape))
+        rows["both"].append(int(colour and shape))
+        rows["nearest"].append(int(colour and seen.nearest == prompt.shape))
+    return rows
 
 
 def judge(prompts: Sequence[Prompt], drawn_NHWC: Pixels) -> dict[str, float]:
-    """Shares right of what was drawn, uint8 [N, size, size, 3]: each attribute, and both.
-
-    `nearest_right` asks less: the colour, and the shape that fits best however badly it is drawn.
-    """
-    rows = []
-    for prompt, pixels in zip(prompts, drawn_NHWC, strict=True):
-        picture = read_picture(pixels)
-        colour = picture.colour == prompt.colour
-        rows.append((colour, picture.shape == prompt.shape, colour and picture.nearest == prompt.shape))
-    count = len(rows)
-    shares = {
-        "n": count,
-        "colour_right": sum(colour for colour, _, _ in rows) / count,
-        "shape_right": sum(shape for _, shape, _ in rows) / count,
-        "both_right": sum(colour and shape for colour, shape, _ in rows) / count,
-        "nearest_right": sum(nearest for _, _, nearest in rows) / count,
-    }
-    return {key: round(value, 4) for key, value in shares.items()}
+    """Shares right of what was drawn, uint8 [N, size, size, 3], as of `outcomes_of`, and the number of prompts."""
+    found = outcomes_of(prompts, drawn_NHWC)
+    shares = {f"{name}_right": round(fmean(rows), 4) for name, rows in found.items()}
+    return {"n": len(prompts)} | shares

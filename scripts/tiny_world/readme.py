@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+README_FILE = "README.md"
 _HEAD = """# A trained tiny Wan
 
-A T2V-A14B with one expert, a few blocks deep, trained on coloured shapes (docs/tiny_world.md). Made by
+A T2V-A14B with one expert, a few blocks deep, trained on coloured shapes (docs/tiny_world.md).
 
-    {command}
+Provenance: {provenance}.
 
-with seed {seed}; this file and `quality.json` are written by the same command. `python scripts/make_tiny_wan.py --trained
---out DIR` turns it into a checkpoint in the official layout.
+`python scripts/make_tiny_wan.py --trained --out DIR` turns it into a checkpoint in the official layout.
 
 | file | holds |
 | --- | --- |
@@ -29,11 +29,11 @@ calls a shape only what fits well. "Nearest" asks for the colour and the shape t
 
 
 def write_readme(directory: Path, quality: dict[str, Any]) -> None:
-    """Write README.md."""
+    """Write README.md; `quality` is what `quality.json` holds."""
     rows = [
         f"| {name} | {shares['both_right']:.1%} | {shares['colour_right']:.1%} | {shares['shape_right']:.1%} "
         f"| {shares['nearest_right']:.1%} | {shares['n']} |"
         for name, shares in quality["results"].items()
     ]
-    head = _HEAD.format(command=quality["command"], seed=quality["seed"], **quality["drawing"])
-    (directory / "README.md").write_text(head + "\n".join(rows) + "\n", encoding="utf-8")
+    head = _HEAD.format(provenance=quality["provenance"], **quality["drawing"])
+    (directory / README_FILE).write_text(head + "\n".join(rows) + "\n", encoding="utf-8")

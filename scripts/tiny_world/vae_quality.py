@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from models.wan.pictures import to_frames
 from models.wan.vae import WanVae
 from scripts.tiny_world.checker import read_clip, read_picture
 from scripts.tiny_world.vae_training import to_video
@@ -23,8 +24,7 @@ def measure_vae(vae: WanVae) -> dict[str, Any]:
         batch = [draw_scene(scenes) for _ in range(BATCH)]
         latents.append(vae.encode(to_video(np.stack([render_clip(scene) for scene in batch]))))
         video = vae.decode(latents[-1])
-        decoded = ((video + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
-        for scene, frames in zip(batch, decoded, strict=True):
+        for scene, frames in zip(batch, map(to_frames, video), strict=True):
             read = [read_picture(frame) for frame in frames]
             frames_right += [(r.colour, r.shape) == (scene.colour, scene.shape) for r in read]
             clip = read_clip(frames)

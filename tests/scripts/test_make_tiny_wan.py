@@ -208,3 +208,11 @@ def test_wrong_arguments_are_refused(run_script, tmp_path, arguments):
     done = run_script("make_tiny_wan.py", "--out", tmp_path / "new", *arguments)
     assert done.returncode == 2
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--layers", "--text_layers"])
+def test_trained_weights_refuse_what_they_cannot_follow(run_script, tmp_path, flag):
+    done = run_script("make_tiny_wan.py", "--trained", flag, "2", "--out", tmp_path / "new")
+    assert done.returncode == 2
+    assert f"{flag}: not allowed with --trained" in done.stderr
+    assert not (tmp_path / "new").exists()

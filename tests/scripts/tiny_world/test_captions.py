@@ -23,13 +23,9 @@ def test_training_never_sees_a_template_of_the_evaluation_but_the_bare_name():
         training_caption(generator, draw_scene(generator), is_clip=index % 2 == 0) for index in range(20000)
     }
     asked = {
-        prompt.text
-        for name in EVALUATION
-        if name != "single"
-        for motion in (False, True)
-        for prompt in evaluation_prompts(name, 360, 0, motion)
+        prompt.text for name in EVALUATION if name != "single" for prompt in evaluation_prompts(name, 720, 0)
     }
-    assert len(asked) > 1000
+    assert len(asked) > 200
     assert not asked & said
 
 
@@ -78,10 +74,6 @@ def test_prompts_cover_all_combinations_evenly_and_hold_their_answers():
         assert prompts != evaluation_prompts(name, 36, 6)
         for prompt in prompts:
             assert {prompt.colour, prompt.shape} <= set(prompt.text.replace(",", " ").split())
-            assert prompt.motion is None
-    moved = evaluation_prompts("short", 20, 0, motion=True)
-    assert set(Counter(prompt.motion for prompt in moved).values()) == {4}
-    assert all(prompt.text.endswith(MOTION_CLAUSES[prompt.motion or ""]) for prompt in moved)
 
 
 def test_a_new_word_can_stand_for_the_thing():

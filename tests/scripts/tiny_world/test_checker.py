@@ -34,7 +34,7 @@ def test_real_pictures_are_read_rightly_at_all_sizes_and_places(size):
     drawn = [draw_scene(generator) for _ in range(600)]
     read = [read_picture(render(scene, size=size)) for scene in drawn]
     right = [(r.colour, r.shape) == (s.colour, s.shape) for r, s in zip(read, drawn, strict=True)]
-    assert np.mean(right) >= 0.995  # measured: 1.0 of 1,500 at each size
+    assert np.mean(right) >= 0.995  # measured: all 600 at each size
     for reading, scene in zip(read, drawn, strict=True):
         # The centre of mass of a triangle lies below the middle of its box, a third of its height above the base.
         lower = scene.radius / 3 if scene.shape == "triangle" else 0
@@ -49,7 +49,7 @@ def test_real_clips_are_read_rightly():
         (r.colour, r.shape, r.motion) == (s.colour, s.shape, s.motion)
         for r, s in zip(read, drawn, strict=True)
     ]
-    assert np.mean(right) >= 0.995
+    assert np.mean(right) >= 0.995  # measured: all 150
 
 
 def test_the_smallest_and_the_largest_are_read_in_every_colour():
@@ -63,10 +63,13 @@ def test_the_smallest_and_the_largest_are_read_in_every_colour():
 
 
 def test_squarish_circles_are_neither_circle_nor_square():
-    assert shapes_seen(2.0) == {"circle"}
-    assert shapes_seen(12.0) == {"square"}
-    for exponent in (3.0, 3.5, 4.0):
-        assert shapes_seen(exponent) == {None}, exponent
+    for exponents, shape in (
+        ((2.0, 2.25, 2.5), "circle"),
+        ((3.0, 3.5, 4.0), None),
+        ((6.0, 8.0, 12.0), "square"),
+    ):
+        for exponent in exponents:
+            assert shapes_seen(exponent) == {shape}, exponent
     assert "circle" not in shapes_seen(5.0)
     # What fits best is said all the same, apart.
     assert read_picture(superellipse(3.0, 10, 24, 24)).nearest == "circle"

@@ -1,10 +1,11 @@
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from scripts.tiny_world.captions import EVALUATION
+from scripts.tiny_world.captions import EVALUATION, training_caption, words
 from scripts.tiny_world.checker import read_picture
 from scripts.tiny_world.proof_data import (
     COLOUR_WORDS,
@@ -14,6 +15,7 @@ from scripts.tiny_world.proof_data import (
     NEW_WORDS,
     SEEN,
     SHAPE_WORDS,
+    TEMPLATES,
     THINGS,
     Amounts,
     held_out_prompts,
@@ -23,7 +25,7 @@ from scripts.tiny_world.proof_data import (
     new_prompts,
     write_data,
 )
-from scripts.tiny_world.world import COLOURS, SHAPES
+from scripts.tiny_world.world import COLOURS, GROUNDS, SHAPES, draw_scene
 
 AMOUNTS = Amounts(thing=2, combination=2, known=1)
 
@@ -107,7 +109,7 @@ def test_prompts_ask_for_each_word_in_each_template_as_often():
         assert all((prompt.colour, prompt.shape) == named(prompt.text) for prompt in prompts)
         for word in THINGS:
             assert sum(word in prompt.text.split() or f"{word}," in prompt.text for prompt in prompts) == 8
-    held_out = held_out_prompts(3 * sum(map(len, EVALUATION.values())), 0)
+    held_out = held_out_prompts(3 * sum(map(len, TEMPLATES.values())), 0)
     assert all((prompt.colour, prompt.shape) == named(prompt.text) for prompt in held_out)
     assert len({prompt.text for prompt in held_out}) == len(held_out)
     known = known_prompts(216, 5)
@@ -117,6 +119,38 @@ def test_prompts_ask_for_each_word_in_each_template_as_often():
         "verbose": 72,
         "apart": 72,
     }
+
+
+def test_new_templates_are_the_grammars_words_and_no_training_saw_them():
+    added = [one for name in TEMPLATES for one in TEMPLATES[name] if one not in EVALUATION[name]]
+    assert len(added) == len(set(added)) == 16
+    for template in added:
+        bare = template.replace(",", " ").replace("{thing}", " ").replace("{ground}", " ").split()
+        assert set(bare) <= set(words()), template
+    assert all("{ground}" in one for one in TEMPLATES["verbose"])
+    generator = random.Random(3)
+    said = {training_caption(generator, draw_scene(generator), is_clip=False) for _ in range(20000)}
+    pairs = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    asked = {one.format(thing=pair, ground=ground) for one in added for pair in pairs for ground in GROUNDS}
+    assert not said & asked
+
+
+def test_three_seeds_have_as_many_texts_as_the_documentation_says():
+    def number(prompts) -> int:
+        return len({prompt.text for prompt in prompts})
+
+    seeds = (1000, 1001, 1002)
+    found = {
+        length: number(one for seed in seeds for one in new_prompts(length, 72, seed)) for length in LENGTHS
+    }
+    found["held-out"] = number(one for seed in seeds for one in held_out_prompts(72, seed))
+    found["known"] = number(one for seed in seeds for one in known_prompts(216, seed))
+    found["neutral"] = len(NEUTRAL)
+    assert found["single"] == 3  # which no target is settled on
+    said = f"{found['single']} single, {found['short']} short and {found['verbose']} verbose texts of new words, "
+    said += f"{found['held-out']} held-out, {found['known']} known, {found['neutral']} neutral"
+    document = (Path(__file__).resolve().parents[3] / "docs" / "proof.md").read_text(encoding="utf-8")
+    assert said in " ".join(document.split())
 
 
 def test_neutral_prompts_name_nothing():

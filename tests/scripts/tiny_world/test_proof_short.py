@@ -1,5 +1,6 @@
 """The proof in short: one seed, some arms, coarse targets. Does training still do what it is for?"""
 
+import csv
 from statistics import fmean
 
 import numpy as np
@@ -11,6 +12,7 @@ from scripts.tiny_world.asset import read_quality
 from scripts.tiny_world.proof import prove
 from scripts.tiny_world.proof_arms import Plan, Recipe
 from scripts.tiny_world.proof_data import LENGTHS, Amounts, new_prompts
+from scripts.tiny_world.proof_statistics import Estimate, mean_difference, outcomes
 from scripts.tiny_world.proof_task import MEASURE_SEED
 from utils.errors import UserError
 from utils.report import read_summary
@@ -18,9 +20,9 @@ from utils.rng import derive_seed
 
 PLAN = Plan(
     seeds=(0,),
-    recipe=Recipe(encoder_steps=150, adapter_steps=40, gentle_lr=1e-3),
+    recipe=Recipe(encoder_steps=150, adapter_steps=150, gentle_lr=1e-3),
     amounts=Amounts(known_prompts=54, new_prompts=24, held_out_prompts=18, neutral_prompts=18),
-    arms=("base", "gentle", "damaging", "damaging_lora"),
+    arms=("base", "gentle", "damaging", "damaging_lora", "shuffled"),
 )
 
 
@@ -43,11 +45,25 @@ def test_the_encoder_learns_new_words_and_keeps_known_ones(proof):
     assert share(proof, "gentle", "known") > share(proof, "base", "known") - 0.06
 
 
+def known_gain(proof, arm: str, other: str) -> Estimate:
+    """How many more of the known words an arm draws, by colour and best fitting shape."""
+    return mean_difference(*(outcomes(proof[1]["results"], one, "known", "nearest") for one in (arm, other)))
+
+
 @pytest.mark.long
-def test_a_damaging_rate_is_seen_and_a_translator_draws_something_else(proof):
+def test_a_damaging_rate_is_seen_and_a_translator_brings_some_of_it_back(proof):
+    """Measured, known words by the best fitting shape: base 96, damaging 59, with translator 69, with shuffled captions 39 %.
+
+    So it is seen that the translator learns from its captions, and that it helps and does not harm. What is not shown: that
+    half of the loss comes back (a quarter does here), that outlines are mended (the strict reading has 11 and 9 %), that
+    pictures as such go back to the base's (distance 0.50 and 0.49, 95 % interval of the difference -0.05 to 0.02), or that
+    other seeds do the same.
+    """
     assert share(proof, "base", "known", "distance") == 0
     assert share(proof, "damaging", "known", "distance") > share(proof, "gentle", "known", "distance")
-    assert share(proof, "damaging_lora", "known", "distance") != share(proof, "damaging", "known", "distance")
+    assert known_gain(proof, "damaging", "base").high < -0.1  # measured: -37 points, -50 to -24
+    assert known_gain(proof, "damaging_lora", "damaging").value > 0.03  # measured: 9.3 points, 1.3 to 17.2
+    assert known_gain(proof, "damaging_lora", "shuffled").low > 0  # measured: 30 points, 14 to 45
     probes = proof[1]["results"][("damaging_lora", 0)]["probes"]
     for expert in ("high_noise", "low_noise"):
         assert probes[f"lora_delta_budget.{expert}"]["num_modules"] == 12
@@ -55,12 +71,26 @@ def test_a_damaging_rate_is_seen_and_a_translator_draws_something_else(proof):
         assert 0.5 < probes[f"attn_logit_probe.{expert}"]["min_std_ratio"] <= 1.5
 
 
+def summary_rows(done, name: str) -> list[dict[str, str]]:
+    with (done["directory"] / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.mark.long
 def test_the_report_says_all_that_and_what_is_done_is_not_done_again(proof):
     place, done = proof
     summary = read_summary(done["directory"])
     assert summary.metrics["cache_left_on_is_refused"] is True
-    assert summary.metrics["base: known words"] == pytest.approx(share(proof, "base", "known", "both"))
+    base = outcomes(done["results"], "base", "known")
+    assert summary.metrics["base: known words"] == pytest.approx(base.mean())
+    # The pictures of a bare word are many, and three texts: said beside it, and nothing is settled.
+    (single,) = [row for row in summary_rows(done, "targets") if "single" in row["target"]]
+    assert (single["n texts"], single["n pictures"]) == ("3", "24")
+    assert single["settled at 95 %"] == "no: fewer than 10 texts"
+    (verbose,) = [row for row in summary_rows(done, "counts") if row["cell"] == "verbose"]
+    assert verbose == {"cell": "verbose", "texts": "24", "pictures": "24"}
+    words = {(row["arm"], row["word"]): row for row in summary_rows(done, "words")}
+    assert words["damaging", "zorp"]["single nearest"] and not words["damaging", "vume"]["single nearest"]
     text = (done["directory"] / "report.md").read_text(encoding="utf-8")
     assert "refused, as it must be (exit status 2)" in text
     assert (done["directory"] / "pictures.png").stat().st_size < 500_000

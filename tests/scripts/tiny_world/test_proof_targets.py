@@ -2,22 +2,31 @@ import pytest
 
 from scripts.tiny_world.proof_control import Refusal
 from scripts.tiny_world.proof_data import LENGTHS
-from scripts.tiny_world.proof_targets import all_met, judge_targets
+from scripts.tiny_world.proof_statistics import FEWEST_TEXTS
+from scripts.tiny_world.proof_targets import Finding, all_met, judge_targets
 
 N = 200
 
 
-def cell(share: float) -> dict[str, list[float]]:
+def texts(name: str, number: int = N) -> list[str]:
+    return [f"{name} {index % number}" for index in range(N)]
+
+
+def cell(name: str, share: float) -> dict[str, list]:
     right = [1] * round(share * N) + [0] * (N - round(share * N))
-    return {"both": right, "colour": [1] * N, "shape": right, "nearest": [1] * N}
+    return {"text": texts(name), "both": right, "colour": [1] * N, "shape": right, "nearest": [1] * N}
 
 
 def result(
     known: float, new: float, held_out: float, drift: float = 0.01, away: float = 0.1
 ) -> dict[str, object]:
-    outcomes = {"known": cell(known), "held_out": cell(held_out)} | {length: cell(new) for length in LENGTHS}
+    outcomes = {"known": cell("known", known), "held_out": cell("held_out", held_out)}
+    outcomes |= {length: cell(length, new) for length in LENGTHS}
     probes = {"te_eval": {"neutral_drift": drift, "caps": {"max_neutral_drift": 0.02}}}
-    return {"outcomes": outcomes | {"neutral": {"distance": [away] * N}}, "probes": probes}
+    return {
+        "outcomes": outcomes | {"neutral": {"text": texts("neutral"), "distance": [away] * N}},
+        "probes": probes,
+    }
 
 
 def good() -> dict[tuple[str, int], dict[str, object]]:
@@ -31,6 +40,11 @@ def good() -> dict[tuple[str, int], dict[str, object]]:
 
 def missed(results: dict[tuple[str, int], dict[str, object]]) -> set[str]:
     return {finding.name for finding in judge_targets(results) if not finding.is_met}
+
+
+def of_single(results: dict[tuple[str, int], dict[str, object]]) -> Finding:
+    (found,) = [one for one in judge_targets(results) if one.name == "gentle: new words, single prompts"]
+    return found
 
 
 def test_what_was_asked_for_meets_every_target():
@@ -76,14 +90,29 @@ def test_the_worst_seed_of_the_drift_counts():
 
 def test_a_miss_says_which_attribute_is_wrong_and_a_value_near_the_limit_is_not_settled():
     results = good() | {("gentle", 0): result(0.97, 0.89, 0.90)}
-    (single,) = [one for one in judge_targets(results) if one.name == "gentle: new words, single prompts"]
+    single = of_single(results)
     assert single.row()["why"] == (
         "the colour wrong in 0.0%; the shape, read strictly, wrong in 11.0%; colour or best fitting shape wrong in 0.0%"
     )
     assert not single.is_settled
     far = good() | {("gentle", 0): result(0.97, 0.50, 0.90)}
-    (single,) = [one for one in judge_targets(far) if one.name == "gentle: new words, single prompts"]
-    assert single.is_settled
+    assert of_single(far).is_settled
+    assert of_single(far).row()["settled at 95 %"] == "yes"
+
+
+@pytest.mark.parametrize("number", [3, FEWEST_TEXTS - 1])
+def test_nothing_is_settled_over_few_texts_however_many_pictures(number):
+    results = good()
+    results[("gentle", 0)]["outcomes"]["single"] |= {"text": texts("single", number), "both": [0] * N}  # type: ignore[index]
+    row = of_single(results).row()
+    assert (row["n texts"], row["n pictures"]) == (number, N)
+    assert (row["met"], row["settled at 95 %"]) == ("no", "no: fewer than 10 texts")
+
+
+def test_the_worst_of_some_seeds_has_no_interval_and_is_not_settled():
+    (drift,) = [one for one in judge_targets(good()) if one.name.startswith("gentle: neutral drift")]
+    assert not drift.is_settled
+    assert (drift.row()["n texts"], drift.row()["settled at 95 %"]) == ("", "no interval")
 
 
 def test_a_refusal_for_another_reason_is_none():
