@@ -30,9 +30,9 @@ def positive_int(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """A whole number from 0 to 2^62: with what is added to it, a seed of torch."""
-    if not text.isascii() or not text.isdigit() or int(text) > 2**62:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^62")
+    """A whole number from 0 to 2^63: with what is added to it, a seed of torch."""
+    if not text.isascii() or not text.isdigit() or int(text) > 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63")
     return int(text)
 
 

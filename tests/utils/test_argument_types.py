@@ -3,8 +3,9 @@
 import argparse
 
 import pytest
+import torch
 
-from utils.argument_types import config_file, positive_float, positive_int
+from utils.argument_types import config_file, positive_float, positive_int, seed
 from utils.probe_cli import add_flags, probe_parser
 
 
@@ -13,6 +14,13 @@ def test_counts_are_whole_numbers_above_zero(text):
     assert positive_int("12") == 12
     with pytest.raises(argparse.ArgumentTypeError, match="not a whole number above 0"):
         positive_int(text)
+
+
+def test_a_seed_is_one_that_torch_takes_with_what_is_added_to_it():
+    torch.Generator().manual_seed(seed(str(2**63)) + 10**6)
+    for text in ("-1", "1.5", str(2**63 + 1), "", "x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="from 0 to"):
+            seed(text)
 
 
 def test_limits_are_numbers_above_zero():
