@@ -57,8 +57,9 @@ def build(out: Path, work: Path, seed: int, command: str) -> int:
     """
     torch.set_num_threads(1)
     out, states = out.resolve(), (work / f"seed{seed}").resolve()
-    restore(out)
+    # In this order: beside what is no asset, nothing is cleared away either.
     check_replaceable(out, ASSET_FILES, MARKS)
+    restore(out)
     if out in (states, *states.parents) or states in out.parents:
         raise UserError(f"--work {work}: lies in --out {out}, or the other way round; give two places")
     resumed = states.is_dir() and any(states.iterdir())

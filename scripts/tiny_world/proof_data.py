@@ -36,7 +36,7 @@ SEEN = (
 HELD_OUT = (("vume", "square"), ("blue", "korb"), ("vume", "korb"))
 NEW_WORDS = (*THINGS, *COLOUR_WORDS, *SHAPE_WORDS)
 LENGTHS = ("single", "short", "verbose")
-# The evaluation's and more, so that there are enough texts for an interval. No training saw any of them.
+# The evaluation's and more, so that there are enough texts for an interval. No training of the proof saw any.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "single": EVALUATION["single"],
     "short": (

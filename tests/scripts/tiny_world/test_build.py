@@ -76,3 +76,16 @@ def test_the_two_places_do_not_lie_in_each_other(trainings, tmp_path, capsys, ou
     assert build.main(["--out", str(tmp_path / out), "--work", str(tmp_path / work)]) == 2
     assert "give two places" in capsys.readouterr().err
     assert not trainings
+
+
+def test_an_asset_that_was_put_aside_outlives_a_refusal_and_comes_back(trainings, tmp_path):
+    out, flags = tmp_path / "asset", ["--out", str(tmp_path / "asset"), "--work", str(tmp_path / "work")]
+    assert build.main(flags) == 0
+    aside = out.rename(tmp_path / ".asset.old.tmp")
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert build.main(flags) == 2
+    assert (aside / DIT_FILE).is_file()
+    shutil.rmtree(out)
+    assert build.main(flags) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["asset", "work"]
