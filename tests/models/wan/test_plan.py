@@ -341,8 +341,8 @@ def test_what_is_wrong_is_one_message_and_status_2(overrides, flags, words, real
         (["--tflops", "9"], "it belongs to --plan"),
         (["--plan", "--dry_run"], "--dry_run would be ignored"),
         (["--plan", "--resume_from_checkpoint"], "--resume_from_checkpoint would be ignored"),
-        (["--plan", "--gpus", "0"], "not above 0"),
-        (["--plan", "--tflops", "inf"], "not above 0"),
+        (["--plan", "--gpus", "0"], "is not a whole number above 0"),
+        (["--plan", "--tflops", "inf"], "is not a number above 0"),
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(flags, words, capsys):
