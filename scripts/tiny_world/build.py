@@ -195,7 +195,6 @@ def training_facts(loss: float) -> dict[str, Any]:
         "vae_decoder_steps": vae_training.DECODER.num_steps,
         "vae_clip_steps": vae_training.CLIPS.num_steps,
         "joint_steps": dit_training.JOINT.num_steps,
-        "joint_fine_steps": dit_training.FINE.num_steps,
         "pictures": dit_training.NUM_PICTURES,
         "last_joint_loss": round(loss, 4),
         "torch": torch.__version__,

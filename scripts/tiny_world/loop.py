@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from utils.rng import derive_seed, generator
 _SAVE_EVERY = 250
 _SAY_EVERY = 100
 _MAX_NORM = 1.0
+_WEIGHT_DECAY = 0.01
+# Muon's update, brought to the length of AdamW's by the library, of this many learning rates.
+_MUON_RATES = 2.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW's settings. The learning rate warms up, stays, and falls linearly to a hundredth over the last `decay`."""
+    """The optimizers' settings. The learning rate warms up, stays, and falls linearly to a hundredth over the last `decay`."""
 
     num_steps: int
     lr: float
@@ -50,26 +53,29 @@ def train(
     seed: int,
     work: Path,
     say: Callable[[str], None],
+    matrices: Collection[str] = (),
 ) -> float:
     """Train in place; with `schedule.ema` the parameters end as their running mean. Returns the mean loss of the end.
 
-    The state is kept in `work` every few hundred steps, and is gone on from where it is found there: the result is
+    The parameters that `matrices` names, which have two dimensions, are trained by Muon, all others by AdamW. The state is kept in `work` every few hundred steps, and is gone on from where it is found there: the result is
     the same, bit for bit, on the same number of threads.
     """
     tensors = list(parameters.values())
-    optimizer = torch.optim.AdamW(tensors, lr=schedule.lr, betas=schedule.betas, weight_decay=0.01)
+    optimizers = _optimizers(parameters, schedule, matrices)
     means = {key: value.detach().clone() for key, value in parameters.items()} if schedule.ema else {}
-    first, losses = _resume(work / f"{name}.pt", parameters, optimizer, means)
+    first, losses = _resume(work / f"{name}.pt", parameters, optimizers, means)
     started = time.monotonic()
     for step in range(first, schedule.num_steps):
         draws = Draws(random.Random(derive_seed(seed, name, step)), generator(seed, name, step))
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr_at(step)
         loss = loss_of(step, draws)
-        optimizer.zero_grad(set_to_none=True)
+        for tensor in tensors:
+            tensor.grad = None
         loss.backward()
         nn.utils.clip_grad_norm_(tensors, _MAX_NORM)
-        optimizer.step()
+        for optimizer, rates in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rates * schedule.lr_at(step)
+            optimizer.step()
         _follow(means, parameters, schedule.ema, step)
         losses = [*losses[-199:], loss.item()]
         if (step + 1) % _SAY_EVERY == 0:
@@ -81,7 +87,7 @@ def train(
                 "step": step + 1,
                 "parameters": {key: value.detach() for key, value in parameters.items()},
                 "means": means,
-                "optimizer": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer, _ in optimizers],
                 "losses": losses,
             }
             with atomic_path(work / f"{name}.pt") as path:
@@ -92,10 +98,29 @@ def train(
     return sum(losses) / max(len(losses), 1)
 
 
+def _optimizers(
+    parameters: dict[str, nn.Parameter], schedule: Schedule, matrices: Collection[str]
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    """The optimizers, and how many learning rates each goes at."""
+    rest = [value for key, value in parameters.items() if key not in matrices]
+    found: list[tuple[torch.optim.Optimizer, float]] = [
+        (torch.optim.AdamW(rest, lr=schedule.lr, betas=schedule.betas, weight_decay=_WEIGHT_DECAY), 1.0)
+    ]
+    if matrices:
+        muon = torch.optim.Muon(
+            [parameters[key] for key in matrices],
+            lr=schedule.lr,
+            weight_decay=_WEIGHT_DECAY,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        found.append((muon, _MUON_RATES))
+    return found
+
+
 def _resume(
     path: Path,
     parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[tuple[torch.optim.Optimizer, float]],
     means: dict[str, Tensor],
 ) -> tuple[int, list[float]]:
     if not path.exists():
@@ -106,7 +131,8 @@ def _resume(
             parameters[key].copy_(value)
         for key, value in state["means"].items():
             means[key].copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
+    for (optimizer, _), held in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(held)
     return int(state["step"]), list(state["losses"])
 
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.tiny_world.captions import EVALUATION, GENERAL, TRAINING, Prompt, evaluation_prompts, fill
-from scripts.tiny_world.dit_training import SPREAD
-from scripts.tiny_world.world import COLOURS, GROUNDS, SHAPES, Pixels, draw_scene, render
+from scripts.tiny_world.world import COLOURS, GROUNDS, SHAPES, Pixels, draw_centred, render
 from utils.files import atomic_directory
 
 # A name for a thing as a whole: stands where "red triangle" would.
@@ -187,13 +186,13 @@ def _named(template: str, word: str, ground: str) -> str:
 
 
 def _thing(draws: random.Random, word: str) -> tuple[Pixels, list[str]]:
-    scene = draw_scene(draws, *THINGS[word], motion="still", spread=SPREAD)
+    scene = draw_centred(draws, *THINGS[word])
     templates = draws.sample(_OF_THINGS, _CAPTIONS_OF_A_PICTURE)
     return render(scene), [_named(one, word, scene.ground) for one in templates]
 
 
 def _combination(draws: random.Random, colour_word: str, shape_word: str) -> tuple[Pixels, list[str]]:
-    scene = draw_scene(draws, *meaning(colour_word, shape_word), motion="still", spread=SPREAD)
+    scene = draw_centred(draws, *meaning(colour_word, shape_word))
     templates = draws.sample(_WITHOUT_NAME_ALONE, _CAPTIONS_OF_A_PICTURE)
     return render(scene), [fill(one, colour_word, shape_word, scene.ground, None) for one in templates]
 

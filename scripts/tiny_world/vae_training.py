@@ -27,6 +27,7 @@ from scripts.tiny_world.world import (
     SIZE,
     Pixels,
     coverage,
+    draw_centred,
     draw_scene,
     render,
     render_clip,
@@ -35,12 +36,12 @@ from utils.rng import generator
 
 SIZES = VaeSizes("2.1", base_dim=8, decoder_base_dim=8)
 PICTURES = Schedule(num_steps=1000, lr=2e-3, betas=(0.9, 0.95))
-DECODER = Schedule(num_steps=1500, lr=2e-3, betas=(0.9, 0.95))
+DECODER = Schedule(num_steps=2000, lr=2e-3, betas=(0.9, 0.95))
 CLIPS = Schedule(num_steps=200, lr=2e-3, betas=(0.9, 0.95))
 PICTURE_BATCH = 32
 DECODER_BATCH = 16
-# Of the latents' deviation: what the DiT makes is not exact.
-DECODER_NOISE = 0.05
+# Of the latents' deviation, at most and mostly less: what the DiT makes is not exact.
+DECODER_NOISE = 0.5
 CLIP_BATCH = 8
 CROP = 32
 KL_WEIGHT = 2e-3
@@ -230,12 +231,19 @@ def _picture_loss(vae: Any, step: int, draws: Draws) -> Tensor:
 
 
 def _decoder_loss(vae: Any, std_C: Tensor, draws: Draws) -> Tensor:
-    pictures = np.stack([render(draw_scene(draws.scenes, motion="still")) for _ in range(DECODER_BATCH)])
+    # Every second one is such as the DiT draws.
+    drawn = [
+        draw_scene(draws.scenes, motion="still") if index % 2 else draw_centred(draws.scenes)
+        for index in range(DECODER_BATCH)
+    ]
+    pictures = np.stack([render(scene) for scene in drawn])
     video = to_video(pictures[:, None])
     with torch.no_grad():
         latents = vae.quant_conv(vae.encoder(video)).chunk(2, dim=1)[0]
         noise = torch.randn(latents.shape, generator=draws.noise) * std_C.view(1, -1, 1, 1, 1)
-    decoded = vae.decoder(vae.post_quant_conv(latents + DECODER_NOISE * noise), first_chunk=True)
+        level_B = DECODER_NOISE * torch.rand(DECODER_BATCH, generator=draws.noise).square()
+        latents = latents + level_B.view(-1, 1, 1, 1, 1) * noise
+    decoded = vae.decoder(vae.post_quant_conv(latents), first_chunk=True)
     return _distance(decoded, video)
 
 

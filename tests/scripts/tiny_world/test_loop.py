@@ -8,18 +8,18 @@ from scripts.tiny_world.loop import Schedule, train
 FIT = Schedule(num_steps=40, lr=0.1, betas=(0.9, 0.95), warm_up=4, ema=0.9)
 
 
-def fit(work, schedule=FIT, stop_at=None):
-    parameter = nn.Parameter(torch.zeros(3))
+def fit(work, schedule=FIT, stop_at=None, shape=(3,), matrices=()):
+    parameter, other = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(3))
     losses = []
 
     def loss_of(step, draws):
         if step == stop_at:
             raise KeyboardInterrupt
         target = torch.ones(3) + 0.1 * torch.randn(3, generator=draws.noise) + 0.01 * draws.scenes.random()
-        losses.append((parameter - target).square().mean())
+        losses.append((parameter - target).square().mean() + (other - target).square().mean())
         return losses[-1]
 
-    end = train("fit", {"p": parameter}, schedule, loss_of, 0, work, lambda _: None)
+    end = train("fit", {"p": parameter, "o": other}, schedule, loss_of, 0, work, lambda _: None, matrices)
     return parameter.detach(), end, len(losses)
 
 
@@ -32,16 +32,26 @@ def test_it_learns_and_repeats_itself(tmp_path):
     assert torch.equal(again, first)
 
 
-def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [{}, {"shape": (2, 3), "matrices": ["p"]}])
+def test_an_interrupted_training_goes_on_to_the_same_bits(kind, tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     (tmp_path / "broken").mkdir()
     monkeypatch.setattr(loop, "_SAVE_EVERY", 10)
-    whole, _, _ = fit(tmp_path / "whole")
+    whole, _, _ = fit(tmp_path / "whole", **kind)
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "broken", stop_at=27)
-    resumed, _, count = fit(tmp_path / "broken")
+        fit(tmp_path / "broken", stop_at=27, **kind)
+    resumed, _, count = fit(tmp_path / "broken", **kind)
     assert count == 20
     assert torch.equal(resumed, whole)
+
+
+def test_matrices_are_trained_by_muon(tmp_path):
+    (tmp_path / "adamw").mkdir()
+    (tmp_path / "muon").mkdir()
+    adamw, _, _ = fit(tmp_path / "adamw", shape=(2, 3))
+    muon, loss, _ = fit(tmp_path / "muon", shape=(2, 3), matrices=["p"])
+    assert 0 < loss < 1
+    assert not torch.equal(adamw, muon)
 
 
 def test_the_running_mean_is_what_stays(tmp_path):
