@@ -1,13 +1,16 @@
 """The whole job at tiny size on whatever machine this is: the commands a user types, one after the other.
 
 Makes a tiny checkpoint and dataset, fine-tunes the encoder (two pipeline stages), trains a translator on embeddings
-cached with that encoder, kills a run and resumes it, and measures the adapter. Everything lands under output/smoke/
+cached with that encoder, kills a run and resumes it, measures the adapter, and has a trained miniature of T2V-A14B draw a
+picture. Everything lands under output/smoke/
 and reports/; output/smoke/ is made anew each time.
 """
 
 import argparse
+import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -24,6 +27,8 @@ from utils.metrics import METRICS_FILE, read_metrics
 
 ROOT = Path("output/smoke")
 TINY, MEDIA = ROOT / "tiny_ti2v", ROOT / "media"
+QUALITY = Path("tests/assets/tiny_wan/quality.json")
+TRAINED, PICTURE = ROOT / "tiny_trained", ROOT / "red_circle.png"
 TE_RUNS, LORA_RUNS, RESUMED_RUNS = ROOT / "te_ft", ROOT / "dit_lora", ROOT / "dit_lora_resumed"
 KILL_AFTER_STEPS = 5
 STEP_LIMIT_SECONDS = 600.0
@@ -91,6 +96,9 @@ def smoke() -> int:
     call(python, "scripts/diagnostics/lora_delta_budget.py", "--adapter", adapter.parent, "--base", TINY)
     report = max(Path("reports/lora_delta_budget").glob("*/report.md"), key=lambda path: path.stat().st_mtime)
 
+    step("a picture drawn by the miniature that was trained on coloured shapes")
+    draw("a red circle")
+
     print_table(
         [
             ("tiny checkpoint", TINY),
@@ -103,10 +111,23 @@ def smoke() -> int:
                 newest(RESUMED_RUNS, "epoch*/adapter_model.safetensors"),
             ),
             ("report", report),
+            ("picture", PICTURE),
         ]
     )
     print(f"smoke passed in {time.monotonic() - started:.0f} s")
     return 0
+
+
+def draw(prompt: str) -> None:
+    """Write the trained miniature, and have it draw a prompt as it was measured to draw best."""
+    call(sys.executable, "scripts/make_tiny_wan.py", "--trained", "--out", TRAINED)
+    drawing = json.loads(QUALITY.read_text(encoding="utf-8"))["drawing"]
+    call(
+        *(sys.executable, "scripts/sample.py", "--config", "configs/smoke_dit_lora.toml"),
+        *("--set", f"model.ckpt_path={TRAINED}", "--set", "model.expert=high_noise"),
+        *("--prompt", prompt, "--negative_prompt", "", "--size", "48x48", "--out", PICTURE),
+        *(word for name, value in drawing.items() for word in (f"--{name}", value)),
+    )
 
 
 def step(title: str) -> None:
@@ -121,7 +142,7 @@ def call(*command: object) -> None:
         TrainingStoppedError: it failed; its own output has said why.
     """
     words = [str(word) for word in command]
-    print("$ " + " ".join(words).replace(sys.executable, "python"), flush=True)
+    print("$ " + shlex.join(words).replace(sys.executable, "python"), flush=True)
     finished = subprocess.run(words, timeout=STEP_LIMIT_SECONDS, check=False)
     if finished.returncode:
         raise TrainingStoppedError(f"the command above ended with status {finished.returncode}")
@@ -130,7 +151,7 @@ def call(*command: object) -> None:
 def kill_after(steps: int, *command: object) -> None:
     """Start a training and kill it (SIGKILL) as soon as its metrics show `steps` steps."""
     words = [str(word) for word in command]
-    print("$ " + " ".join(words).replace(sys.executable, "python"), flush=True)
+    print("$ " + shlex.join(words).replace(sys.executable, "python"), flush=True)
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + STEP_LIMIT_SECONDS
     while process.poll() is None and time.monotonic() < deadline:

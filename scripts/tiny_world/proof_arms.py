@@ -91,12 +91,17 @@ def arms_of(recipe: Recipe) -> tuple[Arm, ...]:
     ) -> Arm:
         return Arm(name, what, "adapter", start, data, recipe.adapter_lr, recipe.adapter_steps, lines, extra)
 
-    both, steps, more = ("new", "rehearsal"), recipe.encoder_steps, 2 * recipe.adapter_steps
+    tuned, both, steps, more = (
+        ("new", "neutral"),
+        ("new", "rehearsal"),
+        recipe.encoder_steps,
+        2 * recipe.adapter_steps,
+    )
     gentle, damaging = recipe.gentle_lr, recipe.damaging_lr
     return (
         Arm(BASE, "the trained miniature as it is", "base"),
-        encoder("gentle", "encoder, gentle rate", BASE, ("new",), gentle, steps),
-        encoder("damaging", "encoder, damaging rate", BASE, ("new",), damaging, steps),
+        encoder("gentle", "encoder, gentle rate", BASE, tuned, gentle, steps),
+        encoder("damaging", "encoder, damaging rate", BASE, tuned, damaging, steps),
         adapter("gentle_lora", "gentle + translator, rehearsal", "gentle", both),
         adapter("gentle_lora_new", "gentle + translator, new words only", "gentle", ("new",)),
         adapter("damaging_lora", "damaging + translator, rehearsal", "damaging", both),

@@ -10,7 +10,16 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.tiny_world.captions import EVALUATION, GENERAL, TRAINING, Prompt, evaluation_prompts, fill
+from scripts.tiny_world.captions import (
+    COLOUR_ONLY,
+    EVALUATION,
+    GENERAL,
+    SHAPE_ONLY,
+    TRAINING,
+    Prompt,
+    evaluation_prompts,
+    fill,
+)
 from scripts.tiny_world.world import COLOURS, GROUNDS, SHAPES, Pixels, draw_centred, render
 from utils.files import atomic_directory
 
@@ -62,8 +71,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
     "apart": EVALUATION["apart"],
 }
+# None of them is one of GENERAL, which training may say.
 _NEUTRAL_TEMPLATES = (
-    *GENERAL,
     "one thing and nothing else",
     "something in the middle of a picture",
     "here is something",
@@ -71,12 +80,22 @@ _NEUTRAL_TEMPLATES = (
     "a simple {ground} background",
     "this plain wall is {ground}",
     "there is something near the side of a {ground} picture",
+    "the thing in the picture",
+    "here is a {ground} picture",
+    "this is one plain thing",
+    "there is one thing on a {ground} wall, and it is all that can be seen",
+    "in front of a {ground} background there is one thing",
 )
 NEUTRAL = tuple(
     dict.fromkeys(fill(one, "", "", ground, None) for one in _NEUTRAL_TEMPLATES for ground in GROUNDS)
 )
 _WITHOUT_NAME_ALONE = tuple(one for one in TRAINING if one != "{thing}{motion}")
 _OF_THINGS = tuple(one for one in _WITHOUT_NAME_ALONE if "{thing}" in one)
+# One attribute in a sentence, without the bare word.
+_ALONE = {
+    "colour": tuple(one for one in COLOUR_ONLY if one != "{colour}"),
+    "shape": tuple(one for one in SHAPE_ONLY if one != "{shape}"),
+}
 _CAPTIONS_OF_A_PICTURE = 4
 
 
@@ -86,6 +105,7 @@ class Amounts:
 
     Attributes:
         thing, combination, known: pictures of each new thing, each seen combination, each known combination.
+        neutral: pictures of new things and seen combinations whose captions name neither.
         known_prompts: of known words, a third for each of the short, verbose and apart templates.
         new_prompts: of new words, for each length.
         held_out_prompts: of combinations kept out of training.
@@ -95,6 +115,7 @@ class Amounts:
     thing: int = 16
     combination: int = 8
     known: int = 6
+    neutral: int = 24
     known_prompts: int = 216
     new_prompts: int = 72
     held_out_prompts: int = 72
@@ -107,9 +128,9 @@ def meaning(colour_word: str, shape_word: str) -> tuple[str, str]:
 
 
 def write_data(directory: Path, seed: int, amounts: Amounts) -> None:
-    """Write `new/`, `rehearsal/` and `shuffled/`: pictures with captions. Nothing where it is there already.
+    """Write `new/`, `rehearsal/`, `neutral/` and `shuffled/`: pictures with captions. Nothing where it is there already.
 
-    `shuffled/` has the pictures of the other two with their captions dealt out at random.
+    `shuffled/` has the pictures of the first two with their captions dealt out at random.
     """
     if directory.is_dir():
         return
@@ -122,11 +143,12 @@ def write_data(directory: Path, seed: int, amounts: Amounts) -> None:
         for shape in SHAPES
         for _ in range(amounts.known)
     ]
+    neutral = [_neutral(draws, index) for index in range(amounts.neutral)]
     captions = [one[1] for one in (*new, *known)]
     draws.shuffle(captions)
     mixed = [(pixels, other) for (pixels, _), other in zip((*new, *known), captions, strict=True)]
     with atomic_directory(directory) as place:
-        for name, samples in (("new", new), ("rehearsal", known), ("shuffled", mixed)):
+        for name, samples in (("new", new), ("rehearsal", known), ("neutral", neutral), ("shuffled", mixed)):
             _write(place / name, samples)
 
 
@@ -194,7 +216,19 @@ def _thing(draws: random.Random, word: str) -> tuple[Pixels, list[str]]:
 def _combination(draws: random.Random, colour_word: str, shape_word: str) -> tuple[Pixels, list[str]]:
     scene = draw_centred(draws, *meaning(colour_word, shape_word))
     templates = draws.sample(_WITHOUT_NAME_ALONE, _CAPTIONS_OF_A_PICTURE)
+    # A new attribute is named alone too: a word that only ever comes with others is learned as a part of them.
+    if colour_word in COLOUR_WORDS:
+        templates[0] = draws.choice(_ALONE["colour"])
+    if shape_word in SHAPE_WORDS:
+        templates[0] = draws.choice(_ALONE["shape"])
     return render(scene), [fill(one, colour_word, shape_word, scene.ground, None) for one in templates]
+
+
+def _neutral(draws: random.Random, index: int) -> tuple[Pixels, list[str]]:
+    meanings = (*THINGS.values(), *(meaning(*pair) for pair in SEEN))
+    scene = draw_centred(draws, *meanings[index % len(meanings)])
+    templates = draws.sample(GENERAL, _CAPTIONS_OF_A_PICTURE)
+    return render(scene), [fill(one, "", "", scene.ground, None) for one in templates]
 
 
 def _write(directory: Path, samples: list[tuple[Pixels, list[str]]]) -> None:

@@ -27,7 +27,7 @@ from scripts.tiny_world.proof_data import (
 )
 from scripts.tiny_world.world import COLOURS, GROUNDS, SHAPES, draw_scene
 
-AMOUNTS = Amounts(thing=2, combination=2, known=1)
+AMOUNTS = Amounts(thing=2, combination=2, known=1, neutral=9)
 
 
 def captions_of(directory: Path) -> dict[str, list[str]]:
@@ -40,26 +40,46 @@ def shown(path: Path) -> tuple[str | None, str | None]:
     return seen.colour, seen.shape
 
 
-def named(caption: str) -> tuple[str, str]:
-    """The colour and shape that a caption names, by new or known words."""
+def said(caption: str) -> tuple[str | None, str | None]:
+    """The colour and shape that a caption names, by new or known words; None for what it leaves out."""
     words = set(caption.replace(",", " ").split())
     for word in words & set(THINGS):
         return THINGS[word]
-    (colour,) = words & (set(COLOURS) | set(COLOUR_WORDS))
-    (shape,) = words & (set(SHAPES) | set(SHAPE_WORDS))
-    return meaning(colour, shape)
+    colours, shapes = words & (set(COLOURS) | set(COLOUR_WORDS)), words & (set(SHAPES) | set(SHAPE_WORDS))
+    assert len(colours) <= 1 and len(shapes) <= 1
+    colour, shape = meaning(next(iter(colours), ""), next(iter(shapes), ""))
+    return colour or None, shape or None
+
+
+def named(caption: str) -> tuple[str, str]:
+    """The same of a caption that leaves out nothing."""
+    colour, shape = said(caption)
+    assert colour and shape
+    return colour, shape
 
 
 def test_pictures_show_what_every_caption_of_theirs_names(tmp_path):
     write_data(tmp_path / "data", 0, AMOUNTS)
-    counts = {}
-    for folder in ("new", "rehearsal"):
+    counts, left_out = {}, {}
+    for folder in ("new", "rehearsal", "neutral"):
         captions = captions_of(tmp_path / "data" / folder)
-        counts[folder] = len(captions)
+        counts[folder], left_out[folder] = len(captions), 0
         for name, texts in captions.items():
             assert len(set(texts)) == 4
-            assert {named(text) for text in texts} == {shown(tmp_path / "data" / folder / name)}
-    assert counts == {"new": 2 * len(THINGS) + 2 * len(SEEN), "rehearsal": len(COLOURS) * len(SHAPES)}
+            seen = shown(tmp_path / "data" / folder / name)
+            assert None not in seen
+            for text in texts:
+                assert all(word in (None, there) for word, there in zip(said(text), seen, strict=True))
+                left_out[folder] += None in said(text)
+            if folder == "neutral":
+                assert {said(text) for text in texts} == {(None, None)}
+    assert counts == {
+        "new": 2 * len(THINGS) + 2 * len(SEEN),
+        "rehearsal": len(COLOURS) * len(SHAPES),
+        "neutral": AMOUNTS.neutral,
+    }
+    # A new attribute is named alone once for each picture.
+    assert left_out == {"new": 2 * len(SEEN), "rehearsal": 0, "neutral": 4 * AMOUNTS.neutral}
 
 
 def test_no_caption_of_training_has_a_template_of_the_evaluation_or_a_name_alone(tmp_path):
@@ -71,6 +91,7 @@ def test_no_caption_of_training_has_a_template_of_the_evaluation_or_a_name_alone
     asked |= {prompt.text for prompt in (*held_out_prompts(90, 0), *known_prompts(216, 0))}
     assert not texts & asked
     assert not texts & set(NEW_WORDS)
+    assert not texts & set(NEUTRAL)
     new = {text for own in captions_of(tmp_path / "data" / "new").values() for text in own}
     for colour, shape in HELD_OUT:
         assert not any({colour, shape} <= set(text.replace(",", " ").split()) for text in new)
@@ -84,7 +105,8 @@ def test_shuffled_captions_are_the_same_ones_beside_other_pictures(tmp_path):
     told = sorted([*folders["new"].values(), *folders["rehearsal"].values()])
     assert sorted(folders["shuffled"].values()) == told
     right = [
-        shown(tmp_path / "data" / "shuffled" / name) == named(texts[0])
+        shown(tmp_path / "data" / "shuffled" / name)
+        == named(texts[1])  # the first may name one attribute alone
         for name, texts in folders["shuffled"].items()
     ]
     assert sum(right) < len(right) / 3
@@ -129,10 +151,10 @@ def test_new_templates_are_the_grammars_words_and_no_training_saw_them():
         assert set(bare) <= set(words()), template
     assert all("{ground}" in one for one in TEMPLATES["verbose"])
     generator = random.Random(3)
-    said = {training_caption(generator, draw_scene(generator), is_clip=False) for _ in range(20000)}
+    told = {training_caption(generator, draw_scene(generator), is_clip=False) for _ in range(20000)}
     pairs = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     asked = {one.format(thing=pair, ground=ground) for one in added for pair in pairs for ground in GROUNDS}
-    assert not said & asked
+    assert not told & asked
 
 
 def test_three_seeds_have_as_many_texts_as_the_documentation_says():
