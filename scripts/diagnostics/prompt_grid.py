@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 from models.wan.probes.encoder_prompts import Entry, plan_prompts
 from models.wan.probes.grid import BASE, Cell, Change, Column, draw_cells, parse_column, summarise
 from models.wan.prompts import NEGATIVE_PROMPT
+from models.wan.sample_defaults import fill_flags, makes_picture
 from models.wan.sample_flags import add_sampling_flags, describe, device_name, settings_from
 from utils.argument_types import config_file, path_of, positive_float, positive_int, seed
 from utils.config.load import load_config
+from utils.config.schema import SamplesConfig, TrainConfig
 from utils.devices import choose_device
 from utils.errors import UserError
 from utils.paired import group_difference
@@ -29,9 +31,7 @@ if TYPE_CHECKING:
 
 TOOL = "prompt_grid"
 QUESTION = "What do runs change in what is drawn from the same noise, on neutral and on domain prompts?"
-# Mean of 1 - SSIM over the neutral cells. There is no published limit: it is a convention that keeps pictures recognisable
-# as the same one, and wants to be set by looking at the sheet.
-DEFAULT_MAX_NEUTRAL_CHANGE = 0.1
+DEFAULTS = SamplesConfig()
 # A latent that moved less than this everywhere was moved by rounding.
 MOVED_DISTANCE = 1e-4
 HOW_TO_READ = """\
@@ -62,7 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = probe_parser(
         TOOL,
         "What do runs change in what is drawn? Draws prompts x seeds with the base and with each --run from the same\n"
-        "noise, on one sheet, and measures the change. One frame each, where --frames does not say otherwise.",
+        "noise, on one sheet, and measures the change. One frame each, where --frames does not say otherwise. What no flag\n"
+        "says is as [samples] of the config has it.",
     )
     parser.add_argument(
         "--config",
@@ -85,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompts",
         type=path_of,
         metavar="FILE",
-        help="neutral prompts, one per line (default: configs/prompts/neutral.txt)",
+        help="neutral prompts, one per line (default: [budget] neutral_prompts, else configs/prompts/neutral.txt)",
     )
     parser.add_argument(
         "--domain_prompts", type=path_of, metavar="FILE", help="prompts that should change (private)"
@@ -100,19 +101,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_prompts",
         type=positive_int,
-        default=4,
         metavar="N",
-        help="prompts of each file, at most (default: %(default)s)",
+        help=f"prompts of each file, at most (default: {DEFAULTS.max_prompts})",
     )
     parser.add_argument(
         "--seeds",
         type=positive_int,
-        default=2,
         metavar="N",
-        help="seeds of each prompt (default: %(default)s)",
+        help=f"seeds of each prompt (default: {DEFAULTS.seeds})",
     )
     parser.add_argument(
-        "--seed", type=seed, default=0, metavar="N", help="the first of the seeds (default: %(default)s)"
+        "--seed", type=seed, metavar="N", help=f"the first of the seeds (default: {DEFAULTS.seed})"
     )
     parser.add_argument(
         "--batch_size",
@@ -131,11 +130,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_neutral_change",
         type=positive_float,
-        default=DEFAULT_MAX_NEUTRAL_CHANGE,
         metavar="X",
-        help="cap on the mean of 1 - SSIM over neutral cells (default: %(default)s)",
+        help=f"cap on the mean of 1 - SSIM over neutral cells (default: {DEFAULTS.max_neutral_change})",
     )
     add_sampling_flags(parser)
+    # Whether they are given has to be known: [samples] of the config stands in for those that are not.
+    parser.set_defaults(solver=None, negative_prompt=None)
     return parser
 
 
@@ -145,9 +145,13 @@ def probe(args: argparse.Namespace) -> Verdict:
     names = [column.name for column in columns]
     if len(set(names)) < len(names):
         raise UserError(f"--run: two columns have one name ({', '.join(names[1:])}); name each differently")
-    entries, remarks = choose_prompts(args)
+    config = load_config(args.config, args.set).train
+    fill_flags(args, config.samples)
+    entries, remarks = choose_prompts(args, config)
     report = Report(TOOL, QUESTION, args.reports_dir, args.run_tag, args.seed)
-    job = build_job(args, columns, entries)
+    job = build_job(args, config, columns, entries)
+    if config.samples is not None:
+        remarks = (f"what no flag says is as [samples] of {args.config} has it", *remarks)
     for remark in remarks:
         print(remark)
         report.note(remark)
@@ -183,9 +187,8 @@ def probe(args: argparse.Namespace) -> Verdict:
     return verdict
 
 
-def choose_prompts(args: argparse.Namespace) -> tuple[list[Entry], tuple[str, ...]]:
+def choose_prompts(args: argparse.Namespace, config: TrainConfig) -> tuple[list[Entry], tuple[str, ...]]:
     """The prompts that are drawn: neutral and domain ones, without Wan's negative prompt and the one that is drawn against."""
-    config = load_config(args.config, args.set).train
     model = replace(config.model, caption_aug=None)  # its keywords are no prompts
     config = replace(config, model=model)
     plan = plan_prompts(args.prompts, args.domain_prompts, None, config, args.redact, args.max_prompts)
@@ -193,14 +196,15 @@ def choose_prompts(args: argparse.Namespace) -> tuple[list[Entry], tuple[str, ..
     return kept, tuple(remark.replace("--max_entries", "--max_prompts") for remark in plan.remarks)
 
 
-def build_job(args: argparse.Namespace, columns: Sequence[Column], entries: Sequence[Entry]) -> "SampleJob":
+def build_job(
+    args: argparse.Namespace, config: TrainConfig, columns: Sequence[Column], entries: Sequence[Entry]
+) -> "SampleJob":
     """What the sampler has to draw, checked as far as headers tell."""
     from models.wan.checkpoint import read_variant
     from models.wan.sample_job import SampleJob, check_job
 
-    config = load_config(args.config, args.set).train
     variant = read_variant(config.model)
-    settings = settings_from(args, variant, one_frame=args.image is None and variant.model_type != "i2v")
+    settings = settings_from(args, variant, one_frame=makes_picture(args, variant))
     seeds = range(args.seed, args.seed + args.seeds)
     job = SampleJob(
         config,

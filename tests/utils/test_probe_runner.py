@@ -23,6 +23,7 @@ from utils.config.schema import ProbesConfig
 from utils.errors import UserError
 from utils.metrics import append_line
 from utils.probe_outcomes import PROBES_FILE, ProbeOutcome, append_outcome, describe_outcomes, read_outcomes
+from utils.probe_plan import measuring_probes
 from utils.probe_runner import ProbeRunner, check_scripts, probe_environment
 from utils.report_summary import read_summary
 
@@ -49,7 +50,7 @@ class Place:
     def runner(self, step: int = 0, **settings: object) -> ProbeRunner:
         config = ProbesConfig(**({"run": (TOOL,), "reports_dir": str(self.reports)} | settings))
         return ProbeRunner(
-            config,
+            measuring_probes(config),
             self.run,
             step,
             self.said.append,
@@ -91,7 +92,7 @@ def test_a_verdict_is_that_of_the_report(place) -> None:
 
 def test_it_fails_once_and_for_all(place) -> None:
     write_probe(place.scripts, REPORTING, verdict="fail")
-    with place.runner() as runner:
+    with place.runner(on_fail="stop") as runner:
         runner.saved(place.save(1), 1, 10, at_end=False)
         runner.wait(30)
         write_probe(place.scripts, REPORTING)
@@ -325,7 +326,7 @@ def test_a_reports_directory_that_cannot_be_looked_into_is_an_error_of_the_probe
     place.reports.mkdir()
     config = ProbesConfig(run=(TOOL,), reports_dir=str(place.reports / ("x" * 300)))
     said: list[str] = []
-    with ProbeRunner(config, place.run, 0, said.append, scripts_dir=place.scripts) as runner:
+    with ProbeRunner(measuring_probes(config), place.run, 0, said.append, scripts_dir=place.scripts) as runner:
         runner.saved(place.run / "epoch1", 1, 5, at_end=False)
         (outcome,) = runner.poll()
     assert outcome.result == "error" and "could not be started" in outcome.explanation
@@ -333,9 +334,9 @@ def test_a_reports_directory_that_cannot_be_looked_into_is_an_error_of_the_probe
 
 def test_a_probe_that_has_no_script_is_refused_before_training(place) -> None:
     write_probe(place.scripts, REPORTING)
-    check_scripts(ProbesConfig(run=(TOOL,)), place.scripts)
-    with pytest.raises(UserError, match=r"names te_eval, and there is no .*te_eval\.py"):
-        check_scripts(ProbesConfig(run=(TOOL, "te_eval")), place.scripts)
+    check_scripts(measuring_probes(ProbesConfig(run=(TOOL,))), place.scripts)
+    with pytest.raises(UserError, match=r"\[probes\] asks for te_eval, and there is no .*te_eval\.py"):
+        check_scripts(measuring_probes(ProbesConfig(run=(TOOL, "te_eval"))), place.scripts)
 
 
 @pytest.mark.parametrize("tool", TRAINING_PROBES)
