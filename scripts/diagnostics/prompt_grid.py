@@ -11,7 +11,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from models.wan.probes.encoder_prompts import Entry, plan_prompts
-from models.wan.probes.grid import BASE, Cell, Change, Column, draw_cells, parse_column, summarise
+from models.wan.probes.grid import (
+    ADAPTER_ROLE,
+    BASE,
+    ENCODER_ROLE,
+    Cell,
+    Change,
+    Column,
+    draw_cells,
+    parse_column,
+    summarise,
+)
 from models.wan.prompts import NEGATIVE_PROMPT
 from models.wan.sample_defaults import fill_flags, makes_picture
 from models.wan.sample_flags import add_sampling_flags, describe, device_name, settings_from
@@ -353,9 +363,10 @@ def add_inputs(report: Report, args: argparse.Namespace, job: "SampleJob") -> No
     for text, variation in zip(args.run, job.variations[1:], strict=True):
         name = text.partition("=")[0]
         for choice in variation.adapters:
-            report.add_input(f"adapter of {name} (weight {choice.weight:g})", choice.path)
+            role = ADAPTER_ROLE.format(name=name, weight=f"{choice.weight:g}")
+            report.add_input(role, choice.path)
         if variation.text_encoder is not None:
-            report.add_input(f"text_encoder of {name}", variation.text_encoder)
+            report.add_input(ENCODER_ROLE.format(name=name), variation.text_encoder)
     if args.image is not None:
         report.add_input("image", args.image)
     report.add_prompt_file("prompts", args.prompts, is_private=bool(args.redact))

@@ -326,7 +326,9 @@ def test_a_reports_directory_that_cannot_be_looked_into_is_an_error_of_the_probe
     place.reports.mkdir()
     config = ProbesConfig(run=(TOOL,), reports_dir=str(place.reports / ("x" * 300)))
     said: list[str] = []
-    with ProbeRunner(measuring_probes(config), place.run, 0, said.append, scripts_dir=place.scripts) as runner:
+    with ProbeRunner(
+        measuring_probes(config), place.run, 0, said.append, scripts_dir=place.scripts
+    ) as runner:
         runner.saved(place.run / "epoch1", 1, 5, at_end=False)
         (outcome,) = runner.poll()
     assert outcome.result == "error" and "could not be started" in outcome.explanation
