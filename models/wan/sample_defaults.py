@@ -85,7 +85,11 @@ def _check_settings(args: argparse.Namespace, variant: VariantInfo) -> list[Prob
     except UserError as error:
         return [Problem("samples.image", str(error), "give another picture")]
     faults = setting_faults(settings, has_image=args.image is not None, named=lambda name: f"samples.{name}")
-    return [Problem(f"samples.{name}", message) for name, message in faults]
+    problems = []
+    for name, message in faults:
+        reason, _, fix = message.removeprefix(f"samples.{name}: ").rpartition("; ")
+        problems.append(Problem(f"samples.{name}", reason, fix))
+    return problems
 
 
 def _check_experts(config: TrainConfig, samples: SamplesConfig, variant: VariantInfo) -> list[Problem]:

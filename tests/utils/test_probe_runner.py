@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,11 @@ from tests.helpers.probes import (
 )
 from utils import probe_runner
 from utils.config.probe_rules import TRAINING_PROBES
-from utils.config.schema import ProbesConfig
+from utils.config.schema import ProbesConfig, SamplesConfig
 from utils.errors import UserError
 from utils.metrics import append_line
 from utils.probe_outcomes import PROBES_FILE, ProbeOutcome, append_outcome, describe_outcomes, read_outcomes
-from utils.probe_plan import measuring_probes
+from utils.probe_plan import grid_probe, measuring_probes
 from utils.probe_runner import ProbeRunner, check_scripts, probe_environment
 from utils.report_summary import read_summary
 
@@ -54,9 +55,12 @@ class Place:
             self.run,
             step,
             self.said.append,
-            lambda numbers, step: self.numbers.append((dict(numbers), step)),
+            self.scalars,
             self.scripts,
         )
+
+    def scalars(self, numbers: Mapping[str, float], step: int) -> None:
+        self.numbers.append((dict(numbers), step))
 
     def outcomes(self) -> list[tuple[str, int, str]]:
         return [(row["tool"], row["epoch"], row["result"]) for row in read_outcomes(self.run)]
@@ -339,6 +343,79 @@ def test_a_probe_that_has_no_script_is_refused_before_training(place) -> None:
     check_scripts(measuring_probes(ProbesConfig(run=(TOOL,))), place.scripts)
     with pytest.raises(UserError, match=r"\[probes\] asks for te_eval, and there is no .*te_eval\.py"):
         check_scripts(measuring_probes(ProbesConfig(run=(TOOL, "te_eval"))), place.scripts)
+
+
+DRAWING = """
+import argparse, pathlib, sys
+from PIL import Image
+from utils.report import Report
+parser = argparse.ArgumentParser(allow_abbrev=False)
+for flag in ("--config", "--run", "--device", "--run_tag", "--reports_dir"):
+    parser.add_argument(flag, required=True)
+args = parser.parse_args()
+report = Report({tool!r}, "Is it so?", args.reports_dir, args.run_tag)
+report.metric("neutral_change", {{"adapter": 0.25, "other": 0.5}})
+report.metric("neutral_change_interval", {{"adapter": [0.1, 0.4]}})
+report.metric("words", [args.run, args.device])
+if {verdict!r} != "inconclusive":
+    report.picture("grid", Image.new("RGB", (8, 8)))
+report.write({verdict!r}, "because of the test.", "-", "-")
+sys.exit({{"pass": 0, "fail": 1, "inconclusive": 3}}[{verdict!r}])
+"""
+
+
+@pytest.mark.parametrize("verdict", ["pass", "fail", "inconclusive"])
+def test_a_grid_is_a_probe_whose_picture_is_shown(place, verdict) -> None:
+    write_probe(place.scripts, DRAWING, "prompt_grid", verdict=verdict)
+    pictures: list[tuple[str, Path, int]] = []
+
+    def show(name: str, path: Path, step: int) -> None:
+        pictures.append((name, path, step))
+        if not path.is_file():
+            raise UserError(f"{path}: cannot be read")
+
+    grid = grid_probe(SamplesConfig(), str(place.reports), "adapter")
+    with ProbeRunner([grid], place.run, 0, place.said.append, place.scalars, place.scripts, show) as runner:
+        runner.saved(place.save(2), 2, 20, at_end=False)
+        runner.wait(30)
+        assert runner.failed is None  # its verdict stops nothing
+    assert place.outcomes() == [("prompt_grid", 2, verdict)]
+    report = place.reports / "prompt_grid" / "20310101_120000_epoch2"
+    assert read_summary(report).metrics["words"] == [f"adapter={place.run}/epoch2", "cpu"]
+    number = {"pass": 1.0, "fail": 0.0, "inconclusive": 0.5}[verdict]
+    assert place.numbers == [({"samples/neutral_change": 0.25, "samples/verdict": number}, 20)]
+    assert pictures == [("samples/grid", report / "grid.png", 20)]
+    # A picture that cannot be shown is a warning, and no more.
+    assert any("cannot be shown in TensorBoard" in line for line in place.said) == (verdict == "inconclusive")
+
+
+def test_each_has_its_own_limit_and_its_own_epochs(place, tmp_path) -> None:
+    write_probe(place.scripts, HANGING, "prompt_grid", pids=str(tmp_path / "pids"))
+    write_probe(place.scripts, REPORTING)
+    grid = grid_probe(SamplesConfig(every_n_epochs=2, timeout_minutes=1 / 60), str(place.reports), "adapter")
+    planned = [grid, *measuring_probes(ProbesConfig(run=(TOOL,), reports_dir=str(place.reports)))]
+    with ProbeRunner(planned, place.run, 0, place.said.append, scripts_dir=place.scripts) as runner:
+        for epoch in (1, 2):
+            runner.saved(place.save(epoch), epoch, 10 * epoch, at_end=False)
+        assert "(each at most 0.0166667 or 30 minutes" in runner.describe_wait()
+        assert not runner.wait(40)
+    assert place.outcomes() == [(TOOL, 1, "pass"), ("prompt_grid", 2, "timeout"), (TOOL, 2, "pass")]
+    (said,) = [line for line in place.said if "prompt_grid" in line]
+    by_hand = f"prompt_grid.py --config {place.run}/config.toml --run adapter={place.run}/epoch2 --device cpu"
+    where = f"--run_tag 20310101_120000_epoch2 --reports_dir {place.reports}"
+    assert f"{by_hand} {where}" in said and "cut off after 0.0166667 minutes" in said
+
+
+def test_a_grid_that_is_to_use_a_gpu_sees_those_of_the_training() -> None:
+    own = {"CUDA_VISIBLE_DEVICES": "2,3", "RANK": "0"}
+    assert probe_environment(own, sees_gpus=True)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    found = probe_environment({}, sees_gpus=True)
+    assert "CUDA_VISIBLE_DEVICES" not in found and "HIP_VISIBLE_DEVICES" not in found
+
+
+def test_the_grid_takes_the_flags_that_it_is_given(run_script) -> None:
+    said = run_script("diagnostics/prompt_grid.py", "--help").stdout
+    assert all(flag in said for flag in ("--config", "--run ", "--device", "--run_tag", "--reports_dir"))
 
 
 @pytest.mark.parametrize("tool", TRAINING_PROBES)
