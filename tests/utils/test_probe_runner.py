@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.probes import (
+    DRAWING,
     EXITING,
     HANGING,
     KILLED,
@@ -343,25 +344,6 @@ def test_a_probe_that_has_no_script_is_refused_before_training(place) -> None:
     check_scripts(measuring_probes(ProbesConfig(run=(TOOL,))), place.scripts)
     with pytest.raises(UserError, match=r"\[probes\] asks for te_eval, and there is no .*te_eval\.py"):
         check_scripts(measuring_probes(ProbesConfig(run=(TOOL, "te_eval"))), place.scripts)
-
-
-DRAWING = """
-import argparse, pathlib, sys
-from PIL import Image
-from utils.report import Report
-parser = argparse.ArgumentParser(allow_abbrev=False)
-for flag in ("--config", "--run", "--device", "--run_tag", "--reports_dir"):
-    parser.add_argument(flag, required=True)
-args = parser.parse_args()
-report = Report({tool!r}, "Is it so?", args.reports_dir, args.run_tag)
-report.metric("neutral_change", {{"adapter": 0.25, "other": 0.5}})
-report.metric("neutral_change_interval", {{"adapter": [0.1, 0.4]}})
-report.metric("words", [args.run, args.device])
-if {verdict!r} != "inconclusive":
-    report.picture("grid", Image.new("RGB", (8, 8)))
-report.write({verdict!r}, "because of the test.", "-", "-")
-sys.exit({{"pass": 0, "fail": 1, "inconclusive": 3}}[{verdict!r}])
-"""
 
 
 @pytest.mark.parametrize("verdict", ["pass", "fail", "inconclusive"])
