@@ -1,8 +1,8 @@
 """Probes that look at what a run has just saved, while it goes on: one at a time, in processes of their own.
 
 Nothing that becomes of a probe disturbs training: it has a time limit and low priority, sees no GPU (but for a grid whose
-`samples.device` asks for one), and ends with the training however that ends (`utils.probe_supervisor`). The loop asks between steps what has come of them, which never
-waits. Outcomes go to `probes.jsonl` in the run directory; the reports are the probes' own.
+`samples.device` asks for one), and ends with the training however that ends (`utils.probe_supervisor`). The loop asks
+between steps what has come of them, which never waits. Outcomes go to `probes.jsonl` in the run directory; the reports are the probes' own.
 """
 
 import json
