@@ -92,6 +92,29 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=PATH",
         help="a column: an adapter (PATH:WEIGHT), a tuned encoder, or a run that saved one; PATH+PATH for both (repeatable)",
     )
+    add_what_is_drawn(parser)
+    parser.add_argument(
+        "--batch_size",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="samples at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--adapter_exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="modules of the adapters to leave out",
+    )
+    add_sampling_flags(parser)
+    # Whether they are given has to be known: [samples] of the config stands in for those that are not.
+    parser.set_defaults(solver=None, negative_prompt=None)
+    return parser
+
+
+def add_what_is_drawn(parser: argparse.ArgumentParser) -> None:
+    """The flags of the prompts and seeds, and the cap on what they may change; None where they are not given."""
     parser.add_argument(
         "--prompts",
         type=path_of,
@@ -124,29 +147,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--seed", type=seed, metavar="N", help=f"the first of the seeds (default: {DEFAULTS.seed})"
     )
     parser.add_argument(
-        "--batch_size",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="samples at once (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--adapter_exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="modules of the adapters to leave out",
-    )
-    parser.add_argument(
         "--max_neutral_change",
         type=positive_float,
         metavar="X",
         help=f"cap on the mean of 1 - SSIM over neutral cells (default: {DEFAULTS.max_neutral_change})",
     )
-    add_sampling_flags(parser)
-    # Whether they are given has to be known: [samples] of the config stands in for those that are not.
-    parser.set_defaults(solver=None, negative_prompt=None)
-    return parser
 
 
 def probe(args: argparse.Namespace) -> Verdict:
@@ -274,10 +279,7 @@ def add_results(
     job: "SampleJob",
 ) -> None:
     """Numbers, tables and the sheet."""
-    from utils.data.grid_sheet import GridRow, draw_grid
-
     report.metric("settings", describe(job.settings))
-    names = list(frames)
     for group in ("neutral", "domain"):
         found = {one.column: one for one in changes if one.group == group}
         if not found:
@@ -325,6 +327,20 @@ def add_results(
         ],
         "Every cell against the base",
     )
+    add_sheet(report, cells, frames, samples, job)
+
+
+def add_sheet(
+    report: Report,
+    cells: Sequence[Cell],
+    frames: "dict[str, list[np.ndarray]]",
+    samples: Sequence[Entry],
+    job: "SampleJob",
+) -> None:
+    """The sheet: a row for each sample, a column for each way to draw it."""
+    from utils.data.grid_sheet import GridRow, draw_grid
+
+    names = list(frames)
     found_cells = {
         (cell.column, index): cell for name in names[1:] for index, cell in enumerate(_of(cells, name))
     }
