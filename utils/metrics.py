@@ -109,6 +109,23 @@ class MetricsWriter:
             for name, number in scalars.items():
                 self._tensorboard.add_scalar(name, number, step)
 
+    def write_picture(self, name: str, path: Path, step: int) -> None:
+        """Write a PNG file for TensorBoard alone.
+
+        Raises:
+            UserError: the disk is full, or the file is not there or no picture.
+        """
+        import numpy as np
+        from PIL import Image
+
+        try:
+            with Image.open(path) as picture:
+                pixels_HWC = np.asarray(picture.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:  # what PIL makes of a file that is damaged
+            raise UserError(f"{path}: cannot be read as a picture ({error})") from None
+        with disk_errors_as_user_errors(self._path):
+            self._tensorboard.add_image(name, pixels_HWC, step, dataformats="HWC")
+
     def close(self) -> None:
         """Close both files, with everything on disk."""
         with disk_errors_as_user_errors(self._path), self._file:

@@ -1,8 +1,8 @@
 """Probes that look at what a run has just saved, while it goes on: one at a time, in processes of their own.
 
-Nothing that becomes of a probe disturbs training: it has a time limit and low priority, sees no GPU, and ends with the
-training however that ends (`utils.probe_supervisor`). The loop asks between steps what has come of them, which never
-waits. Outcomes go to `probes.jsonl` in the run directory; the reports are the probes' own.
+Nothing that becomes of a probe disturbs training: it has a time limit and low priority, sees no GPU (but for a grid whose
+`samples.device` asks for one), and ends with the training however that ends (`utils.probe_supervisor`). The loop asks
+between steps what has come of them, which never waits. Outcomes go to `probes.jsonl` in the run directory; the reports are the probes' own.
 """
 
 import json
@@ -13,22 +13,22 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.config.probe_rules import TRAINING_PROBES
-from utils.config.schema import ProbesConfig
 from utils.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, UserError
 from utils.probe_outcomes import ProbeOutcome, Result, append_outcome, keep_outcomes
+from utils.probe_plan import PlannedProbe, repeated, report_tag
 from utils.report_summary import Summary, read_summary
-from utils.run_dir import CONFIG_FILE, run_name
+from utils.run_dir import CONFIG_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS_DIR = ROOT / "scripts" / "diagnostics"
 Say = Callable[[str], None]
 Scalars = Callable[[Mapping[str, float], int], None]
+Picture = Callable[[str, Path, int], None]
 
 _RESULTS: dict[int, Result] = {EXIT_OK: "pass", EXIT_FAILED: "fail", EXIT_INCONCLUSIVE: "inconclusive"}
 _NUMBERS: dict[str, float] = {"pass": 1.0, "inconclusive": 0.5, "fail": 0.0}
@@ -38,7 +38,6 @@ _MAX_SAVES_WAITING = 2
 _LEAVE_SECONDS = 10.0
 _SAID_LINES = 5
 _SAID_CHARACTERS = 1000
-_MAX_TAG_CHARACTERS = 100
 _LOOK_SECONDS = 0.1
 # What launchers tell their processes: a probe belongs to no group and must not look for one.
 _LAUNCHER_VARIABLES = re.compile(
@@ -51,10 +50,15 @@ _LAUNCHER_VARIABLES = re.compile(
 class ProbeJob:
     """One probe of one save: `directory` was saved at the end of `epoch`, at `step`."""
 
-    tool: str
+    probe: PlannedProbe
     epoch: int
     step: int
     directory: Path
+
+    @property
+    def tool(self) -> str:
+        """The name of the probe."""
+        return self.probe.tool
 
     def __str__(self) -> str:
         return f"{self.tool} on {self.directory.name}"
@@ -67,16 +71,18 @@ class _Running:
     process: "subprocess.Popen[bytes]"
 
 
-def check_scripts(config: ProbesConfig, scripts_dir: Path | None = None) -> None:
-    """Every probe that is named has its script here.
+def check_scripts(planned: Sequence[PlannedProbe], scripts_dir: Path | None = None) -> None:
+    """Every probe that is planned has its script here.
 
     Raises:
         UserError: one has not, which could only be found out after the first epoch.
     """
-    for tool in config.run:
-        script = (scripts_dir or SCRIPTS_DIR) / f"{tool}.py"
+    for probe in planned:
+        script = (scripts_dir or SCRIPTS_DIR) / f"{probe.tool}.py"
         if not script.is_file():
-            raise UserError(f"probes.run names {tool}, and there is no {script}; take it out of [probes]")
+            raise UserError(
+                f"{probe.section} asks for {probe.tool}, and there is no {script}; take it out of the config"
+            )
 
 
 class ProbeRunner:
@@ -87,27 +93,30 @@ class ProbeRunner:
 
     def __init__(
         self,
-        config: ProbesConfig,
+        planned: Sequence[PlannedProbe],
         run_dir: Path,
         step: int,
         say: Say,
         scalars: Scalars = lambda numbers, step: None,
         scripts_dir: Path | None = None,
+        picture: Picture = lambda name, path, step: None,
     ) -> None:
         """Begin with the outcomes of an earlier process up to `step`; what it saved later is saved, and probed, again.
 
         Args:
-            config: the section [probes].
+            planned: the probes, in the order in which they look at a save.
             run_dir: of the run.
             step: optimizer steps done.
             say: prints a line.
             scalars: takes numbers for TensorBoard, and their step.
             scripts_dir: where the probes' scripts are, if not where they usually are.
+            picture: takes the name of a picture for TensorBoard, its PNG file, and its step.
         """
-        self._config = config
+        self._planned = planned
         self._run_dir = run_dir
         self._say = say
         self._scalars = scalars
+        self._picture = picture
         self._scripts_dir = scripts_dir or SCRIPTS_DIR
         self._waiting: deque[ProbeJob] = deque()
         self._running: _Running | None = None
@@ -128,16 +137,17 @@ class ProbeRunner:
         return self._running is not None or bool(self._waiting)
 
     def saved(self, directory: Path, epoch: int, step: int, *, at_end: bool) -> None:
-        """Take note that `directory` is complete: if it is due, its probes run when those before it have ended."""
-        if epoch % self._config.every_n_epochs and not at_end:
+        """Take note that `directory` is complete: the probes that are due run when those before them have ended."""
+        due = [probe for probe in self._planned if probe.is_due(epoch, at_end=at_end)]
+        if not due:
             return
         saves = list(dict.fromkeys(job.directory for job in self._waiting))
         if len(saves) >= _MAX_SAVES_WAITING:  # the newest weights are those that a verdict is wanted of
-            why = "the probes of earlier saves took too long; give [probes] a larger every_n_epochs"
             for job in [job for job in self._waiting if job.directory == saves[0]]:
                 self._waiting.remove(job)
+                why = f"the probes of earlier saves took too long; give {job.probe.section} a larger every_n_epochs"
                 self._finish(job, "skipped", why)
-        self._waiting += [ProbeJob(tool, epoch, step, directory) for tool in self._config.run]
+        self._waiting += [ProbeJob(probe, epoch, step, directory) for probe in due]
         self._start_next()
 
     def poll(self) -> list[ProbeOutcome]:
@@ -181,12 +191,11 @@ class ProbeRunner:
 
     def describe_wait(self) -> str:
         """What the end of the run waits for."""
-        running = [str(self._running.job)] if self._running is not None else []
-        names = ", ".join([*running, *map(str, self._waiting)])
-        return (
-            f"training is complete; waiting for probes: {names} (each at most {self._config.timeout_minutes:g} minutes; "
-            "Ctrl-C ends the waiting)"
-        )
+        jobs = [*([] if self._running is None else [self._running.job]), *self._waiting]
+        names = ", ".join(map(str, jobs))
+        limits = sorted({job.probe.timeout_minutes for job in jobs})
+        most = " or ".join(f"{limit:g}" for limit in limits)
+        return f"training is complete; waiting for probes: {names} (each at most {most} minutes; Ctrl-C ends the waiting)"
 
     # ------------------------------------------------------------------ one probe
 
@@ -202,7 +211,7 @@ class ProbeRunner:
             return
         job = self._waiting.popleft()
         supervisor = [sys.executable, "-I", "-S", str(ROOT / "utils" / "probe_supervisor.py")]
-        limit = [repr(60 * self._config.timeout_minutes), str(os.getpid())]
+        limit = [repr(60 * job.probe.timeout_minutes), str(os.getpid())]
         try:
             # Raises too where the reports' directory cannot be looked into.
             report = self._free_report(job)
@@ -211,7 +220,7 @@ class ProbeRunner:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=probe_environment(os.environ),
+                env=probe_environment(os.environ, sees_gpus=job.probe.sees_gpus),
                 start_new_session=True,  # a signal to the training's group is for the training, which then ends it
             )
         except OSError as error:
@@ -224,20 +233,18 @@ class ProbeRunner:
             sys.executable,
             str(self._scripts_dir / f"{job.tool}.py"),
             *("--config", str(self._run_dir / CONFIG_FILE)),
-            *(TRAINING_PROBES[job.tool].flag, str(job.directory)),
+            *job.probe.words(job.directory),
             *("--run_tag", run_tag),
-            *("--reports_dir", self._config.reports_dir),
+            *("--reports_dir", job.probe.reports_dir),
         ]
 
     def _free_report(self, job: ProbeJob) -> Path:
         """`<run>_epochN`; a number behind it where an earlier process of the run has probed that epoch."""
-        folder = Path(self._config.reports_dir) / job.tool
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", run_name(self._run_dir))[-_MAX_TAG_CHARACTERS:]
-        tag = stem = f"{name.lstrip('.-') or 'run'}_epoch{job.epoch}"
-        number = 2
-        while (folder / tag).exists():
-            tag, number = f"{stem}-{number}", number + 1
-        return folder / tag
+        folder = Path(job.probe.reports_dir) / job.tool
+        tag, number = report_tag(self._run_dir, f"epoch{job.epoch}"), 1
+        while (folder / repeated(tag, number)).exists():
+            number += 1
+        return folder / repeated(tag, number)
 
     def _judge(self, running: _Running, *, is_stopped: bool = False) -> None:
         """Make an outcome of what the supervisor tells and what report there is; it says nothing where it was killed."""
@@ -250,7 +257,7 @@ class ProbeRunner:
             self._finish(job, "stopped", f"the run ended before it; {self._by_hand(job)}", seconds=seconds)
             return
         if told["ended_by"] == "time limit":
-            limit = f"cut off after {self._config.timeout_minutes:g} minutes"
+            limit = f"cut off after {job.probe.timeout_minutes:g} minutes"
             self._finish(
                 job, "timeout", f"{limit}{_quoted(told['said'])}; {self._by_hand(job)}", seconds=seconds
             )
@@ -275,25 +282,29 @@ class ProbeRunner:
         outcome = ProbeOutcome(job.tool, job.epoch, job.step, result, explanation, report, seconds)
         self._news.append(outcome)
         self._newest[job.tool] = outcome
-        if result == "fail" and self.failed is None:
+        if result == "fail" and job.probe.can_stop and self.failed is None:
             self.failed = outcome
         self._say(f"{'' if result == 'pass' else 'warning: '}probe {outcome}")
         self._try("written down", lambda: append_outcome(self._run_dir, outcome))
-        numbers = _scalar_metrics(metrics or {})
+        numbers = _scalar_metrics(metrics or {}, job.probe.column)
         if result in _NUMBERS:
             numbers["verdict"] = _NUMBERS[result]
-        named = {f"probes/{job.tool}/{name}": value for name, value in numbers.items()}
+        named = {f"{job.probe.group}/{name}": value for name, value in numbers.items()}
         self._try("shown in TensorBoard", lambda: self._scalars(named, job.step))
+        if report is not None and job.probe.picture is not None:
+            file, name = job.probe.picture
+            path = Path(report) / file
+            self._try(
+                "shown in TensorBoard",
+                lambda: self._picture(f"{job.probe.group}/{name}", path, job.step),
+            )
 
     def _by_hand(self, job: ProbeJob) -> str:
         script = os.path.relpath(self._scripts_dir / f"{job.tool}.py")
-        words = [
-            script,
-            "--config",
-            str(self._run_dir / CONFIG_FILE),
-            TRAINING_PROBES[job.tool].flag,
-            str(job.directory),
-        ]
+        words = [script, "--config", str(self._run_dir / CONFIG_FILE), *job.probe.words(job.directory)]
+        if job.probe.picture is not None:  # other reports look for it there
+            tag = report_tag(self._run_dir, f"epoch{job.epoch}")
+            words += ["--run_tag", tag, "--reports_dir", job.probe.reports_dir]
         return f"by hand: python {shlex.join(words)}"
 
     def _try(self, what: str, write: Callable[[], None]) -> None:
@@ -303,8 +314,8 @@ class ProbeRunner:
             self._say(f"warning: outcomes of probes cannot be {what}: {error}")
 
 
-def probe_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a probe: no launcher, no GPU, few threads, and the project's modules to be found."""
+def probe_environment(environment: Mapping[str, str], *, sees_gpus: bool = False) -> dict[str, str]:
+    """The environment of a probe: no launcher, few threads, the project's modules to be found, and as a rule no GPU."""
     kept = {key: value for key, value in environment.items() if not _LAUNCHER_VARIABLES.fullmatch(key)}
     paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     threads = str(max(1, min(4, (os.cpu_count() or 1) // 4)))
@@ -314,10 +325,8 @@ def probe_environment(environment: Mapping[str, str]) -> dict[str, str]:
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": threads,
-        "CUDA_VISIBLE_DEVICES": "",
-        "HIP_VISIBLE_DEVICES": "",
     }
-    return kept | own
+    return kept | own | ({} if sees_gpus else {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""})
 
 
 def _parse(told: bytes, *, is_stopped: bool) -> dict[str, Any]:
@@ -351,9 +360,14 @@ def _quoted(said: str) -> str:
     return f', saying "{text}"' if text else ""
 
 
-def _scalar_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+def _scalar_metrics(metrics: Mapping[str, Any], column: str | None) -> dict[str, float]:
+    """The metrics that are one number, also those that are one for each column."""
+    single = {
+        name: value[column] if isinstance(value, Mapping) and column in value else value
+        for name, value in metrics.items()
+    }
     return {
         name: float(value)
-        for name, value in metrics.items()
+        for name, value in single.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }

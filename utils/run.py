@@ -22,6 +22,7 @@ from utils.nodes import check_seen
 from utils.optim import build_optimizer
 from utils.pipeline import Pipeline, build_pipeline
 from utils.probe_outcomes import describe_outcomes, read_outcomes
+from utils.probe_plan import plan_probes
 from utils.probe_runner import check_scripts
 from utils.progress import announce
 from utils.resume import Inputs
@@ -102,9 +103,7 @@ def build(
     Raises:
         UserError: more stages than layers, or weights that cannot be read.
     """
-    if config.probes is not None:
-        wanted = config.probes
-        on_every_rank(lambda: check_scripts(wanted))
+    on_every_rank(lambda: check_scripts(plan_probes(config)))
     specs = on_every_rank(model.layer_specs)
     memory = device_memory(processes.device)
     copies = processes.world_size // config.pipeline_stages
@@ -202,7 +201,8 @@ def run(
     evaluator = Evaluator(
         ready.config, eval_sets, ready.model, ready.pipeline, ready.recorder, ready.processes
     )
-    probes = None if ready.config.probes is None else TrainingProbes(ready.config.probes, ready.processes)
+    planned = plan_probes(ready.config)
+    probes = TrainingProbes(planned, ready.processes) if planned else None
     limit_waits(ready.config.timeout_minutes)
     trainer = Trainer(
         ready.config,

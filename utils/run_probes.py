@@ -1,13 +1,14 @@
 """What the loop calls about probes, on every rank: rank 0 has the runner, and all hear together what it decides."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.config.schema import ProbesConfig
 from utils.distributed import Processes, gather_objects
 from utils.errors import TrainingStoppedError
 from utils.metrics import MetricsWriter
 from utils.probe_outcomes import rows_of
+from utils.probe_plan import PlannedProbe
 from utils.probe_runner import ProbeRunner
 from utils.progress import announce
 from utils.stopping import RunControl
@@ -17,11 +18,13 @@ _MEET_SECONDS = 2.0
 
 
 class TrainingProbes:
-    """The probes of a run (`[probes]`). Every rank makes the same calls."""
+    """The probes of a run (`[probes]`, `[samples]`). Every rank makes the same calls."""
 
-    def __init__(self, config: ProbesConfig, processes: Processes, scripts_dir: Path | None = None) -> None:
+    def __init__(
+        self, planned: Sequence[PlannedProbe], processes: Processes, scripts_dir: Path | None = None
+    ) -> None:
         """Nothing is started before `begin`; `scripts_dir` is for tests."""
-        self._config = config
+        self._planned = planned
         self._is_main = processes.is_main
         self._scripts_dir = scripts_dir
         self._runner: ProbeRunner | None = None
@@ -32,8 +35,16 @@ class TrainingProbes:
         self._control = control
         if not self._is_main:
             return
-        scalars = writer.write_scalars if writer is not None else lambda numbers, step: None
-        self._runner = ProbeRunner(self._config, run_dir, step, announce, scalars, self._scripts_dir)
+        assert writer is not None, "the main rank writes the metrics"
+        self._runner = ProbeRunner(
+            self._planned,
+            run_dir,
+            step,
+            announce,
+            writer.write_scalars,
+            self._scripts_dir,
+            writer.write_picture,
+        )
 
     def after_step(self, row: dict[str, Any]) -> None:
         """Put what has become known into the step's row of metrics; ask for the end of the run where that is wanted."""
@@ -43,7 +54,7 @@ class TrainingProbes:
         news = runner.poll()
         if news:
             row["probes"] = rows_of(news)
-        if runner.failed is not None and self._config.on_fail == "stop" and self._control is not None:
+        if runner.failed is not None and self._control is not None:
             self._control.stop_for_probe(f"{runner.failed.tool} (epoch{runner.failed.epoch})")
 
     def figures(self) -> dict[str, str]:
@@ -79,7 +90,7 @@ class TrainingProbes:
         Raises:
             TrainingStoppedError: one has failed.
         """
-        if self._config.on_fail != "stop":
+        if not any(probe.can_stop for probe in self._planned):
             return
         # Also what became known beside another reason to stop, or when the last probes were ended.
         if not any(gather_objects(self._runner is not None and self._runner.failed is not None)):

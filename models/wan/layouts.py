@@ -7,7 +7,7 @@ files       single files, as ComfyUI has them: in the directory itself or in `di
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -127,6 +127,15 @@ def has_two_experts(base: Path) -> bool:
     """Whether a checkpoint's directory holds two DiTs, official or diffusers'."""
     folders = (*EXPERT_DIRS.values(), DIFFUSERS_EXPERTS["low_noise"])
     return any((base / name).is_dir() for name in folders)
+
+
+def expert_model(model: ModelConfig, expert: Expert | None) -> ModelConfig:
+    """`[model]` with another expert of the same checkpoint; a `transformer_path` of one expert stays that one's."""
+    other = replace(model, expert=expert)
+    place = model.transformer_path
+    if place is None or expert == model.expert or has_two_experts(Path(place)):
+        return other
+    return replace(other, transformer_path=None)
 
 
 def is_undecided(model: ModelConfig, paths: CheckpointPaths) -> bool:

@@ -13,6 +13,7 @@ from models.wan.checkpoint import (
     text_encoder_sizes,
 )
 from models.wan.expert_files import check_initial_adapter, check_transformer_files
+from models.wan.sample_defaults import check_samples
 from models.wan.tokenizer_place import read_spiece
 from utils.config.experts import BOTH, EXPERTS, name_origin, side_config, sides_of
 from utils.config.schema import Problem, TrainConfig
@@ -22,11 +23,18 @@ from utils.tensor_source import TensorSource
 
 
 def preflight(config: TrainConfig) -> list[Problem]:
-    """Check the checkpoint, and against it the adapter's targets, the trained blocks and the noise range.
+    """Check the checkpoint, and against it the adapter's targets, the trained blocks, the noise range and `[samples]`.
 
     Of a pair each expert is checked; what both have in common is told once. Reads headers; the only tensors read are
     those of an adapter to start from.
     """
+    problems = _check_what_is_trained(config)
+    if any(problem.key.startswith("model.") for problem in problems):
+        return problems
+    return problems + check_samples(config)
+
+
+def _check_what_is_trained(config: TrainConfig) -> list[Problem]:
     sides = sides_of(config)
     if not sides:
         return _check_one(config)

@@ -1,7 +1,6 @@
 """The flags that say how to sample, shared by `sample.py` and `prompt_grid.py`, and what they mean for a checkpoint. No torch."""
 
 import argparse
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -17,11 +16,11 @@ from models.wan.sampling_settings import (
     size_for_image,
 )
 from utils.argument_types import path_of
+from utils.config.sample_rules import parse_size
 from utils.config.schema import Expert
 from utils.errors import UserError
 from utils.saved_runs import find_saved_file
 
-_SIZE = re.compile(r"(\d+)[xX*](\d+)")
 TILINGS = ("auto", "always", "never")
 
 
@@ -78,6 +77,21 @@ def settings_from(
     Raises:
         UserError: the variant cannot make that.
     """
+    settings = unchecked_settings(args, variant, one_frame=one_frame)
+    check_settings(settings, has_image=args.image is not None)
+    if args.expert is not None and not variant.has_experts:
+        raise UserError(f"--expert {args.expert}: {variant.name} has no experts; leave it out")
+    return settings
+
+
+def unchecked_settings(
+    args: argparse.Namespace, variant: VariantInfo, *, one_frame: bool = False
+) -> SamplingSettings:
+    """The same, also of what the variant cannot make.
+
+    Raises:
+        UserError: the image cannot be read.
+    """
     settings = official_settings(variant)
     image_size = None if args.image is None else _image_size(args.image)
     if args.size is not None:
@@ -96,11 +110,7 @@ def settings_from(
         "guidance_low_noise": args.guidance_low,
         "solver": args.solver,
     }
-    settings = replace(settings, **{key: value for key, value in given.items() if value is not None})
-    check_settings(settings, has_image=args.image is not None)
-    if args.expert is not None and not variant.has_experts:
-        raise UserError(f"--expert {args.expert}: {variant.name} has no experts; leave it out")
-    return settings
+    return replace(settings, **{key: value for key, value in given.items() if value is not None})
 
 
 def _image_size(path: Path) -> tuple[int, int]:
@@ -142,7 +152,7 @@ def describe(settings: SamplingSettings) -> str:
 
 
 def _size(text: str) -> tuple[int, int]:
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
+    size = parse_size(text)
+    if size is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 832x480 (width x height)")
-    return int(match[1]), int(match[2])
+    return size

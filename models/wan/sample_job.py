@@ -4,7 +4,7 @@ With two experts all batches go through the high-noise one first, so that each i
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from models.wan.caching import first_frame_condition
 from models.wan.checkpoint import find_checkpoint, open_transformer
 from models.wan.decoding import Tiling, decode_latents
 from models.wan.denoisers import free_memory, open_dit, transformer_path
-from models.wan.layouts import has_two_experts
+from models.wan.layouts import expert_model
 from models.wan.media import video_tokens
 from models.wan.sample_adapters import AdapterChoice, check_exclude, load_adapters
 from models.wan.sampling import Trajectory
@@ -106,15 +106,6 @@ class Where:
     def on_main(self, function: Callable[[], list[Tensor]]) -> list[Tensor]:
         """What `function` returns on the main process, on all of them."""
         return function() if self.processes is None else on_main(function)
-
-
-def expert_model(model: ModelConfig, expert: Expert | None) -> ModelConfig:
-    """`[model]` with another expert of the same checkpoint; a `transformer_path` of one expert stays that one's."""
-    other = replace(model, expert=expert)
-    place = model.transformer_path
-    if place is None or expert == model.expert or has_two_experts(Path(place)):
-        return other
-    return replace(other, transformer_path=None)
 
 
 def check_job(job: SampleJob) -> None:

@@ -4,14 +4,13 @@ Sources: `wan/configs/wan_*.py` and `generate.py` of the official repository (Wa
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from models.wan.arch import NUM_TRAIN_TIMESTEPS, VariantInfo
-from utils.config.schema import Expert
+from utils.config.schema import Expert, SolverName
 from utils.errors import UserError
 
-SolverName = Literal["unipc", "euler", "dpm++"]
 Shape4 = tuple[int, int, int, int]
 # The rotary table of the published models has this many positions along each axis.
 _MAX_POSITIONS = 1024
@@ -133,55 +132,85 @@ def check_settings(settings: SamplingSettings, *, has_image: bool) -> None:
     Raises:
         UserError: the size, the number of frames, or a first frame that is missing or out of place.
     """
+    for _, message in setting_faults(settings, has_image=has_image, named=lambda name: f"--{name}"):
+        raise UserError(message)
+
+
+def setting_faults(
+    settings: SamplingSettings, *, has_image: bool, named: Callable[[str], str]
+) -> Iterator[tuple[str, str]]:
+    """What the variant cannot make: the setting at fault (as flags call it), and a message with the way out.
+
+    Args:
+        settings: to be looked at.
+        has_image: whether there is a first frame.
+        named: what messages call a setting, such as `--steps` for `steps`.
+    """
     variant = settings.variant
-    _check_size(settings)
-    _check_frames(settings)
+    yield from _size_faults(settings)
+    yield from _frame_faults(settings)
+    image = named("image")
     if variant.model_type == "i2v" and not has_image:
-        raise UserError(f"{variant.name} makes clips of a first frame; give it with --image")
+        yield "image", f"{variant.name} makes clips of a first frame; give it with {image}"
     if has_image and variant.model_type == "t2v":
-        raise UserError(
-            f"{variant.name} takes no first frame; leave --image out, or sample ti2v-5b or i2v-a14b"
+        yield (
+            "image",
+            f"{variant.name} takes no first frame; leave {image} out, or sample ti2v-5b or i2v-a14b",
         )
     if has_image and settings.num_frames == 1:
-        raise UserError(
-            "with --image the first frame is given, so there is nothing to make of 1 frame; ask for 5"
+        yield (
+            "frames",
+            f"with {image} the first frame is given, so there is nothing to make of 1 frame; ask for 5",
         )
     if settings.steps < 1 or settings.steps > NUM_TRAIN_TIMESTEPS:
-        raise UserError(f"--steps {settings.steps}: write a number from 1 to {NUM_TRAIN_TIMESTEPS}")
-    for flag, value in (
-        ("--shift", settings.shift),
-        ("--guidance", settings.guidance),
-        ("--guidance_low", settings.guidance_low_noise),
+        yield (
+            "steps",
+            f"{named('steps')} {settings.steps}: write a number from 1 to {NUM_TRAIN_TIMESTEPS}",
+        )
+    yield from _scale_faults(settings, named)
+
+
+def _scale_faults(settings: SamplingSettings, named: Callable[[str], str]) -> Iterator[tuple[str, str]]:
+    for name, value in (
+        ("shift", settings.shift),
+        ("guidance", settings.guidance),
+        ("guidance_low", settings.guidance_low_noise),
     ):
         if value is not None and not 0.0 < value < math.inf:
-            raise UserError(f"{flag} {value:g}: write a number above 0")
-        if flag != "--shift" and value is not None and value < 1.0:
-            raise UserError(
-                f"{flag} {value:g}: below 1 there is no guidance; write 1 to switch it off, or more"
+            yield name, f"{named(name)} {value:g}: write a number above 0"
+        elif name != "shift" and value is not None and value < 1.0:
+            yield (
+                name,
+                f"{named(name)} {value:g}: below 1 there is no guidance; write 1 to switch it off, or more",
             )
-    if settings.guidance_low_noise is not None and not variant.has_experts:
-        raise UserError(f"--guidance_low: {variant.name} has no low-noise expert; leave it out")
+    if settings.guidance_low_noise is not None and not settings.variant.has_experts:
+        yield (
+            "guidance_low",
+            f"{named('guidance_low')}: {settings.variant.name} has no low-noise expert; leave it out",
+        )
 
 
-def _check_size(settings: SamplingSettings) -> None:
+def _size_faults(settings: SamplingSettings) -> Iterator[tuple[str, str]]:
     multiple = settings.variant.pixel_multiple
     given = (settings.width, settings.height)
     legal = tuple(min(max(1, round(side / multiple)), _MAX_POSITIONS) * multiple for side in given)
     if given != legal:
-        raise UserError(
+        yield (
+            "size",
             f"{settings.width}x{settings.height} px: {settings.variant.name} makes widths and heights that are multiples of "
-            f"{multiple}, up to {_MAX_POSITIONS * multiple}; the nearest is {legal[0]}x{legal[1]}"
+            f"{multiple}, up to {_MAX_POSITIONS * multiple}; the nearest is {legal[0]}x{legal[1]}",
         )
 
 
-def _check_frames(settings: SamplingSettings) -> None:
+def _frame_faults(settings: SamplingSettings) -> Iterator[tuple[str, str]]:
     stride, frames = settings.variant.vae_stride[0], settings.num_frames
     most = (_MAX_POSITIONS - 1) * stride + 1
     if 1 <= frames <= most and frames % stride == 1:
         return
     below = min(max(1, (frames - 1) // stride * stride + 1), most)
     nearest = str(below) if frames < below or below == most else f"{below} or {below + stride}"
-    raise UserError(
+    yield (
+        "frames",
         f"{frames} frames: {settings.variant.name} makes {stride}n+1 frames (1, {stride + 1}, {2 * stride + 1}, ...); the "
-        f"nearest is {nearest}"
+        f"nearest is {nearest}",
     )

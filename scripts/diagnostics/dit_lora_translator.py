@@ -1,7 +1,7 @@
 """Probe: is this translator run acceptable?
 
-Delta budget, attention logits and paired evaluation loss of one adapter in one report, with the caps used and one verdict.
-See docs/diagnostics/dit_lora_translator.md.
+Delta budget, attention logits and paired evaluation loss of one adapter in one report, with the caps used and one verdict,
+and the grid of samples that was drawn of it, where there is one. See docs/diagnostics/dit_lora_translator.md.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from models.wan.probes.logit_report import (
     judge_logits,
 )
 from models.wan.probes.logit_subject import LogitSubject, MeasuredLogits, measure_logits
+from models.wan.probes.save_grid import add_grid, find_grid
 from models.wan.probes.subject import Subject, choose_subject
 from utils.adapter_runs import run_of_adapter
 from utils.argument_types import positive_float
@@ -38,9 +39,10 @@ HOW_TO_READ = """\
 - **delta**: how far the adapter moves the weights (as `lora_delta_budget`).
 - **logits**: whether attention keeps its scale (as `attn_logit_probe`).
 - **evaluation**: the loss on held-out samples, with the adapter minus without it, each sample with itself. Below 0 is better; the
-  interval says whether that is more than chance."""
+  interval says whether that is more than chance.
+- **The grid** is drawn by `prompt_grid` from the same noise without and with the adapter, and decides nothing here: look at it."""
 NEXT_STEPS: dict[Verdict, str] = {
-    "pass": "- Look at samples with a frozen seed, adapter off and on: numbers do not see how a picture is drawn.",
+    "pass": "- Look at the grid, or have one drawn: numbers do not see how a picture is drawn.",
     "fail": "- Start with the part that failed: the probe of its name says more about it.",
     "inconclusive": (
         "- Where the evaluation is inconclusive: give the run `eval_datasets` with more held-out samples.\n"
@@ -87,8 +89,10 @@ def probe(args: argparse.Namespace) -> Verdict:
     delta = measure_delta(subject, source)
     logits = measure_part_of_logits(subject, delta, args)
     effects, about_effects = find_effects(subject)
+    grid = find_grid(subject.adapter, report.reports_dir)
+    about_logits = logits.remarks if logits else ()
     for remark in dict.fromkeys(
-        (*subject.remarks, *delta.remarks, *(logits.remarks if logits else ()), *about_effects)
+        (*subject.remarks, *delta.remarks, *about_logits, *about_effects, *grid.remarks)
     ):
         print(remark)
         report.note(remark)
@@ -102,7 +106,9 @@ def probe(args: argparse.Namespace) -> Verdict:
     run = run_of_adapter(subject.adapter)
     if effects and run is not None:
         report.add_input("evaluations", run.directory / EVAL_FILE)
-    fill(report, args, subject, caps, delta, logits, effects, parts)
+    add_parts(report, parts)
+    add_grid(report, grid)
+    fill(report, args, subject, caps, delta, logits, effects)
     directory = report.write(verdict, explanation, HOW_TO_READ, NEXT_STEPS[verdict])
     for part in parts:
         print(f"  {part.name}: {part.verdict}: {part.explanation}")
@@ -183,6 +189,13 @@ def judge(parts: Sequence[Part]) -> tuple[Verdict, str]:
     return "pass", " ".join(f"{part.name}: {part.explanation}" for part in parts)
 
 
+def add_parts(report: Report, parts: Sequence[Part]) -> None:
+    """What each part says."""
+    lines = [f"- **{part.name}: {part.verdict}.** {part.explanation}" for part in parts]
+    report.section("The three parts", "\n".join(lines))
+    report.metric("parts", {part.name: part.verdict for part in parts})
+
+
 def fill(
     report: Report,
     args: argparse.Namespace,
@@ -191,12 +204,8 @@ def fill(
     delta: DeltaResult,
     logits: MeasuredLogits | None,
     effects: Sequence[EvalEffect],
-    parts: Sequence[Part],
 ) -> None:
     """Numbers, tables and plots of all parts."""
-    lines = [f"- **{part.name}: {part.verdict}.** {part.explanation}" for part in parts]
-    report.section("The three parts", "\n".join(lines))
-    report.metric("parts", {part.name: part.verdict for part in parts})
     report.metric("logit_inputs", "none" if logits is None else logits.inputs)
     add_delta_results(report, delta, caps, subject.expert)
     if logits is not None:

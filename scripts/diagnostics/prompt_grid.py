@@ -11,11 +11,23 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from models.wan.probes.encoder_prompts import Entry, plan_prompts
-from models.wan.probes.grid import BASE, Cell, Change, Column, draw_cells, parse_column, summarise
+from models.wan.probes.grid import (
+    ADAPTER_ROLE,
+    BASE,
+    ENCODER_ROLE,
+    Cell,
+    Change,
+    Column,
+    draw_cells,
+    parse_column,
+    summarise,
+)
 from models.wan.prompts import NEGATIVE_PROMPT
+from models.wan.sample_defaults import fill_flags, makes_picture
 from models.wan.sample_flags import add_sampling_flags, describe, device_name, settings_from
 from utils.argument_types import config_file, path_of, positive_float, positive_int, seed
 from utils.config.load import load_config
+from utils.config.schema import SamplesConfig, TrainConfig
 from utils.devices import choose_device
 from utils.errors import UserError
 from utils.paired import group_difference
@@ -29,9 +41,7 @@ if TYPE_CHECKING:
 
 TOOL = "prompt_grid"
 QUESTION = "What do runs change in what is drawn from the same noise, on neutral and on domain prompts?"
-# Mean of 1 - SSIM over the neutral cells. There is no published limit: it is a convention that keeps pictures recognisable
-# as the same one, and wants to be set by looking at the sheet.
-DEFAULT_MAX_NEUTRAL_CHANGE = 0.1
+DEFAULTS = SamplesConfig()
 # A latent that moved less than this everywhere was moved by rounding.
 MOVED_DISTANCE = 1e-4
 HOW_TO_READ = """\
@@ -62,7 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = probe_parser(
         TOOL,
         "What do runs change in what is drawn? Draws prompts x seeds with the base and with each --run from the same\n"
-        "noise, on one sheet, and measures the change. One frame each, where --frames does not say otherwise.",
+        "noise, on one sheet, and measures the change. One frame each, where --frames does not say otherwise. What no flag\n"
+        "says is as [samples] of the config has it.",
     )
     parser.add_argument(
         "--config",
@@ -81,39 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=PATH",
         help="a column: an adapter (PATH:WEIGHT), a tuned encoder, or a run that saved one; PATH+PATH for both (repeatable)",
     )
-    parser.add_argument(
-        "--prompts",
-        type=path_of,
-        metavar="FILE",
-        help="neutral prompts, one per line (default: configs/prompts/neutral.txt)",
-    )
-    parser.add_argument(
-        "--domain_prompts", type=path_of, metavar="FILE", help="prompts that should change (private)"
-    )
-    parser.add_argument(
-        "--redact",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="show prompts of your files as index and hash. Default: domain prompts are hidden, neutral ones are not; --redact "
-        "hides both, --no-redact neither",
-    )
-    parser.add_argument(
-        "--max_prompts",
-        type=positive_int,
-        default=4,
-        metavar="N",
-        help="prompts of each file, at most (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=positive_int,
-        default=2,
-        metavar="N",
-        help="seeds of each prompt (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=seed, default=0, metavar="N", help="the first of the seeds (default: %(default)s)"
-    )
+    add_what_is_drawn(parser)
     parser.add_argument(
         "--batch_size",
         type=positive_int,
@@ -128,15 +107,51 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="modules of the adapters to leave out",
     )
+    add_sampling_flags(parser)
+    # Whether they are given has to be known: [samples] of the config stands in for those that are not.
+    parser.set_defaults(solver=None, negative_prompt=None)
+    return parser
+
+
+def add_what_is_drawn(parser: argparse.ArgumentParser) -> None:
+    """The flags of the prompts and seeds, and the cap on what they may change; None where they are not given."""
+    parser.add_argument(
+        "--prompts",
+        type=path_of,
+        metavar="FILE",
+        help="neutral prompts, one per line (default: [budget] neutral_prompts, else configs/prompts/neutral.txt)",
+    )
+    parser.add_argument(
+        "--domain_prompts", type=path_of, metavar="FILE", help="prompts that should change (private)"
+    )
+    parser.add_argument(
+        "--redact",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="show prompts of your files as index and hash. Default: domain prompts are hidden, neutral ones are not; --redact "
+        "hides both, --no-redact neither",
+    )
+    parser.add_argument(
+        "--max_prompts",
+        type=positive_int,
+        metavar="N",
+        help=f"prompts of each file, at most (default: {DEFAULTS.max_prompts})",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=positive_int,
+        metavar="N",
+        help=f"seeds of each prompt (default: {DEFAULTS.seeds})",
+    )
+    parser.add_argument(
+        "--seed", type=seed, metavar="N", help=f"the first of the seeds (default: {DEFAULTS.seed})"
+    )
     parser.add_argument(
         "--max_neutral_change",
         type=positive_float,
-        default=DEFAULT_MAX_NEUTRAL_CHANGE,
         metavar="X",
-        help="cap on the mean of 1 - SSIM over neutral cells (default: %(default)s)",
+        help=f"cap on the mean of 1 - SSIM over neutral cells (default: {DEFAULTS.max_neutral_change})",
     )
-    add_sampling_flags(parser)
-    return parser
 
 
 def probe(args: argparse.Namespace) -> Verdict:
@@ -145,9 +160,13 @@ def probe(args: argparse.Namespace) -> Verdict:
     names = [column.name for column in columns]
     if len(set(names)) < len(names):
         raise UserError(f"--run: two columns have one name ({', '.join(names[1:])}); name each differently")
-    entries, remarks = choose_prompts(args)
+    config = load_config(args.config, args.set).train
+    fill_flags(args, config.samples)
+    entries, remarks = choose_prompts(args, config)
     report = Report(TOOL, QUESTION, args.reports_dir, args.run_tag, args.seed)
-    job = build_job(args, columns, entries)
+    job = build_job(args, config, columns, entries)
+    if config.samples is not None:
+        remarks = (f"what no flag says is as [samples] of {args.config} has it", *remarks)
     for remark in remarks:
         print(remark)
         report.note(remark)
@@ -183,9 +202,8 @@ def probe(args: argparse.Namespace) -> Verdict:
     return verdict
 
 
-def choose_prompts(args: argparse.Namespace) -> tuple[list[Entry], tuple[str, ...]]:
+def choose_prompts(args: argparse.Namespace, config: TrainConfig) -> tuple[list[Entry], tuple[str, ...]]:
     """The prompts that are drawn: neutral and domain ones, without Wan's negative prompt and the one that is drawn against."""
-    config = load_config(args.config, args.set).train
     model = replace(config.model, caption_aug=None)  # its keywords are no prompts
     config = replace(config, model=model)
     plan = plan_prompts(args.prompts, args.domain_prompts, None, config, args.redact, args.max_prompts)
@@ -193,14 +211,15 @@ def choose_prompts(args: argparse.Namespace) -> tuple[list[Entry], tuple[str, ..
     return kept, tuple(remark.replace("--max_entries", "--max_prompts") for remark in plan.remarks)
 
 
-def build_job(args: argparse.Namespace, columns: Sequence[Column], entries: Sequence[Entry]) -> "SampleJob":
+def build_job(
+    args: argparse.Namespace, config: TrainConfig, columns: Sequence[Column], entries: Sequence[Entry]
+) -> "SampleJob":
     """What the sampler has to draw, checked as far as headers tell."""
     from models.wan.checkpoint import read_variant
     from models.wan.sample_job import SampleJob, check_job
 
-    config = load_config(args.config, args.set).train
     variant = read_variant(config.model)
-    settings = settings_from(args, variant, one_frame=args.image is None and variant.model_type != "i2v")
+    settings = settings_from(args, variant, one_frame=makes_picture(args, variant))
     seeds = range(args.seed, args.seed + args.seeds)
     job = SampleJob(
         config,
@@ -260,10 +279,7 @@ def add_results(
     job: "SampleJob",
 ) -> None:
     """Numbers, tables and the sheet."""
-    from utils.data.grid_sheet import GridRow, draw_grid
-
     report.metric("settings", describe(job.settings))
-    names = list(frames)
     for group in ("neutral", "domain"):
         found = {one.column: one for one in changes if one.group == group}
         if not found:
@@ -311,6 +327,20 @@ def add_results(
         ],
         "Every cell against the base",
     )
+    add_sheet(report, cells, frames, samples, job)
+
+
+def add_sheet(
+    report: Report,
+    cells: Sequence[Cell],
+    frames: "dict[str, list[np.ndarray]]",
+    samples: Sequence[Entry],
+    job: "SampleJob",
+) -> None:
+    """The sheet: a row for each sample, a column for each way to draw it."""
+    from utils.data.grid_sheet import GridRow, draw_grid
+
+    names = list(frames)
     found_cells = {
         (cell.column, index): cell for name in names[1:] for index, cell in enumerate(_of(cells, name))
     }
@@ -349,9 +379,10 @@ def add_inputs(report: Report, args: argparse.Namespace, job: "SampleJob") -> No
     for text, variation in zip(args.run, job.variations[1:], strict=True):
         name = text.partition("=")[0]
         for choice in variation.adapters:
-            report.add_input(f"adapter of {name} (weight {choice.weight:g})", choice.path)
+            role = ADAPTER_ROLE.format(name=name, weight=f"{choice.weight:g}")
+            report.add_input(role, choice.path)
         if variation.text_encoder is not None:
-            report.add_input(f"text_encoder of {name}", variation.text_encoder)
+            report.add_input(ENCODER_ROLE.format(name=name), variation.text_encoder)
     if args.image is not None:
         report.add_input("image", args.image)
     report.add_prompt_file("prompts", args.prompts, is_private=bool(args.redact))

@@ -25,6 +25,24 @@ report.metric("size", 2.5)
 report.write(verdict, "because of the test.", "-", "-")
 sys.exit({{"pass": 0, "fail": 1, "inconclusive": 3}}[verdict])
 """
+# Writes a report as prompt_grid does, with a picture unless the verdict is inconclusive.
+DRAWING = """
+import argparse, pathlib, sys
+from PIL import Image
+from utils.report import Report
+parser = argparse.ArgumentParser(allow_abbrev=False)
+for flag in ("--config", "--run", "--device", "--run_tag", "--reports_dir"):
+    parser.add_argument(flag, required=True)
+args = parser.parse_args()
+report = Report({tool!r}, "Is it so?", args.reports_dir, args.run_tag)
+report.metric("neutral_change", {{"adapter": 0.25, "other": 0.5}})
+report.metric("neutral_change_interval", {{"adapter": [0.1, 0.4]}})
+report.metric("words", [args.run, args.device])
+if {verdict!r} != "inconclusive":
+    report.picture("grid", Image.new("RGB", (8, 8)))
+report.write({verdict!r}, "because of the test.", "-", "-")
+sys.exit({{"pass": 0, "fail": 1, "inconclusive": 3}}[{verdict!r}])
+"""
 # Does not listen to SIGTERM, and has a child in a session of its own; leaves their ids in `{pids}`.
 HANGING = """
 import os, signal, subprocess, sys, time

@@ -1,8 +1,10 @@
 """One line per step, whole, each step once, whatever happened in between."""
 
+import io
 import json
 
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils.errors import UserError
@@ -30,6 +32,21 @@ def test_tensorboard_has_scalars_and_bins(tmp_path) -> None:
     events = EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) == {"train/loss", "train/lr", "loss_by_timestep/0.1-0.2"}
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 0.25)]
+
+
+def test_a_picture_is_for_tensorboard(tmp_path) -> None:
+    Image.new("RGBA", (30, 20), (200, 30, 30, 255)).save(tmp_path / "grid.png")
+    writer = MetricsWriter(tmp_path, 1)
+    writer.write_picture("samples/grid", tmp_path / "grid.png", 7)
+    (tmp_path / "torn.png").write_bytes((tmp_path / "grid.png").read_bytes()[:40])
+    for name in ("torn.png", "none.png"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read as a picture"):
+            writer.write_picture("samples/grid", tmp_path / name, 8)
+    writer.close()
+    (event,) = EventAccumulator(str(tmp_path)).Reload().Images("samples/grid")
+    assert (event.step, event.width, event.height) == (7, 30, 20)
+    with Image.open(io.BytesIO(event.encoded_image_string)) as picture:
+        assert picture.getpixel((15, 10)) == (200, 30, 30)
 
 
 def test_a_run_without_metrics_has_none(tmp_path) -> None:

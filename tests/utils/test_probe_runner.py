@@ -3,11 +3,13 @@
 import io
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.probes import (
+    DRAWING,
     EXITING,
     HANGING,
     KILLED,
@@ -19,10 +21,11 @@ from tests.helpers.probes import (
 )
 from utils import probe_runner
 from utils.config.probe_rules import TRAINING_PROBES
-from utils.config.schema import ProbesConfig
+from utils.config.schema import ProbesConfig, SamplesConfig
 from utils.errors import UserError
 from utils.metrics import append_line
 from utils.probe_outcomes import PROBES_FILE, ProbeOutcome, append_outcome, describe_outcomes, read_outcomes
+from utils.probe_plan import grid_probe, measuring_probes
 from utils.probe_runner import ProbeRunner, check_scripts, probe_environment
 from utils.report_summary import read_summary
 
@@ -49,13 +52,16 @@ class Place:
     def runner(self, step: int = 0, **settings: object) -> ProbeRunner:
         config = ProbesConfig(**({"run": (TOOL,), "reports_dir": str(self.reports)} | settings))
         return ProbeRunner(
-            config,
+            measuring_probes(config),
             self.run,
             step,
             self.said.append,
-            lambda numbers, step: self.numbers.append((dict(numbers), step)),
+            self.scalars,
             self.scripts,
         )
+
+    def scalars(self, numbers: Mapping[str, float], step: int) -> None:
+        self.numbers.append((dict(numbers), step))
 
     def outcomes(self) -> list[tuple[str, int, str]]:
         return [(row["tool"], row["epoch"], row["result"]) for row in read_outcomes(self.run)]
@@ -91,7 +97,7 @@ def test_a_verdict_is_that_of_the_report(place) -> None:
 
 def test_it_fails_once_and_for_all(place) -> None:
     write_probe(place.scripts, REPORTING, verdict="fail")
-    with place.runner() as runner:
+    with place.runner(on_fail="stop") as runner:
         runner.saved(place.save(1), 1, 10, at_end=False)
         runner.wait(30)
         write_probe(place.scripts, REPORTING)
@@ -325,7 +331,9 @@ def test_a_reports_directory_that_cannot_be_looked_into_is_an_error_of_the_probe
     place.reports.mkdir()
     config = ProbesConfig(run=(TOOL,), reports_dir=str(place.reports / ("x" * 300)))
     said: list[str] = []
-    with ProbeRunner(config, place.run, 0, said.append, scripts_dir=place.scripts) as runner:
+    with ProbeRunner(
+        measuring_probes(config), place.run, 0, said.append, scripts_dir=place.scripts
+    ) as runner:
         runner.saved(place.run / "epoch1", 1, 5, at_end=False)
         (outcome,) = runner.poll()
     assert outcome.result == "error" and "could not be started" in outcome.explanation
@@ -333,9 +341,63 @@ def test_a_reports_directory_that_cannot_be_looked_into_is_an_error_of_the_probe
 
 def test_a_probe_that_has_no_script_is_refused_before_training(place) -> None:
     write_probe(place.scripts, REPORTING)
-    check_scripts(ProbesConfig(run=(TOOL,)), place.scripts)
-    with pytest.raises(UserError, match=r"names te_eval, and there is no .*te_eval\.py"):
-        check_scripts(ProbesConfig(run=(TOOL, "te_eval")), place.scripts)
+    check_scripts(measuring_probes(ProbesConfig(run=(TOOL,))), place.scripts)
+    with pytest.raises(UserError, match=r"\[probes\] asks for te_eval, and there is no .*te_eval\.py"):
+        check_scripts(measuring_probes(ProbesConfig(run=(TOOL, "te_eval"))), place.scripts)
+
+
+@pytest.mark.parametrize("verdict", ["pass", "fail", "inconclusive"])
+def test_a_grid_is_a_probe_whose_picture_is_shown(place, verdict) -> None:
+    write_probe(place.scripts, DRAWING, "prompt_grid", verdict=verdict)
+    pictures: list[tuple[str, Path, int]] = []
+
+    def show(name: str, path: Path, step: int) -> None:
+        pictures.append((name, path, step))
+        if not path.is_file():
+            raise UserError(f"{path}: cannot be read")
+
+    grid = grid_probe(SamplesConfig(), str(place.reports), "adapter")
+    with ProbeRunner([grid], place.run, 0, place.said.append, place.scalars, place.scripts, show) as runner:
+        runner.saved(place.save(2), 2, 20, at_end=False)
+        runner.wait(30)
+        assert runner.failed is None  # its verdict stops nothing
+    assert place.outcomes() == [("prompt_grid", 2, verdict)]
+    report = place.reports / "prompt_grid" / "20310101_120000_epoch2"
+    assert read_summary(report).metrics["words"] == [f"adapter={place.run}/epoch2", "cpu"]
+    number = {"pass": 1.0, "fail": 0.0, "inconclusive": 0.5}[verdict]
+    assert place.numbers == [({"samples/neutral_change": 0.25, "samples/verdict": number}, 20)]
+    assert pictures == [("samples/grid", report / "grid.png", 20)]
+    # A picture that cannot be shown is a warning, and no more.
+    assert any("cannot be shown in TensorBoard" in line for line in place.said) == (verdict == "inconclusive")
+
+
+def test_each_has_its_own_limit_and_its_own_epochs(place, tmp_path) -> None:
+    write_probe(place.scripts, HANGING, "prompt_grid", pids=str(tmp_path / "pids"))
+    write_probe(place.scripts, REPORTING)
+    grid = grid_probe(SamplesConfig(every_n_epochs=2, timeout_minutes=1 / 60), str(place.reports), "adapter")
+    planned = [grid, *measuring_probes(ProbesConfig(run=(TOOL,), reports_dir=str(place.reports)))]
+    with ProbeRunner(planned, place.run, 0, place.said.append, scripts_dir=place.scripts) as runner:
+        for epoch in (1, 2):
+            runner.saved(place.save(epoch), epoch, 10 * epoch, at_end=False)
+        assert "(each at most 0.0166667 or 30 minutes" in runner.describe_wait()
+        assert not runner.wait(40)
+    assert place.outcomes() == [(TOOL, 1, "pass"), ("prompt_grid", 2, "timeout"), (TOOL, 2, "pass")]
+    (said,) = [line for line in place.said if "prompt_grid" in line]
+    by_hand = f"prompt_grid.py --config {place.run}/config.toml --run adapter={place.run}/epoch2 --device cpu"
+    where = f"--run_tag 20310101_120000_epoch2 --reports_dir {place.reports}"
+    assert f"{by_hand} {where}" in said and "cut off after 0.0166667 minutes" in said
+
+
+def test_a_grid_that_is_to_use_a_gpu_sees_those_of_the_training() -> None:
+    own = {"CUDA_VISIBLE_DEVICES": "2,3", "RANK": "0"}
+    assert probe_environment(own, sees_gpus=True)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    found = probe_environment({}, sees_gpus=True)
+    assert "CUDA_VISIBLE_DEVICES" not in found and "HIP_VISIBLE_DEVICES" not in found
+
+
+def test_the_grid_takes_the_flags_that_it_is_given(run_script) -> None:
+    said = run_script("diagnostics/prompt_grid.py", "--help").stdout
+    assert all(flag in said for flag in ("--config", "--run ", "--device", "--run_tag", "--reports_dir"))
 
 
 @pytest.mark.parametrize("tool", TRAINING_PROBES)

@@ -10,7 +10,7 @@ import pytest
 from utils.checkpoint import LATEST, LoopState, checkpoint_name, loop_document
 from utils.config.changes import parse_allowed
 from utils.config.load import load_config
-from utils.config.schema import LoadedConfig, ProbesConfig
+from utils.config.schema import LoadedConfig, ProbesConfig, SamplesConfig
 from utils.data.buckets import Bucket
 from utils.data.sampler import BatchPlan
 from utils.distributed import init_processes, shutdown
@@ -99,6 +99,7 @@ def refusal(*arguments: object, **options: object) -> list[str]:
                 reports_dir="elsewhere",
             )
         },
+        {"samples": SamplesConfig(size="64x64", seeds=1, device="cuda", negative_prompt="")},
     ],
 )
 def test_when_and_where_things_happen_may_change(config, values) -> None:

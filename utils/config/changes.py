@@ -2,11 +2,12 @@
 
 import tomllib
 from collections.abc import Collection
+from dataclasses import fields
 from typing import NamedTuple
 
 from utils.config.dump import dump_config
 from utils.config.introspect import dotted, keys_of, sections_of
-from utils.config.schema import TrainConfig
+from utils.config.schema import SamplesConfig, TrainConfig
 from utils.errors import UserError
 
 # How far a run goes, how it is split, when it saves, how it caches: nothing that a step computes.
@@ -45,6 +46,7 @@ FREE_KEYS = frozenset(
         "probes.timeout_minutes",
         "probes.on_fail",
         "probes.reports_dir",
+        *(f"samples.{field.name}" for field in fields(SamplesConfig)),
     }
 )
 

@@ -6,7 +6,15 @@ from dataclasses import fields
 from pathlib import Path
 
 from utils.config.keywords import read_keywords
-from utils.config.schema import AdapterConfig, BudgetConfig, DatasetConfig, ModelConfig, ProbesConfig, Problem
+from utils.config.schema import (
+    AdapterConfig,
+    BudgetConfig,
+    DatasetConfig,
+    ModelConfig,
+    ProbesConfig,
+    Problem,
+    SamplesConfig,
+)
 from utils.errors import UserError
 from utils.prompt_files import read_prompt_file
 
@@ -68,19 +76,34 @@ def _check_can_be_made(key: str, path: str) -> list[Problem]:
 
 def check_budget_paths(budget: BudgetConfig) -> list[Problem]:
     """The file of neutral prompts can be read."""
-    if budget.neutral_prompts is None:
-        return []
-    try:
-        read_prompt_file(budget.neutral_prompts)
-    except UserError as error:
-        fix = "name a UTF-8 text file with one prompt per line; its path is relative to the working directory"
-        return [Problem("budget.neutral_prompts", str(error), fix)]
-    return []
+    return _check_prompts("budget.neutral_prompts", budget.neutral_prompts)
 
 
 def check_probe_paths(probes: ProbesConfig) -> list[Problem]:
     """`probes.reports_dir` exists and is writable, or can be made; nothing is made."""
     return _check_can_be_made("probes.reports_dir", probes.reports_dir)
+
+
+def check_sample_paths(samples: SamplesConfig) -> list[Problem]:
+    """The files of prompts can be read, the image exists, and `samples.reports_dir` can be made; nothing is made."""
+    problems = _check_prompts("samples.prompts", samples.prompts)
+    problems += _check_prompts("samples.domain_prompts", samples.domain_prompts)
+    if samples.image is not None:
+        problems += _check_exists("samples.image", samples.image)
+    if samples.reports_dir is not None:
+        problems += _check_can_be_made("samples.reports_dir", samples.reports_dir)
+    return problems
+
+
+def _check_prompts(key: str, path: str | None) -> list[Problem]:
+    if path is None:
+        return []
+    try:
+        read_prompt_file(path)
+    except UserError as error:
+        fix = "name a UTF-8 text file with one prompt per line; its path is relative to the working directory"
+        return [Problem(key, str(error), fix)]
+    return []
 
 
 def _check_exists(key: str, path: str, only_file: bool = False) -> list[Problem]:

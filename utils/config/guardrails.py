@@ -15,6 +15,7 @@ from utils.config.experts import EXPERT_RULES, on_each_side
 from utils.config.introspect import keys_of
 from utils.config.probe_rules import PROBE_RULES
 from utils.config.rules import Rule
+from utils.config.sample_rules import SAMPLE_RULES
 from utils.config.schema import BudgetConfig, ModelConfig, Problem, TrainConfig
 from utils.config.target_rules import TARGET_RULES, check_targets
 
@@ -266,5 +267,6 @@ RULES = (
     Rule(check_warmup, ("warmup_steps", "max_steps")),
     *EVAL_RULES,
     *PROBE_RULES,
+    *SAMPLE_RULES,
     Rule(check_output_dir, ("output_dir",)),
 )

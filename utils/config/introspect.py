@@ -31,6 +31,7 @@ class Key:
     table: type | None
     is_array: bool
     shorthand: str | None = None
+    may_be_blank: bool = False
 
     @property
     def is_required(self) -> bool:
@@ -126,6 +127,7 @@ def _read_key(field: "dataclasses.Field[Any]", hint: Any) -> Key:
         table=inner if dataclasses.is_dataclass(inner) and isinstance(inner, type) else None,
         is_array=is_array,
         shorthand=field.metadata["shorthand"],
+        may_be_blank=field.metadata["may_be_blank"],
     )
 
 

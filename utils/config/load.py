@@ -23,6 +23,7 @@ from utils.config.file_checks import (
     check_model_paths,
     check_output_path,
     check_probe_paths,
+    check_sample_paths,
 )
 from utils.config.foreign import check_clip_mode, translate_dataset, translate_training
 from utils.config.guardrails import RULES
@@ -62,8 +63,8 @@ def load_config(
         check_files: also check that every file and directory exists; without it only the TOMLs are read, and the
             dataset TOML need not exist.
         preflight: with `check_files`, checks the headers of the weights that `[model]` names, and what has to fit
-            them. It is the caller's, because this package knows no model. Where `[adapter]` or `[budget]` has
-            problems already, it gets a configuration without them.
+            them. It is the caller's, because this package knows no model. Where `[adapter]`, `[budget]` or `[samples]`
+            have problems already, it gets a configuration without them.
 
     Where one expert is trained, `[adapter]` of the result holds what `[adapter.<expert>]` says (`utils.config.experts`).
 
@@ -192,15 +193,19 @@ def _check_files(parsed: Parsed[TrainConfig], faulty: set[str], preflight: Prefl
         problems += check_budget_paths(config.budget)
     if config.probes is not None:
         problems += check_probe_paths(config.probes)
+    if config.samples is not None:
+        problems += check_sample_paths(config.samples)
     if "model" in parsed.invalid:
         return problems
     problems += check_model_paths(config.model)
     if preflight is not None and not any(key.startswith("model.") for key in parsed.invalid):
         # A path that does not exist has been reported; the preflight would only say so again.
         reported = {problem.key for problem in problems}
-        unusable = (key.split(".")[0] for key in (*parsed.invalid, *faulty, *reported))
+        unusable = {key.split(".")[0] for key in (*parsed.invalid, *faulty, *reported)}
         if not {"adapter", "budget"}.isdisjoint(unusable):
             config = replace(config, adapter=None, budget=None)
+        if "samples" in unusable:
+            config = replace(config, samples=None)
         problems += [found for found in preflight(config) if found.key not in reported]
     return problems
 

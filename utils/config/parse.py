@@ -94,7 +94,7 @@ class _Reader:
         if key.table is not None:
             return self._read_table(key, key.table, raw, canonical)
         try:
-            return convert(key.kind, raw, key.bounds, may_be_blank=key.default == "")
+            return convert(key.kind, raw, key.bounds, may_be_blank=key.may_be_blank)
         except RefusedError as error:
             self._report(written, error.reason, error.fix, invalid=canonical)
             return key.draft

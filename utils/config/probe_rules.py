@@ -35,6 +35,7 @@ _NOT_ABOUT_SAVES = {
     "dataset_inspect": "looks at the dataset, which no save changes",
     "cache_check": "looks at the cache, which no save changes",
 }
+SAMPLES_PROBE = "prompt_grid"
 _WHAT_IS_SAVED = {"dit_lora": "an adapter", "encoder_ft": "a text encoder"}
 
 
@@ -69,6 +70,9 @@ def check_probe_names(config: TrainConfig) -> list[Problem]:
 
 
 def _unknown(key: str, name: str, there: str) -> Problem:
+    if name == SAMPLES_PROBE:
+        reason = f'"{name}" has a section of its own, which says what it draws'
+        return Problem(key, reason, f"write [samples]; {there}")
     if name in _NOT_ABOUT_SAVES:
         reason = f'"{name}" cannot run after a save: it {_NOT_ABOUT_SAVES[name]}'
         return Problem(key, reason, f"start it by hand; {there}")

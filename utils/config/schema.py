@@ -1,49 +1,49 @@
 """The configuration as typed, frozen dataclasses: the one list of keys, defaults, legal values and help texts.
 
 `option` attaches to each field what the loader checks and what the reference documentation prints. Key names are
-those that users of DeepSpeed diffusion trainers already write.
+those that users of DeepSpeed diffusion trainers already write. What looks at saves has its classes in `schema_of_saves`.
 """
 
 # ruff: noqa: RUF009 (`option` is a `dataclasses.field`)
 
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Literal
+
+from utils.config.option import option
+from utils.config.schema_of_saves import Expert, ProbesConfig, SamplesConfig, SolverName
+
+__all__ = [
+    "ActivationCheckpointing",
+    "AdapterConfig",
+    "BudgetConfig",
+    "CaptionAugConfig",
+    "CaptionMix",
+    "DType",
+    "DatasetConfig",
+    "DirectoryConfig",
+    "EvalDatasetConfig",
+    "Expert",
+    "ExpertAdapterConfig",
+    "ExpertChoice",
+    "LoadedConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ProbesConfig",
+    "Problem",
+    "SamplesConfig",
+    "SelfAttnApproval",
+    "SolverName",
+    "TextEncoderFormat",
+    "TrainConfig",
+    "Variant",
+]
 
 DType = Literal["float32", "bfloat16"]
-Expert = Literal["high_noise", "low_noise"]
 ExpertChoice = Literal["high_noise", "low_noise", "both"]
 Variant = Literal["ti2v-5b", "t2v-a14b", "i2v-a14b"]
 TextEncoderFormat = Literal["hf", "official", "official_pth", "comfyui"]
 ActivationCheckpointing = Literal[True, False, "selective", "offload"]
-
-
-def option(
-    help: str,
-    default: Any = MISSING,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    alias: str | None = None,
-    shorthand: str | None = None,
-) -> Any:
-    """Declare a config key: help text, default (none = required) and bounds (of each element, for lists).
-
-    Literal types give the choices. A string may be blank only where its default is. In a list of tables, a plain string
-    stands for a table with that string under the key `shorthand`.
-    """
-    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    metadata = {
-        "help": help,
-        "alias": alias,
-        "shorthand": shorthand,
-        "bounds": {k: v for k, v in bounds.items() if v is not None},
-    }
-    if default is MISSING:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,27 +256,6 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbesConfig:
-    """`[probes]`: probes that run on the saved files, in processes of their own, while training goes on."""
-
-    run: tuple[str, ...] = option(
-        "Their names. dit_lora: lora_delta_budget, attn_logit_probe, dit_lora_translator; encoder_ft: te_eval."
-    )
-    every_n_epochs: int = option(
-        "They run after those saves of an epoch whose number N divides, and after the last save of the run.",
-        1,
-        ge=1,
-    )
-    timeout_minutes: float = option("A probe that takes longer is cut off.", 30.0, gt=0.0, le=100_000.0)
-    on_fail: Literal["warn", "stop"] = option(
-        "What a verdict of fail does. stop: the run ends after a checkpoint, with exit status 1. Whatever else may "
-        "become of a probe only warns.",
-        "warn",
-    )
-    reports_dir: str = option("Where the reports go: <reports_dir>/<probe>/<run>_epochN/.", "reports")
-
-
-@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """`[optimizer]`: how the trained weights follow their gradients."""
 
@@ -403,6 +382,7 @@ class TrainConfig:
     adapter: AdapterConfig | None = option("The adapter; dit_lora only.", None)
     budget: BudgetConfig | None = option("Limits on how far training may go.", None)
     probes: ProbesConfig | None = option("Probes that run after saves.", None)
+    samples: SamplesConfig | None = option("Samples that are drawn after saves.", None)
     optimizer: OptimizerConfig = option("The optimizer.")
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from models.wan.sample_job import SampleJob, Variation, Where
 
 BASE = "base"
+# What the files of a column are called among the inputs of a report.
+ADAPTER_ROLE = "adapter of {name} (weight {weight})"
+ENCODER_ROLE = "text_encoder of {name}"
 
 
 @dataclass(frozen=True)

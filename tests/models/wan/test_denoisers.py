@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.wan.denoisers import open_dit
-from models.wan.sample_job import expert_model
+from models.wan.layouts import expert_model
 
 CPU = torch.device("cpu")
 

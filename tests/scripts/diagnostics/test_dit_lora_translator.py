@@ -129,6 +129,15 @@ def test_blocks_and_noise_levels_of_the_logits_can_be_chosen(trained, tmp_path):
     assert summary.metrics["logit_inputs"] == "2 of 6 cached sample(s) at quantiles 0.5"
 
 
+def test_without_a_grid_it_says_how_to_get_one_and_judges_all_the_same(trained, tmp_path):
+    better = with_effect(trained, tmp_path / "better", -0.1, [-0.2, -0.05])
+    status, directory, summary = run(tmp_path, "--adapter", better, "--max_delta_ratio", 0.5)
+    assert status == 0 and summary.metrics["grid"] == "none"
+    assert not (directory / "grid.png").exists()
+    text = (directory / "report.md").read_text()
+    assert "## The grid" in text and f"prompt_grid.py --config {better} --run adapter={better}/epoch" in text
+
+
 def test_without_an_evaluation_it_is_inconclusive(trained, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained.run(), copy)

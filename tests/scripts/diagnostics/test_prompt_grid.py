@@ -142,6 +142,23 @@ def test_a_run_that_changes_nothing_is_inconclusive(run):
     assert read_summary(directory).metrics["neutral_change"] == {"no": 0.0}
 
 
+def test_what_no_flag_says_is_as_samples_of_the_config_has_it(place, run):
+    samples = (
+        "samples.steps=7",
+        "samples.size=96x64",
+        "samples.seeds=1",
+        "samples.domain_prompts=domain.txt",
+    )
+    settings = [word for setting in samples for word in ("--set", setting)]
+    status, said, directory = run(*settings, "--run", "strong=strong.safetensors", "--max_neutral_change", 2)
+    assert status in (0, 3), said
+    metrics = read_summary(directory).metrics
+    assert "64x64 px, 1 frame; unipc, 2 steps" in metrics["settings"]  # flags win
+    assert "domain_change" in metrics and len(pd.read_csv(directory / "cells.csv")) == 3
+    assert "what no flag says is as [samples] of config.toml has it" in read_summary(directory).notes
+    assert "zorp" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -362,6 +362,36 @@ def found_in_dataset(table) -> list[Problem]:
             "probes.reports_dir",
             "never mix",
         ),
+        (dit_lora(probes={"run": ["prompt_grid"]}), "probes.run[0]", "has a section of its own"),
+        (
+            dit_lora(samples={"every_n_epochs": 3}, save_every_n_epochs=2),
+            "samples.every_n_epochs",
+            "does not save epoch 3",
+        ),
+        (dit_lora(samples={}, save_every_n_epochs=2), "samples.every_n_epochs", "does not save epoch 1"),
+        (dit_lora(samples={}, save_every_n_epochs=0), "samples.every_n_epochs", "saves no epoch"),
+        (dit_lora(samples={"size": "wide"}), "samples.size", "no size"),
+        (dit_lora(samples={"device": "gpu"}), "samples.device", "no device"),
+        (dit_lora(samples={"solver": "unipcc"}), "samples.solver", "must be one of"),
+        (dit_lora(samples={"guidance": 0.5}), "samples.guidance", "must be at least 1"),
+        (dit_lora(samples={"prompts": " "}), "samples.prompts", "must not be blank"),
+        (encoder_ft({"save_text_encoder_full": False}, samples={}), "samples", "a whole text encoder"),
+        (
+            dit_lora(model={"expert": "both"}, samples={"expert": "low_noise"}),
+            "samples.expert",
+            "adapter of the other expert",
+        ),
+        (
+            dit_lora(model={"expert": "high_noise"}, samples={"expert": "low_noise"}),
+            "samples.expert",
+            "would change nothing",
+        ),
+        (dit_lora(samples={"reports_dir": "output/x/grids"}), "samples.reports_dir", "never mix"),
+        (
+            dit_lora(probes={"run": ["lora_delta_budget"]}, samples={"reports_dir": "elsewhere"}),
+            "samples.reports_dir",
+            "look for the grid",
+        ),
     ],
 )
 def test_refused(table, key, words) -> None:
@@ -432,6 +462,12 @@ def test_refused(table, key, words) -> None:
         dit_lora(probes={"run": ["lora_delta_budget", "attn_logit_probe", "dit_lora_translator"]}),
         encoder_ft(probes={"run": ["te_eval"], "on_fail": "stop"}),
         encoder_ft({"save_text_encoder_full": False}, probes={"run": ["te_eval"]}),
+        dit_lora(samples={}),
+        encoder_ft(samples={"negative_prompt": "", "device": "cuda:1", "size": "832x480"}),
+        dit_lora(samples={"every_n_epochs": 4}, save_every_n_epochs=2),
+        dit_lora(model={"expert": "high_noise"}, samples={"expert": "high_noise"}),
+        encoder_ft({"expert": "both"}, samples={"expert": "low_noise"}),
+        dit_lora(probes={"run": ["lora_delta_budget"], "reports_dir": "r"}, samples={"reports_dir": "./r"}),
         encoder_ft({"save_text_encoder_full": False}),
         dit_lora(eval_datasets=["a.toml"], eval_before_first_step=False, eval_every_n_steps=5),
     ],
@@ -496,6 +532,19 @@ def test_refused_in_a_dataset(table, key, words) -> None:
 def test_a_probe_that_cannot_run_is_told_which_can(name, fix) -> None:
     (problem,) = found_in(dit_lora(probes={"run": [name]}))
     assert problem.fix.startswith(fix)
+
+
+@pytest.mark.parametrize(
+    ("every", "saved", "fix"),
+    [
+        (3, 2, "write 2 or 4, or save_every_n_epochs = 3"),
+        (1, 2, "write 2, or save_every_n_epochs = 1"),
+        (5, 0, "write save_every_n_epochs = 5"),
+    ],
+)
+def test_grids_of_epochs_that_are_not_saved_are_refused_with_those_that_are(every, saved, fix) -> None:
+    (problem,) = found_in(dit_lora(samples={"every_n_epochs": every}, save_every_n_epochs=saved))
+    assert problem.fix == fix
 
 
 @pytest.mark.parametrize(
