@@ -75,7 +75,7 @@ def write_official(asset: Path, out: Path) -> WanArch:
     if missing:
         raise UserError(
             f"{asset}: has no {', '.join(missing)}, which is the trained tiny Wan; restore it from the repository, or "
-            "make it anew with `make tiny-world` (an hour on two cores)"
+            "make it anew with `make tiny-world` (an hour of one core)"
         )
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()

@@ -122,8 +122,7 @@ def test_it_draws_what_it_is_told(model):
         model.dit, text_states(model, texts), list(range(24)), best().settings(), negative_states=empty
     )
     drawn = np.stack([to_frames(video)[0] for video in model.vae.decode(latents)])
-    # What is meant, not how well it is outlined: that is in quality.json, and lower.
-    assert judge(prompts, drawn)["nearest_right"] >= 0.8
+    assert judge(prompts, drawn)["both_right"] >= 0.9  # quality.json has 0.98 to 1 of 216
 
 
 def test_the_short_cut_draws_the_same_as_the_whole_transformer(model, relative_error):
