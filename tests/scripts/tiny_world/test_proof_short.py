@@ -20,7 +20,7 @@ from utils.rng import derive_seed
 
 PLAN = Plan(
     seeds=(0,),
-    recipe=Recipe(encoder_steps=150, adapter_steps=150, gentle_lr=1e-3),
+    recipe=Recipe(encoder_steps=150, adapter_steps=150, gentle_lr=1e-3, damaging_lr=8e-3),
     amounts=Amounts(known_prompts=54, new_prompts=24, held_out_prompts=18, neutral_prompts=18),
     arms=("base", "gentle", "damaging", "damaging_lora", "shuffled"),
 )
@@ -46,24 +46,23 @@ def test_the_encoder_learns_new_words_and_keeps_known_ones(proof):
 
 
 def known_gain(proof, arm: str, other: str) -> Estimate:
-    """How many more of the known words an arm draws, by colour and best fitting shape."""
-    return mean_difference(*(outcomes(proof[1]["results"], one, "known", "nearest") for one in (arm, other)))
+    """How many more of the known words an arm draws, by the strict reading."""
+    return mean_difference(*(outcomes(proof[1]["results"], one, "known") for one in (arm, other)))
 
 
 @pytest.mark.long
 def test_a_damaging_rate_is_seen_and_a_translator_brings_some_of_it_back(proof):
-    """Measured, known words by the best fitting shape: base 96, damaging 59, with translator 69, with shuffled captions 39 %.
+    """Measured, known words: base and gentle 100, damaging 65, with translator 72, with shuffled captions 28 %.
 
     So it is seen that the translator learns from its captions, and that it helps and does not harm. What is not shown: that
-    half of the loss comes back (a quarter does here), that outlines are mended (the strict reading has 11 and 9 %), that
-    pictures as such go back to the base's (distance 0.50 and 0.49, 95 % interval of the difference -0.05 to 0.02), or that
-    other seeds do the same.
+    half of the loss comes back (a fifth does here), or that other seeds do the same. The whole proof asks that.
     """
+    assert share(proof, "base", "known", "both") > 0.9
     assert share(proof, "base", "known", "distance") == 0
     assert share(proof, "damaging", "known", "distance") > share(proof, "gentle", "known", "distance")
-    assert known_gain(proof, "damaging", "base").high < -0.1  # measured: -37 points, -50 to -24
-    assert known_gain(proof, "damaging_lora", "damaging").value > 0.03  # measured: 9.3 points, 1.3 to 17.2
-    assert known_gain(proof, "damaging_lora", "shuffled").low > 0  # measured: 30 points, 14 to 45
+    assert known_gain(proof, "damaging", "base").high < -0.1  # measured: -35 points, -48 to -22
+    assert known_gain(proof, "damaging_lora", "damaging").value > 0.02  # measured: 7.4 points, 0.2 to 14.6
+    assert known_gain(proof, "damaging_lora", "shuffled").low > 0.1  # measured: 44 points, 31 to 58
     probes = proof[1]["results"][("damaging_lora", 0)]["probes"]
     for expert in ("high_noise", "low_noise"):
         assert probes[f"lora_delta_budget.{expert}"]["num_modules"] == 12
