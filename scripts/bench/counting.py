@@ -6,8 +6,8 @@ read once, as it lies in memory; what `copy_` and filling overwrite is not read.
 activations only. What a kernel keeps on chip, as fused attention does with its scores, is not seen and not counted.
 
 On fake tensors: shapes are real, there is no memory behind them, and nothing is computed, so that the real size can be counted
-on a laptop. They stand on a CPU, whose only differences to a GPU in this count would be `rms_norm`, which a GPU runs as one
-kernel in each direction and a CPU as 6 and about 11; `fused_rms_norm` counts it as on a GPU.
+on a laptop. They stand on a CPU, which runs `rms_norm` as 6 and about 11 kernels, where CUDA has one for each direction;
+`fused_rms_norm` counts it so. No GPU was used to check the count.
 """
 
 from collections.abc import Callable, Iterable, Iterator

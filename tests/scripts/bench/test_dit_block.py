@@ -33,6 +33,7 @@ def summary_of(root):
     return json.loads((root / "bench_dit_block/t/summary.json").read_text())
 
 
+@pytest.mark.long
 def test_it_measures_and_reports(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dit_block, "SIZES", {"cpu": {"block": TINY, "model": TINY}})
     status = main([*QUICK, "--reports_dir", str(tmp_path), "--run_tag", "t"])
