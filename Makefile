@@ -10,7 +10,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install smoke test test-long chaos bench bench-gpu tiny-world proof lint format
+.PHONY: install smoke test test-long chaos bench bench-gpu bench-gpu-full tiny-world proof lint format
 
 install: $(INSTALLED)
 
@@ -34,14 +34,32 @@ test: $(INSTALLED)
 test-long: $(INSTALLED)
 	$(PYTEST) -m long
 
-# Ratios within one run; the reports go to reports/bench_pipeline/, reports/bench_data/ and reports/bench_probes/.
-bench: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench/pipeline.py
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench/data.py
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench/probes.py
+# Ratios within one run; each reports to reports/bench_<name>/. A target that is missed does not keep the others from running.
+BENCH := OMP_NUM_THREADS=1 $(BIN)/python
 
+bench: $(INSTALLED)
+	-$(BENCH) scripts/bench/pipeline.py
+	-$(BENCH) scripts/bench/data.py
+	-$(BENCH) scripts/bench/probes.py
+	-$(BENCH) -m scripts.bench.dit_block
+	-$(BENCH) -m scripts.bench.encoder
+	-$(BENCH) -m scripts.bench.vae
+	-$(BENCH) -m scripts.bench.train_step
+	-$(BENCH) -m scripts.bench.e2e
+
+# The rows that have a target, on one GPU, with random weights: nothing is downloaded. bench-gpu-full: the whole grid.
 bench-gpu: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench/pipeline.py --device cuda
+	-$(BENCH) -m scripts.bench.dit_block --device cuda --compile --only block --rounds 5
+	-$(BENCH) -m scripts.bench.train_step --device cuda
+
+bench-gpu-full: $(INSTALLED)
+	-$(BENCH) scripts/bench/pipeline.py --device cuda
+	-$(BENCH) -m scripts.bench.dit_block --device cuda
+	-$(BENCH) -m scripts.bench.dit_block --device cuda --compile
+	-$(BENCH) -m scripts.bench.encoder --device cuda
+	-$(BENCH) -m scripts.bench.vae --device cuda
+	-$(BENCH) -m scripts.bench.train_step --device cuda --full
+	-$(BENCH) -m scripts.bench.e2e
 
 # 25 runs killed with SIGKILL, most of them inside a save, and resumed.
 chaos: $(INSTALLED)

@@ -38,8 +38,9 @@ from utils.errors import UserError
 
 OnProgress = Callable[[int, int], None]
 EMPTY_CAPTION = ""
-_LENGTH_STEP = 16
-_TEXT_BATCH_SIZE = 16
+# Captions go through UMT5 together whose lengths fall into the same step, so many at most.
+LENGTH_STEP = 16
+TEXT_BATCH_SIZE = 16
 _MASK_CHANNELS = 4
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -237,7 +238,7 @@ class WanCache:
         # What made it, for cache_tool.py; never the caption itself.
         made_by = {"text_encoder": self._hashes.text_encoder, "dtype": self._config.dtype}
         items = [
-            FillItem(key, (len(tokenizer(caption)) // _LENGTH_STEP,), payload=caption, metadata=made_by)
+            FillItem(key, (len(tokenizer(caption)) // LENGTH_STEP,), payload=caption, metadata=made_by)
             for caption, key in self._text_keys.items()
         ]
 
@@ -249,7 +250,7 @@ class WanCache:
                 {"states": states} for states in encoder.encode([item.payload for item in batch])
             )
 
-        return self._fill(items, make, _TEXT_BATCH_SIZE, processes, regenerate, on_progress)
+        return self._fill(items, make, TEXT_BATCH_SIZE, processes, regenerate, on_progress)
 
     def _fill(
         self,

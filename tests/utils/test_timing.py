@@ -23,3 +23,8 @@ def test_the_ratio_is_taken_turn_by_turn() -> None:
     ratio = ratios(slow, fast)
     assert ratio == Timing((2.0, 3.0, 3.0))
     assert (ratio.median, ratio.low, ratio.high) == (3.0, 2.0, 3.0)
+
+
+def test_another_way_to_measure_takes_the_place_of_the_clock() -> None:
+    found = take_turns({"a": lambda: 2.0, "b": lambda: 3.0}, 2, measure=lambda work: work())
+    assert found == {"a": Timing((2.0, 2.0)), "b": Timing((3.0, 3.0))}
