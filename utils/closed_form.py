@@ -45,6 +45,7 @@ class Moments:
         self._inputs = torch.zeros(width, width, dtype=torch.float64, device=device)
         self._wanted = None if is_kept else torch.zeros_like(self._inputs)
         self.num_tokens = 0
+        self.weight = 0.0
 
     @property
     def width(self) -> int:
@@ -56,17 +57,18 @@ class Moments:
         """Whether any token is to be restored to something else than it is."""
         return self._wanted is not None and bool(self._wanted.any())
 
-    def add(self, inputs_ND: Tensor, wanted_ND: Tensor | None = None) -> None:
+    def add(self, inputs_ND: Tensor, wanted_ND: Tensor | None = None, weight: float = 1.0) -> None:
         """Add tokens.
 
         Args:
             inputs_ND: what the maps get now, x.
             wanted_ND: what they used to get, x + t; None for tokens that are kept.
+            weight: how often each of them counts.
 
         Raises:
             UserError: a value is not finite.
         """
-        inputs = inputs_ND.to(self._inputs)
+        inputs = inputs_ND.to(self._inputs) * weight**0.5
         if not bool(torch.isfinite(inputs).all()):
             raise UserError(
                 "a text state is NaN or infinite behind the text embedding; the encoder or the DiT is damaged"
@@ -77,13 +79,14 @@ class Moments:
                 inputs[:, start : start + step].T, inputs[:, start:]
             )
         if self._wanted is not None and wanted_ND is not None:
-            change = wanted_ND.to(self._inputs) - inputs
+            change = wanted_ND.to(self._inputs) * weight**0.5 - inputs
             if not bool(torch.isfinite(change).all()):
                 raise UserError(
                     "a base text state is NaN or infinite behind the text embedding; the encoder or the DiT is damaged"
                 )
             self._wanted.addmm_(change.T, inputs)
         self.num_tokens += len(inputs)
+        self.weight += weight * len(inputs)
 
     def inputs(self) -> Tensor:
         """Sum of x x^T, [D, D]."""
@@ -148,8 +151,8 @@ def least_squares(shares: Sequence[Share], pinned_D: Tensor | None, num_needed: 
     Raises:
         UserError: there are fewer.
     """
-    used = [(share, sum(one.num_tokens for one in share.moments)) for share in shares]
-    used = [(share, count) for share, count in used if count and share.weight]
+    counted = [(share, sum(one.weight for one in share.moments)) for share in shares]
+    used = [(share, count) for share, count in counted if count and share.weight]
     width = used[0][0].moments[0].width
     gram = torch.zeros_like(used[0][0].moments[0].inputs())
     cross = torch.zeros_like(gram)

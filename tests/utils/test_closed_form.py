@@ -141,6 +141,17 @@ def test_moments_are_the_sums_and_symmetric():
     assert not moments(inputs, inputs).is_changed and moments(inputs).wanted() is None
 
 
+def test_a_weight_counts_tokens_several_times():
+    inputs, wanted = draw(6, WIDTH, seed=1), draw(6, WIDTH, seed=2)
+    weighted, repeated = Moments(WIDTH), Moments(WIDTH)
+    weighted.add(inputs, wanted, weight=3.0)
+    for _ in range(3):
+        repeated.add(inputs, wanted)
+    assert weighted.weight == repeated.weight == 18 and weighted.num_tokens == 6
+    assert torch.allclose(weighted.inputs(), repeated.inputs())
+    assert torch.allclose(weighted.wanted(), repeated.wanted())
+
+
 @pytest.mark.parametrize("ridge", [0.0, 1e-16])
 def test_a_singular_system_is_refused(ridge):
     inputs = draw(WIDTH // 2, WIDTH, seed=2)
