@@ -14,7 +14,6 @@ truncated SVD of E C = W T Q C^-T, times C^-1 (Eckart and Young in the metric of
 All sums and factors are float64. The memory is that of the moments, [D, D] each, whatever the number of tokens.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +28,10 @@ from utils.rng import generator
 SINGULAR = 1e-13
 _BLOCKS = 4  # of a symmetric sum, of which the upper ones are computed
 _FIRST_PASSES = 12
+
+
+class UnsolvableError(UserError):
+    """There are too few independent tokens for what is asked, or for so small a ridge."""
 
 
 class Moments:
@@ -126,14 +129,14 @@ class LeastSquares:
         """With a ridge, in units of the mean eigenvalue.
 
         Raises:
-            UserError: the system is singular.
+            UnsolvableError: the system is singular.
         """
         system = self.gram.clone()
         system.diagonal().add_(ridge * self.unit)
         factor, failed = torch.linalg.cholesky_ex(system)
         pivots = factor.diagonal()
         if int(failed) or not float(pivots.min()) ** 2 > SINGULAR * float(pivots.max()) ** 2:
-            raise UserError(
+            raise UnsolvableError(
                 f"with --ridge {ridge:g} the system of {len(pivots)} equations is singular: the prompts' tokens do not reach "
                 "all directions; give a larger --ridge, or more and more varied prompts"
             )
@@ -149,7 +152,7 @@ def least_squares(shares: Sequence[Share], pinned_D: Tensor | None, num_needed: 
         num_needed: independent directions among the ordinary tokens that there must be: the rank of what is solved for.
 
     Raises:
-        UserError: there are fewer.
+        UnsolvableError: there are fewer.
     """
     counted = [(share, sum(one.weight for one in share.moments)) for share in shares]
     used = [(share, count) for share, count in counted if count and share.weight]
@@ -164,7 +167,7 @@ def least_squares(shares: Sequence[Share], pinned_D: Tensor | None, num_needed: 
                 cross += wanted * (share.weight / count)
     found = _independent(gram, num_needed)
     if found < num_needed:
-        raise UserError(
+        raise UnsolvableError(
             f"the prompts hold {found} independent tokens, and rank {num_needed} needs at least as many; give more and more "
             "varied prompts with --prompts, or a lower --rank"
         )
@@ -267,10 +270,15 @@ class Residual:
     """How far a map's answers are from the wanted ones, relative to these: before the change and after it.
 
     Of kept tokens `before` is 0 and `after` how far they were moved.
+
+    Attributes:
+        before, after: norms over all tokens.
+        parts_N: what each token has of `after` squared; they add up to it.
     """
 
     before: float
     after: float
+    parts_N: Tensor
 
     @property
     def recovery(self) -> float:
@@ -287,7 +295,7 @@ def residual(
         weight_OD: W.
         up, down: the change, [O, r] and [r, D].
         inputs_ND: what the map gets now.
-        wanted_ND: what it used to get; None for tokens that are kept.
+        wanted_ND: what it used to get; None for tokens that are kept. Their answers are not all 0.
     """
     inputs = inputs_ND.to(weight_OD)
     change = (inputs @ down.to(weight_OD).T) @ up.to(weight_OD).T
@@ -299,13 +307,9 @@ def residual_of(
 ) -> Residual:
     """The same where E x is there already."""
     wanted = inputs_ND.to(weight_OD) if wanted_ND is None else wanted_ND.to(weight_OD)
-    size = _norm(wanted @ weight_OD.T)
-    if wanted_ND is None:
-        return Residual(0.0, _norm(change_NO) / size if size else math.nan)
+    size = float((wanted @ weight_OD.T).double().square().sum())
     missing = (wanted - inputs_ND.to(weight_OD)) @ weight_OD.T
-    left = missing - change_NO.to(missing)
-    return Residual(_norm(missing) / size, _norm(left) / size) if size else Residual(math.nan, math.nan)
-
-
-def _norm(values: Tensor) -> float:
-    return float(values.double().norm())
+    parts = (missing - change_NO.to(missing)).double().square().sum(dim=1) / size
+    return Residual(
+        float(missing.double().square().sum() / size) ** 0.5, float(parts.sum()) ** 0.5, parts.cpu()
+    )

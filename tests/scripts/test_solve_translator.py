@@ -156,7 +156,11 @@ def test_the_adapter_and_its_report(place, capsys):
     assert list(ranks.index) == [1, 2, 4, 6, 8, 16] and ranks.is_monotonic_increasing
     assert list(place.table("prompts").num_prompts) == [6, 11, 21, 41]
     ridges = place.table("ridges")
-    assert ridges.is_chosen.sum() == 1 and ridges.loss.idxmin() == ridges.is_chosen.idxmax()
+    least = ridges.loc[ridges.loss.idxmin()]
+    alike = ridges[ridges.loss <= least.loss + least.loss_error]
+    # The largest of those that cannot be told from the best, and so the smallest change.
+    assert ridges.is_chosen.sum() == 1 and alike.ridge.idxmax() == ridges.is_chosen.idxmax()
+    assert len(alike) > 1 and least.loss_error > 0
     with Image.open(directory / "frontier.png") as image:
         assert image.width <= 1000 and (directory / "frontier.png").stat().st_size < 100_000
     assert f"adapter: {adapter}" in capsys.readouterr().out
@@ -219,17 +223,17 @@ def test_the_same_command_gives_the_same_numbers(place):
 def test_a_cap_is_met_by_a_larger_ridge_and_its_price_is_told(place, capsys):
     assert place.run() == 0
     free = place.summary().metrics
-    assert place.run("--max_delta_ratio", "0.05", out="capped", tag="capped") == 0
+    assert place.run("--max_delta_ratio", "0.02", out="capped", tag="capped") == 0
     capped = place.summary("capped")
-    assert 0.045 < capped.metrics["max_delta_ratio"] <= 0.05 < free["max_delta_ratio"]
+    assert 0.018 < capped.metrics["max_delta_ratio"] <= 0.02 < free["max_delta_ratio"]
     assert capped.metrics["ridge"] > capped.metrics["ridge_without_caps"] == free["ridge"]
     assert capped.metrics["recovery_lost_to_caps"] > 0
-    assert capped.caps["max_delta_ratio"] == 0.05
+    assert capped.caps["max_delta_ratio"] == 0.02
     assert "the cap needs a ridge of" in capsys.readouterr().out
     # The config's budget does the same, its mean too.
-    budget = {"budget.max_mean_delta_ratio": 0.03}
+    budget = {"budget.max_mean_delta_ratio": 0.015}
     assert place.run(out="mean", tag="mean", **budget) == 0
-    assert 0.025 < place.summary("mean").metrics["mean_delta_ratio"] <= 0.03
+    assert 0.0135 < place.summary("mean").metrics["mean_delta_ratio"] <= 0.015
 
 
 def test_caps_that_cannot_be_met_are_refused_with_the_nearest(place, capsys):

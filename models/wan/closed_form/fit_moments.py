@@ -35,11 +35,16 @@ Group = tuple[Role, bool]
 
 @dataclass(frozen=True)
 class MeasuredTokens:
-    """Tokens behind the text embedding, float32 [N, D], of so many prompts."""
+    """Tokens behind the text embedding, float32 [N, D]; how many each prompt has of them."""
 
     base_ND: Tensor
     tuned_ND: Tensor
-    num_prompts: int
+    lengths: tuple[int, ...]
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts that the tokens are of."""
+        return len(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,9 @@ class Collector:
     def result(self) -> FitMoments:
         """The sums of all that was added."""
         measured = {
-            group: MeasuredTokens(torch.cat(sample.base), torch.cat(sample.tuned), len(sample.base))
+            group: MeasuredTokens(
+                torch.cat(sample.base), torch.cat(sample.tuned), tuple(map(len, sample.base))
+            )
             for group, sample in self._samples.items()
         }
         return FitMoments(

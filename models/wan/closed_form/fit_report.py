@@ -123,7 +123,7 @@ def _add_metrics(report: Report, prefix: str, found: Fitted) -> None:
     report.metric(f"{prefix}recovery_lost_to_caps", cost, "two blocks; 0 where no cap was in the way")
     report.metric(f"{prefix}full_rank_recovery", found.full_recovery, "two blocks; what no rank exceeds")
     report.metric(
-        f"{prefix}enough_prompts", found.enough, "residual within 5 % of that with all; null: all are needed"
+        f"{prefix}enough_prompts", found.enough, "they restore 98 % of what all do; null: all are needed"
     )
     report.metric(f"{prefix}padding_shift", max(one.padding for one in found.solved), "rounding; 0 is exact")
     report.metric(

@@ -1,10 +1,11 @@
 """Choosing the ridge: by the error on held-out prompts, and within the caps on how far weights may move."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from models.wan.closed_form.fit_solve import FitPoint, SolvedTarget, Solver
+from utils.closed_form import UnsolvableError
 from utils.errors import UserError
 
 # In units of the mean eigenvalue of the tokens' second moments. Below, rounding decides; above, hardly anything is restored.
@@ -15,8 +16,8 @@ _RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 _ON_CAP = 0.99
 _MAX_ROUNDS = 6
 _BISECTIONS = 12
-# "Enough" prompts: the residual is within this share of that with all of them.
-ENOUGH = 1.05
+# "Enough" prompts: they restore this share of what all of them do.
+ENOUGH = 0.98
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,10 @@ class Fitted:
 
     @property
     def enough(self) -> int | None:
-        """The fewest prompts of those that were tried with which the residual is about that of all; None: all are needed."""
+        """The fewest prompts of those that were tried that restore nearly what all do; None: all are needed."""
         *fewer, all_of_them = self.counts
-        return next((one.num_prompts for one in fewer if one.residual <= ENOUGH * all_of_them.residual), None)
+        wanted = ENOUGH * all_of_them.recovery
+        return next((one.num_prompts for one in fewer if 0 < wanted <= one.recovery), None)
 
 
 def fit(
@@ -103,7 +105,7 @@ def fit(
             "or a number"
         )
     points = _try_ridges(solver)
-    best = min(points, key=lambda point: point.loss).ridge if ridge is None else ridge
+    best = choose_ridge(points) if ridge is None else ridge
     used, solved = _within_caps(solver, best, caps, is_given=ridge is not None, on_target=on_target)
     unbounded = solver.scout(best)
     bounded = unbounded if used == best else solver.scout(used)
@@ -131,16 +133,26 @@ def _try_ridges(solver: Solver) -> list[FitPoint]:
     for ridge in RIDGES:
         try:
             points.append(solver.scout(ridge))
-        except UserError:
+        except UnsolvableError:
             continue
     if not points:
-        raise UserError(
+        raise UnsolvableError(
             "the system is singular with every ridge that is tried; give more and more varied prompts"
         )
-    best = min(points, key=lambda point: point.loss).ridge
+    best = choose_ridge(points)
     return points + [
         solver.scout(best * factor) for factor in (10**-0.5, 10**0.5) if best * factor >= RIDGES[0]
     ]
+
+
+def choose_ridge(points: Sequence[FitPoint]) -> float:
+    """The largest ridge whose error on held-out prompts is within one standard error of the least.
+
+    What cannot be told from the best is not worth a larger change of the weights (the one-standard-error rule: Breiman et al.,
+    "Classification and Regression Trees", 1984).
+    """
+    least = min(points, key=lambda point: point.loss)
+    return max(point.ridge for point in points if point.loss <= least.loss + least.loss_error)
 
 
 def _within_caps(
@@ -200,7 +212,7 @@ def _counts(solver: Solver, ridge: float, with_all: FitPoint) -> list[CountPoint
     for number, num_prompts in enumerate(solver.moments.part_prompts[:-1], start=1):
         try:
             point = solver.scout(ridge, number)
-        except UserError:
+        except UnsolvableError:
             continue
         counts.append(CountPoint(num_prompts, point.recovery, point.residual))
     return [*counts, CountPoint(solver.moments.part_prompts[-1], with_all.recovery, with_all.residual)]

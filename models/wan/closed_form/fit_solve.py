@@ -1,6 +1,7 @@
 """Solving for the adapter of one DiT: every target at one ridge, and what it restores, measured on tokens directly."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -42,7 +43,16 @@ class SolvedTarget:
 
 @dataclass(frozen=True)
 class FitPoint:
-    """The scouts at one ridge and rank: means over them, on the tokens that judge."""
+    """Targets at one ridge and rank: means over them, on the tokens that judge.
+
+    Attributes:
+        ridge, rank: of the adapter.
+        recovery, residual: of neutral tokens, see `Residual`.
+        shift: how far domain tokens are moved; None where there are none.
+        mean_ratio, max_ratio: of the weights' norms.
+        loss: what a ridge is chosen by: the objective's data term, relative, with all targets alike.
+        loss_error: its standard error over prompts.
+    """
 
     ridge: float
     rank: int
@@ -52,6 +62,7 @@ class FitPoint:
     mean_ratio: float
     max_ratio: float
     loss: float
+    loss_error: float
 
 
 class Solver:
@@ -194,38 +205,38 @@ class Solver:
 
     def point(self, ridge: float, rank: int, solved: Sequence[SolvedTarget]) -> FitPoint:
         """Means over solved targets."""
-        return point_of(ridge, rank, solved, self.judge, self._keep_weight)
+        neutral_group: Group = ("neutral", self.judge)
+        domain_group: Group = ("domain", self.judge)
+        if domain_group not in self.moments.measured:
+            domain_group = ("domain", False)
+        neutral = [one.residuals[neutral_group] for one in solved]
+        kept = [one.residuals[domain_group] for one in solved if domain_group in one.residuals]
+        loss, error = self._loss(neutral_group, neutral)
+        if kept:
+            moved, moved_error = self._loss(domain_group, kept)
+            loss += self._keep_weight * moved
+            error = math.hypot(error, self._keep_weight * moved_error)
+        ratios = [one.delta.ratio for one in solved]
+        return FitPoint(
+            ridge,
+            rank,
+            fmean(one.recovery for one in neutral),
+            fmean(one.after for one in neutral),
+            fmean(one.after for one in kept) if kept else None,
+            fmean(ratios),
+            max(ratios),
+            loss,
+            error,
+        )
+
+    def _loss(self, group: Group, found: Sequence[Residual]) -> tuple[float, float]:
+        """Mean over targets of the squared residual, and its standard error over the prompts of the group."""
+        lengths = self.moments.measured[group].lengths
+        parts = torch.stack([one.parts_N for one in found]).mean(dim=0)
+        of_prompts = torch.stack([part.sum() for part in parts.split(list(lengths))]) * len(lengths)
+        error = float(of_prompts.std()) / len(lengths) ** 0.5 if len(lengths) > 1 else 0.0
+        return float(of_prompts.mean()), error
 
     def _put_together(self, num_parts: int | None) -> LeastSquares:
         shares = self.moments.shares(self._keep_weight, num_parts)
         return least_squares(shares, self.moments.padding_D, self.rank)
-
-
-def point_of(
-    ridge: float, rank: int, solved: Sequence[SolvedTarget], judge: bool, keep_weight: float
-) -> FitPoint:
-    """Means over solved targets, on the tokens that judge.
-
-    `loss` is what the ridge is chosen by: the objective's data term, relative, with all targets alike.
-    """
-    neutral = [one.residuals["neutral", judge] for one in solved]
-    kept = [found for one in solved if (found := judged_domain(one.residuals, judge)) is not None]
-    loss = fmean(one.after**2 for one in neutral)
-    if kept:
-        loss += keep_weight * fmean(one.after**2 for one in kept)
-    ratios = [one.delta.ratio for one in solved]
-    return FitPoint(
-        ridge,
-        rank,
-        fmean(one.recovery for one in neutral),
-        fmean(one.after for one in neutral),
-        fmean(one.after for one in kept) if kept else None,
-        fmean(ratios),
-        max(ratios),
-        loss,
-    )
-
-
-def judged_domain(residuals: Mapping[Group, Residual], judge: bool) -> Residual | None:
-    """The residual on domain tokens that were held out, or else on those that were fitted on, if there are any."""
-    return residuals.get(("domain", judge)) or residuals.get(("domain", False))
