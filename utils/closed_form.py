@@ -172,7 +172,7 @@ def least_squares(shares: Sequence[Share], pinned_D: Tensor | None, num_needed: 
             "varied prompts with --prompts, or a lower --rank"
         )
     unit = float(gram.trace()) / width
-    if pinned_D is not None:
+    if pinned_D is not None and bool(pinned_D.any()):  # 0 does not move anyway
         axis = (pinned_D / pinned_D.norm()).to(gram)
         moved = gram @ axis
         gram += torch.outer(axis, axis) * (float(axis @ moved) + unit)

@@ -113,6 +113,16 @@ def test_kept_tokens_move_by_what_is_stated_and_less_the_more_they_weigh():
     assert moved[-1] < 1e-3 * moved[0]
 
 
+def test_a_constant_input_of_zero_asks_for_nothing():
+    weight, inputs = draw(OUT, WIDTH, seed=1), draw(100, WIDTH, seed=2)
+    wanted = inputs + draw(100, WIDTH, seed=3, scale=0.3)
+    found = [
+        problem(inputs, wanted, pinned=pinned).factored(1e-3).solve(weight, 4)
+        for pinned in (None, torch.zeros(WIDTH, dtype=torch.float64))
+    ]
+    assert torch.equal(found[0].up, found[1].up) and torch.equal(found[0].down, found[1].down)
+
+
 def test_a_larger_ridge_gives_a_smaller_change():
     weight, inputs = draw(OUT, WIDTH, seed=1), draw(100, WIDTH, seed=2)
     found = problem(inputs, inputs + draw(100, WIDTH, seed=3, scale=0.3))
