@@ -27,6 +27,8 @@ from utils.cli import run_command
 from utils.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, UserError
 from utils.files import atomic_write_text
 
+# Without the bare name, which is drawn.
+TEMPLATES = tuple(template for template in TRAINING if template != "{thing}{motion}")
 AMOUNTS = Amounts(known_prompts=108, new_prompts=36, held_out_prompts=36, neutral_prompts=4)
 
 
@@ -35,7 +37,7 @@ def neutral_texts() -> tuple[str, ...]:
     return tuple(
         dict.fromkeys(
             fill(template, colour, shape, ground, None)
-            for template in (*TRAINING, *COLOUR_ONLY, *SHAPE_ONLY, *GENERAL)
+            for template in (*TEMPLATES, *COLOUR_ONLY, *SHAPE_ONLY, *GENERAL)
             for colour in COLOURS
             for shape in SHAPES
             for ground in GROUNDS
@@ -47,13 +49,13 @@ def domain_texts() -> tuple[str, ...]:
     """New words in the templates of training: things as a whole, and combinations that the encoder was tuned on."""
     things = [
         fill(template.replace("{thing}", word), "", "", ground, None)
-        for template in TRAINING
+        for template in TEMPLATES
         if "{thing}" in template
         for word in THINGS
         for ground in GROUNDS
     ]
     pairs = [
-        fill(template, *pair, ground, None) for template in TRAINING for pair in SEEN for ground in GROUNDS
+        fill(template, *pair, ground, None) for template in TEMPLATES for pair in SEEN for ground in GROUNDS
     ]
     return tuple(dict.fromkeys(things + pairs))
 
