@@ -35,6 +35,7 @@ from utils.data.memo import HashMemo
 from utils.data.reasons import MadeOf, Want, caption_identity
 from utils.distributed import Processes
 from utils.errors import UserError
+from utils.files import content_hash
 
 OnProgress = Callable[[int, int], None]
 EMPTY_CAPTION = ""
@@ -78,17 +79,18 @@ def hash_weights(paths: CheckpointPaths, memo: HashMemo) -> WeightHashes:
     Never by size alone, whatever `memo` trusts: two encoders of one architecture have the same size.
     """
     hashed = partial(memo.content_hash, compare_time=True)
-
-    def hash_part(place: Path) -> str:
-        hashes = [hashed(file) for file in weight_files(place)]
-        return hashes[0] if len(hashes) == 1 else xxhash.xxh3_128_hexdigest("-".join(hashes).encode())
-
     if paths.tokenizer_dir.is_dir():
         files = [paths.tokenizer_dir / name for name in _TOKENIZER_FILES]
         tokenizer = "-".join(hashed(path) for path in files if path.exists())
     else:
         tokenizer = xxhash.xxh3_128_hexdigest(read_spiece(paths.tokenizer_dir))
-    return WeightHashes(hash_part(paths.vae), hash_part(paths.text_encoder), tokenizer)
+    return WeightHashes(hash_part(paths.vae, hashed), hash_part(paths.text_encoder, hashed), tokenizer)
+
+
+def hash_part(place: Path, hashed: Callable[[Path], str] = content_hash) -> str:
+    """Content hash of a part of a checkpoint, of one file or several; `hashed` gives that of a file."""
+    hashes = [hashed(file) for file in weight_files(place)]
+    return hashes[0] if len(hashes) == 1 else xxhash.xxh3_128_hexdigest("-".join(hashes).encode())
 
 
 def build_filling(config: TrainConfig, num_processes_here: int, *, skip_bad: bool) -> LatentFilling:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import xxhash
 
-from models.wan.arch import load_arch
+from models.wan.arch import VariantInfo, load_arch
 from models.wan.caching import WanCache, WeightHashes
 from models.wan.checkpoint import CheckpointPaths, find_checkpoint, open_transformer
 from models.wan.datasets import (
@@ -275,19 +275,27 @@ def write_inputs(model: WanModel, data: PreparedData, run_dir: Path) -> None:
 
 def run_metadata(config: LoadedConfig, model: WanModel, data: PreparedData) -> dict[str, str]:
     """Facts that every exported file carries in its header."""
-    variant = model.arch.variant
+    return file_metadata(
+        config.train, model.arch.variant, data.fingerprints[THE_DIT], data.hashes.text_encoder, model.targets
+    )
+
+
+def file_metadata(
+    config: TrainConfig, variant: VariantInfo, base_hash: str, encoder_hash: str, targets: Sequence[str]
+) -> dict[str, str]:
+    """The same from its parts: `base_hash` of the DiT's files, `encoder_hash` of the text encoder that it is for."""
     metadata = {
         "format": "pt",
         "project_version": version("ai-model-sandbox"),
         "variant": variant.name,
-        "expert": config.train.model.expert or "none",
+        "expert": config.model.expert or "none",
         "boundary": "none" if variant.boundary is None else str(variant.boundary),
-        "base_hash": data.fingerprints[THE_DIT],
-        "encoder_hash": data.hashes.text_encoder,
-        "config_hash": config_hash(config.train),
-        "seed": str(config.train.seed),
+        "base_hash": base_hash,
+        "encoder_hash": encoder_hash,
+        "config_hash": config_hash(config),
+        "seed": str(config.seed),
     }
-    if config.train.adapter is not None:
-        metadata |= {"rank": str(config.train.adapter.rank), "num_targets": str(len(model.targets))}
-        metadata["targets"] = "; ".join(describe_targets(model.targets))
+    if config.adapter is not None:
+        metadata |= {"rank": str(config.adapter.rank), "num_targets": str(len(targets))}
+        metadata["targets"] = "; ".join(describe_targets(targets))
     return metadata

@@ -173,8 +173,12 @@ def summarise_group(records: Sequence[PromptDrift], group: Group) -> GroupDrift 
     )
 
 
-def load_text_embedding(transformer: Path, text_dim: int) -> Callable[[Tensor], Tensor]:
+def load_text_embedding(
+    transformer: Path, text_dim: int, device: torch.device | None = None
+) -> Callable[[Tensor], Tensor]:
     """The DiT's two-layer `text_embedding` in float32, as a function [L, text_dim] -> [L, dim]; reads its four tensors only.
+
+    On `device`, by default the CPU.
 
     Raises:
         UserError: the file holds no DiT, or one that takes text states of another width.
@@ -196,7 +200,11 @@ def load_text_embedding(transformer: Path, text_dim: int) -> Callable[[Tensor], 
             "same checkpoint with --base"
         )
     first, last = (
-        tuple(source.get(f"{name}.{leaf}").float().clone() for leaf in ("weight", "bias")) for name in names
+        tuple(
+            source.get(f"{name}.{leaf}").to(device=device, dtype=torch.float32, copy=True)
+            for leaf in ("weight", "bias")
+        )
+        for name in names
     )
     source.release()
 
