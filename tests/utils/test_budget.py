@@ -55,7 +55,7 @@ def measured(budget, step=1, is_last=False, saves=False):
     return row
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ratios=st.lists(st.floats(1e-6, 0.9), min_size=1, max_size=6),
     cap=st.floats(0.001, 0.5),

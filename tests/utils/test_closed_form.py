@@ -72,7 +72,7 @@ def test_a_change_of_rank_r_is_recovered_at_rank_r_and_not_below(rank):
         assert residual(weight, up, down, tuned, base).after > 1e-3
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**20),
     ridge=st.sampled_from([1e-6, 1e-3, 1e-1, 10.0]),

@@ -30,7 +30,7 @@ def formed_norm(a, b, scale):
     return np.linalg.norm(scale * (b.double().numpy() @ a.double().numpy()))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     rank=st.integers(1, 12),
     extra=st.tuples(st.integers(4, 40), st.integers(4, 40)),

@@ -63,7 +63,7 @@ def test_uniform_is_uniform():
     st.floats(0.1, 20.0),
     st.floats(0.02, 0.98),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_quantiles_and_probabilities_are_inverse(method, scale, shift, probability):
     law = SigmaLaw(method, scale, shift)
     assert law.probability_below(law.quantile(probability)) == pytest.approx(probability, abs=1e-9)
@@ -76,7 +76,7 @@ def test_quantiles_and_probabilities_are_inverse(method, scale, shift, probabili
     st.floats(0.001, 1.0),
     st.integers(0, 2**32),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_draw_is_inside_the_range(method, shift, low, width, seed):
     high = min(1.0, low + width)
     sigma = SigmaLaw(method, shift=shift, min_t=low, max_t=high).sample(torch.Generator().manual_seed(seed))

@@ -43,7 +43,7 @@ def every_split(num_layers: int, num_parts: int):
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_split_has_a_lighter_heaviest_part(weights, data):
     num_parts = data.draw(st.integers(1, len(weights)))
     bounds = balanced_bounds(tuple(map(float, weights)), num_parts)
@@ -136,7 +136,7 @@ def test_more_stages_than_layers_are_refused():
     st.integers(0, 80),
     st.data(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_split_exceeds_the_memory_by_less_or_is_better_balanced_at_the_same_excess(layers, limit, data):
     num_parts = data.draw(st.integers(1, len(layers)))
     weights, sizes = (tuple(map(float, column)) for column in zip(*layers, strict=True))

@@ -24,7 +24,7 @@ def test_the_last_level_below_a_boundary_is_below_it_in_every_precision(boundary
 
 
 @given(st.floats(0.001, 1.0))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_that_holds_for_any_boundary(boundary):
     below = last_below(boundary)
     assert 0 < below < boundary and timestep(below) < 1000 * boundary

@@ -52,7 +52,7 @@ def tokenizer_dir(root):
     return place
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     sizes=SIZES,
     formats=st.permutations(FORMATS),
@@ -79,7 +79,7 @@ def test_round_trips_through_all_formats_are_the_identity(sizes, formats, dtype,
             assert all(torch.equal(source.get(key), tensor) for key, tensor in expected.items())
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(sizes=SIZES, name=st.sampled_from(["hf", "official"]), data=st.data())
 def test_the_trained_tensors_alone_come_back_too(sizes, name, data):
     shapes = expected_umt5_shapes(sizes)

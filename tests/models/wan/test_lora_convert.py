@@ -61,7 +61,7 @@ def place(root, name, dialect):
     return root / name if dialect == "peft" else root / f"{name}.safetensors"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     way=st.lists(st.sampled_from(DIALECTS), min_size=1, max_size=4),
     modules=st.just(WHOLE) | st.lists(st.sampled_from(WHOLE), min_size=1, max_size=6, unique=True),

@@ -173,10 +173,9 @@ def test_the_vae_keeps_the_world_and_has_the_published_statistics(model):
 
 def test_quality_says_where_the_committed_weights_come_from():
     quality = json.loads((ASSET / "quality.json").read_text(encoding="utf-8"))
-    # No one command made them, so none is named as if it had.
-    assert "command" not in quality
-    assert "one by one with interruptions; a run from nothing has not been compared" in quality["provenance"]
-    assert quality["seed"] == 0
+    command, seed = "python -m scripts.tiny_world.build", 0
+    assert (quality["command"], quality["seed"]) == (command, seed)
+    assert quality["provenance"] == f"made by `{command}` with seed {seed}, from nothing in one run"
     assert max(row["both_right"] for row in quality["sweep"]) == next(
         row["both_right"]
         for row in quality["sweep"]

@@ -55,7 +55,7 @@ def test_what_the_index_lacks_is_read_from_the_shard(written, kept):
     assert read(path)[1] == entries
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_torn_tail_is_never_an_item(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("torn")
