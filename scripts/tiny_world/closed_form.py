@@ -13,82 +13,32 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts import solve_translator
 from scripts.tiny_world.asset import ASSET, load_official
-from scripts.tiny_world.captions import COLOUR_ONLY, GENERAL, SHAPE_ONLY, TRAINING, fill
 from scripts.tiny_world.drawing import EXPERTS
 from scripts.tiny_world.proof import prepare
 from scripts.tiny_world.proof_arms import Arm, Plan, write_configs
-from scripts.tiny_world.proof_data import SEEN, THINGS, Amounts, write_data
+from scripts.tiny_world.proof_closed import solve
+from scripts.tiny_world.proof_data import Amounts, write_data
 from scripts.tiny_world.proof_measure import Painter, Weights, measure
 from scripts.tiny_world.proof_task import MEASURE_SEED, Place, saved_encoder, train_arm
-from scripts.tiny_world.world import COLOURS, GROUNDS, SHAPES
 from utils.cli import run_command
-from utils.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, UserError
-from utils.files import atomic_write_text
+from utils.config.schema import Expert
+from utils.errors import EXIT_OK, UserError
 
-# Without the bare name, which is drawn.
-TEMPLATES = tuple(template for template in TRAINING if template != "{thing}{motion}")
 AMOUNTS = Amounts(known_prompts=108, new_prompts=36, held_out_prompts=36, neutral_prompts=4)
 
 
-def neutral_texts() -> tuple[str, ...]:
-    """Known words in the templates of training, and captions that say less."""
-    return tuple(
-        dict.fromkeys(
-            fill(template, colour, shape, ground, None)
-            for template in (*TEMPLATES, *COLOUR_ONLY, *SHAPE_ONLY, *GENERAL)
-            for colour in COLOURS
-            for shape in SHAPES
-            for ground in GROUNDS
-        )
-    )
-
-
-def domain_texts() -> tuple[str, ...]:
-    """New words in the templates of training: things as a whole, and combinations that the encoder was tuned on."""
-    things = [
-        fill(template.replace("{thing}", word), "", "", ground, None)
-        for template in TEMPLATES
-        if "{thing}" in template
-        for word in THINGS
-        for ground in GROUNDS
-    ]
-    pairs = [
-        fill(template, *pair, ground, None) for template in TEMPLATES for pair in SEEN for ground in GROUNDS
-    ]
-    return tuple(dict.fromkeys(things + pairs))
-
-
-def solve(place: Place, plan: Plan, arm: Arm, seed: int, encoder: Path, flags: Sequence[str]) -> Path:
-    """The adapters of both experts, in a directory that is named by the flags.
-
-    Raises:
-        UserError: solving failed, of which it has said why.
-    """
+def adapters_of(
+    place: Place, plan: Plan, arm: Arm, seed: int, encoder: Path, flags: Sequence[str]
+) -> dict[Expert, Path]:
+    """The adapters of both experts, in a directory that is named by the flags; solved for where they are not there."""
     name = "_".join([arm.name, f"s{seed}", *(flag.lstrip("-") for flag in flags)])
     out = place.work / "closed_form" / name
-    if out.is_dir():
-        return out
-    texts = {"neutral": neutral_texts(), "domain": domain_texts()}
-    files = {kind: place.work / f"closed_form_{kind}.txt" for kind in texts}
-    for kind, lines in texts.items():
-        atomic_write_text(files[kind], "\n".join(lines) + "\n")
-    adapted = Arm(f"{arm.name}_closed", arm.what, "adapter", arm.name, ("new",), 1e-3, 1, ("rank = 4",))
-    config = write_configs(adapted, seed, place.work, place.checkpoint, encoder, plan.recipe.batch)
-    given = {
-        "--config": config,
-        "--out": out,
-        "--prompts": files["neutral"],
-        "--domain_prompts": files["domain"],
-        "--reports_dir": place.work / "reports",
-        "--run_tag": name,
-    }
-    words = [str(word) for pair in given.items() for word in pair]
-    status = solve_translator.main([*words, *flags])
-    if status not in (EXIT_OK, EXIT_FAILED, EXIT_INCONCLUSIVE):
-        raise UserError(f"{' '.join(flags)}: scripts/solve_translator.py ended with {status}")
-    return out
+    if not out.is_dir():
+        adapted = Arm(f"{arm.name}_closed", arm.what, "adapter", arm.name, ("new",), 1e-3, 1, ("rank = 4",))
+        config = write_configs(adapted, seed, place.work, place.checkpoint, encoder, plan.recipe.batch)
+        solve(place.work, config, name, out, flags)
+    return {expert: out / expert / "adapter_model.safetensors" for expert in EXPERTS}
 
 
 def shares(painter: Painter, place: Place, weights: Weights, seed: int) -> str:
@@ -109,8 +59,7 @@ def run(work: Path, asset: Path, arm_name: str, seed: int, flags: Sequence[str])
     write_data(work / "data" / f"s{seed}", seed, plan.amounts)
     train_arm(place, plan, arm, seed)
     encoder = saved_encoder(place, arm.name, seed)
-    out = solve(place, plan, arm, seed, encoder, flags)
-    adapters = {expert: out / expert / "adapter_model.safetensors" for expert in EXPERTS}
+    adapters = adapters_of(place, plan, arm, seed, encoder, flags)
     painter = Painter(load_official(place.checkpoint), place.checkpoint, place.drawing)
     for name, weights in (
         ("base", Weights()),

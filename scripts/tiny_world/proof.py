@@ -18,7 +18,7 @@ from typing import Any
 from scripts.tiny_world.asset import ASSET, read_quality, write_official
 from scripts.tiny_world.build import digest
 from scripts.tiny_world.drawing import Drawing
-from scripts.tiny_world.proof_arms import BASE, Arm, Plan
+from scripts.tiny_world.proof_arms import Arm, Plan
 from scripts.tiny_world.proof_control import refused_cache
 from scripts.tiny_world.proof_data import texts_digest, write_data
 from scripts.tiny_world.proof_report import write_report
@@ -109,8 +109,7 @@ def run_all(place: Place, plan: Plan, jobs: int) -> dict[Job, dict[str, Any]]:
 
 
 def _is_ready(arm: Arm, seed: int, results: dict[Job, dict[str, Any]]) -> bool:
-    needed = {BASE, arm.start} - {None, arm.name}
-    return all((name, seed) in results for name in needed)
+    return all((name, seed) in results for name in arm.needs)
 
 
 def _line(result: dict[str, Any]) -> str:

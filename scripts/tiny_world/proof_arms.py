@@ -1,13 +1,13 @@
 """The arms of the proof: what each trains, on what, how long, and the configuration that says so to `train.py`."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from scripts.tiny_world.proof_data import Amounts
 
-Kind = Literal["base", "encoder", "adapter"]
+Kind = Literal["base", "encoder", "adapter", "solved"]
 BASE = "base"
 
 
@@ -38,13 +38,15 @@ class Arm:
     Attributes:
         name: of files and tables.
         what: for people.
-        kind: what is trained.
+        kind: what is trained; `solved` is an adapter that is not trained but solved for.
         start: the arm whose encoder it starts from or is made for.
         data: folders of `proof_data.write_data`, each seen as often in all.
         lr: learning rate.
         steps: optimizer steps; of an adapter, for each expert.
         adapter: the lines of `[adapter]`.
         extra: whole tables beside it.
+        flags: of scripts/solve_translator.py.
+        init: the solved arm whose adapter training starts from.
     """
 
     name: str
@@ -56,6 +58,19 @@ class Arm:
     steps: int = 0
     adapter: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    init: str | None = None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter comes of it."""
+        return self.kind in ("adapter", "solved")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Arms that have to be done before."""
+        needed = (BASE, self.start, self.init)
+        return frozenset(name for name in needed if name not in (None, self.name))
 
     def title(self, seed: int) -> str:
         """The name of one training."""
@@ -125,6 +140,28 @@ def arms_of(recipe: Recipe) -> tuple[Arm, ...]:
             _SELF,
             _SELF_EXTRA,
         ),
+        *_solved_arms(
+            adapter("damaging_closed_lora", "closed form, rank 4, then translator", "damaging", both)
+        ),
+    )
+
+
+def _solved_arms(then: Arm) -> tuple[Arm, ...]:
+    """Arms of the closed form, and one that goes on training from it."""
+
+    def solved(name: str, start: str, rank: int, *flags: str) -> Arm:
+        what = f"{start} + closed form, rank {rank}" + (f", {' '.join(flags)}" if flags else "")
+        given = ("--rank", str(rank), *flags)
+        return Arm(name, what, "solved", start, ("new",), 1e-3, 1, _CROSS, flags=given)
+
+    capped = ("--max_delta_ratio", "0.2")
+    return (
+        solved("gentle_closed", "gentle", 4),
+        solved("gentle_closed_capped", "gentle", 16, *capped),
+        solved("damaging_closed", "damaging", 4),
+        solved("damaging_closed_16", "damaging", 16),
+        solved("damaging_closed_capped", "damaging", 16, *capped),
+        replace(then, init="damaging_closed"),
     )
 
 
@@ -149,9 +186,18 @@ class Plan:
 
 
 def write_configs(
-    arm: Arm, seed: int, work: Path, checkpoint: Path, encoder: Path | None, batch: int
+    arm: Arm,
+    seed: int,
+    work: Path,
+    checkpoint: Path,
+    encoder: Path | None,
+    batch: int,
+    init: Path | None = None,
 ) -> Path:
-    """Write the dataset and training TOML of one training below `work`/configs; returns the latter."""
+    """Write the dataset and training TOML of one training below `work`/configs; returns the latter.
+
+    `init` holds the adapters that training starts from.
+    """
     directory = work / "configs"
     directory.mkdir(parents=True, exist_ok=True)
     name = arm.title(seed)
@@ -163,6 +209,7 @@ def write_configs(
     dataset, config = directory / f"{name}.data.toml", directory / f"{name}.toml"
     dataset.write_text("\n".join(data) + "\n", encoding="utf-8")
     is_encoder = arm.kind == "encoder"
+    start = () if init is None else (f"init_from_existing = {quoted(init)}",)
     lines = [
         f"output_dir = {quoted(work / 'runs' / name)}",
         f"dataset = {quoted(dataset)}",
@@ -185,7 +232,11 @@ def write_configs(
         "freeze_transformer = true",
         'timestep_sample_method = "uniform"   # as the miniature was trained',
         "shift = 2.0",
-        *(["train_token_embedding = true"] if is_encoder else ["\n[adapter]", *arm.adapter, *arm.extra]),
+        *(
+            ["train_token_embedding = true"]
+            if is_encoder
+            else ["\n[adapter]", *arm.adapter, *start, *arm.extra]
+        ),
         "\n[optimizer]",
         f"lr = {arm.lr:g}",
         "weight_decay = 0.0",

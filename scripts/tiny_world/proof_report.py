@@ -35,7 +35,14 @@ COMPARED = (
     ("shuffled", "damaging_lora"),
     ("band", "damaging_lora"),
     ("self_attn", "damaging_lora"),
+    ("damaging_closed", "damaging_lora"),
+    ("damaging_closed_16", "damaging_lora"),
+    ("damaging_closed_16", "damaging"),
+    ("damaging_closed_capped", "damaging_lora"),
+    ("damaging_closed_lora", "damaging_closed"),
     ("gentle_lora", "gentle"),
+    ("gentle_closed", "gentle"),
+    ("gentle_closed_capped", "gentle"),
     ("gentle_more", "gentle_lora"),
     ("gentle_lora_new", "gentle_lora"),
 )
@@ -160,11 +167,12 @@ def probe_columns(arm: Arm, results: Results) -> dict[str, str]:
     row = {"neutral drift": "", "largest delta ratio": "", "logit ratios": ""}
     if arm.kind == "encoder":
         row["neutral drift"] = f"{max(probe['te_eval']['neutral_drift'] for probe in probes):.4f}"
-    if arm.kind == "adapter":
-        pairs = [(probe, expert) for probe in probes for expert in EXPERTS]
+    pairs = [(probe, expert) for probe in probes for expert in EXPERTS]
+    if arm.has_adapter:
         ratios = [probe[f"lora_delta_budget.{expert}"]["max_ratio"] for probe, expert in pairs]
-        logits = [probe[f"attn_logit_probe.{expert}"] for probe, expert in pairs]
         row["largest delta ratio"] = f"{max(ratios):.3f}"
+    if arm.kind == "adapter":
+        logits = [probe[f"attn_logit_probe.{expert}"] for probe, expert in pairs]
         lowest, highest = min(one["min_std_ratio"] for one in logits), max(
             one["max_std_ratio"] for one in logits
         )
@@ -214,7 +222,9 @@ def controls(results: Results, refusal: Refusal) -> str:
     state = "refused, as it must be" if refusal.is_refused else "NOT refused for that reason"
     lines = [f"- **Encoder training with the cache left on** was {state} (exit status {refusal.status})."]
     arms = {name for name, _ in results}
-    adapters = [name for name in ("damaging_lora", "band", "self_attn", "shuffled") if name in arms]
+    adapters = [
+        name for name in ("damaging_lora", "damaging_closed", "band", "self_attn", "shuffled") if name in arms
+    ]
     if adapters:
         lines.append(
             "- **Adapters on the base's own encoder**, known words (what the adapter alone does to how they are drawn):"

@@ -7,6 +7,7 @@ from scripts.tiny_world.proof_data import LENGTHS
 from scripts.tiny_world.proof_statistics import (
     FEWEST_TEXTS,
     Estimate,
+    Outcomes,
     Results,
     mean_difference,
     outcomes,
@@ -17,6 +18,8 @@ from scripts.tiny_world.world import COLOURS, SHAPES
 
 CHANCE = 1 / (len(COLOURS) * len(SHAPES))
 KNOWN, NEW, HELD_OUT, KNOWN_LOSS, RECOVERED = 0.95, 0.90, 0.85, 0.02, 0.5
+# Of what known words lost, by the closed form at rank 16; and what new words may lose to it.
+SOLVED, NEW_LOSS = 0.4, 0.02
 # A convention: two pictures of different noise are about 1 apart.
 NEUTRAL_CHANGE = 0.02
 
@@ -93,6 +96,8 @@ def judge_targets(results: Results, what: str = "both") -> list[Finding]:
         )
     if {"damaging", "damaging_lora"} <= arms:
         found += _of_translator(results, what)
+    if {"damaging", "damaging_closed_16"} <= arms:
+        found += _of_closed_form(results, what)
     return found
 
 
@@ -142,10 +147,6 @@ def _of_translator(results: Results, what: str) -> list[Finding]:
     base, damaged, mended = (
         outcomes(results, arm, "known", what) for arm in ("base", "damaging", "damaging_lora")
     )
-    lost, back = base.mean() - damaged.mean(), mended.mean() - damaged.mean()
-    told = f"{100 * back:+.1f} of {100 * lost:.1f} lost points" + (
-        f" ({back / lost:.0%})" if lost > 0 else ""
-    )
     half = recovered(base, damaged, mended, RECOVERED)
     away = mean_difference(
         outcomes(results, "damaging_lora", "neutral", "distance"),
@@ -157,7 +158,7 @@ def _of_translator(results: Results, what: str) -> list[Finding]:
             "at least 0",
             half,
             0.0,
-            why=told,
+            why=_told(base, damaged, mended),
         ),
         Finding(
             "translator: neutral pictures go further from the base's, relative distance of latents",
@@ -168,6 +169,33 @@ def _of_translator(results: Results, what: str) -> list[Finding]:
             in_points=False,
         ),
     ]
+
+
+def _of_closed_form(results: Results, what: str) -> list[Finding]:
+    solved = "damaging_closed_16"
+    base, damaged, mended = (outcomes(results, arm, "known", what) for arm in ("base", "damaging", solved))
+    back = recovered(base, damaged, mended, SOLVED)
+    lost = mean_difference(
+        outcomes(results, "damaging", LENGTHS, what), outcomes(results, solved, LENGTHS, what)
+    )
+    return [
+        Finding(
+            "closed form: points of known words beyond 40 % of what was lost",
+            "at least 0",
+            back,
+            0.0,
+            why=_told(base, damaged, mended),
+        ),
+        Finding("closed form: new words lost to it", "at most 2 points", lost, NEW_LOSS, False),
+    ]
+
+
+def _told(base: Outcomes, damaged: Outcomes, mended: Outcomes) -> str:
+    """How much of what was lost came back."""
+    lost, back = base.mean() - damaged.mean(), mended.mean() - damaged.mean()
+    return f"{100 * back:+.1f} of {100 * lost:.1f} lost points" + (
+        f" ({back / lost:.0%})" if lost > 0 else ""
+    )
 
 
 def neutral_drifts(results: Results, arm: str) -> tuple[list[float], float]:

@@ -20,6 +20,7 @@ from scripts.diagnostics import attn_logit_probe, lora_delta_budget, te_eval
 from scripts.tiny_world.asset import load_official
 from scripts.tiny_world.drawing import EXPERTS, Drawing
 from scripts.tiny_world.proof_arms import Arm, Plan, write_configs
+from scripts.tiny_world.proof_closed import solve
 from scripts.tiny_world.proof_data import LENGTHS, NEUTRAL, NEW_WORDS, Amounts, new_prompts
 from scripts.tiny_world.proof_measure import Painter, Weights, measure, measure_known
 from utils.config.schema import Expert
@@ -64,6 +65,10 @@ class Place:
     def base_latents(self, seed: int) -> Path:
         """What the base drew, for distances."""
         return self.work / "base" / f"latents_s{seed}.safetensors"
+
+    def solved(self, arm: str, seed: int) -> Path:
+        """The adapters that were solved for."""
+        return self.work / "closed_form" / f"{arm}_s{seed}"
 
     def run(self, arm: str, seed: int) -> Path:
         """The `output_dir` of a training."""
@@ -112,16 +117,28 @@ def train_arm(place: Place, plan: Plan, arm: Arm, seed: int) -> Weights:
     encoder = None if arm.start in (None, "base") else saved_encoder(place, str(arm.start), seed)
     if arm.kind == "base":
         return Weights()
+    if arm.kind == "solved":
+        return Weights(encoder, solve_arm(place, plan, arm, seed, encoder))
     run = place.run(arm.name, seed)
     if not _is_trained(place, arm, seed):
         shutil.rmtree(run, ignore_errors=True)
-        config = write_configs(arm, seed, place.work, place.checkpoint, encoder, plan.recipe.batch)
+        init = None if arm.init is None else place.solved(arm.init, seed)
+        config = write_configs(arm, seed, place.work, place.checkpoint, encoder, plan.recipe.batch, init)
         status, log = call_train(config, place.work / "logs" / f"{arm.title(seed)}.log")
         if status:
             raise TrainingStoppedError(f"{config}: train.py ended with status {status}; {log} says why")
     if arm.kind == "encoder":
         return Weights(saved_encoder(place, arm.name, seed))
     return Weights(encoder, saved_adapters(place, arm.name, seed))
+
+
+def solve_arm(place: Place, plan: Plan, arm: Arm, seed: int, encoder: Path | None) -> dict[Expert, Path]:
+    """The adapters of a solved arm, solved for where they are not there."""
+    out = place.solved(arm.name, seed)
+    if not out.is_dir():
+        config = write_configs(arm, seed, place.work, place.checkpoint, encoder, plan.recipe.batch)
+        solve(place.work, config, arm.title(seed), out, arm.flags)
+    return {expert: out / expert / "adapter_model.safetensors" for expert in EXPERTS}
 
 
 def call_train(config: Path, log: Path) -> tuple[int, Path]:
@@ -188,6 +205,12 @@ def run_probes(place: Place, arm: Arm, seed: int) -> dict[str, Any]:
         encoder = saved_encoder(place, arm.name, seed)
         return call_probe(place, "te_eval", arm.title(seed), "--text_encoder", str(encoder), *prompts)
     found: dict[str, Any] = {}
+    if arm.kind == "solved":
+        for expert in EXPERTS:
+            tag = f"{arm.title(seed)}_{expert}"
+            adapter = ("--adapter", str(place.solved(arm.name, seed) / expert))
+            base = ("--base", str(place.checkpoint), "--expert", expert)
+            found |= call_probe(place, "lora_delta_budget", tag, *adapter, *base, suffix=expert)
     if arm.kind == "adapter":
         attention = "self" if arm.extra else "cross"
         for expert in EXPERTS:

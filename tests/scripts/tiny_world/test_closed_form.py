@@ -2,7 +2,8 @@
 
 import pytest
 
-from scripts.tiny_world.closed_form import AMOUNTS, domain_texts, main, neutral_texts
+from scripts.tiny_world.closed_form import AMOUNTS, main
+from scripts.tiny_world.proof_closed import domain_texts, neutral_texts
 from scripts.tiny_world.proof_data import NEW_WORDS
 from scripts.tiny_world.proof_measure import cells_of
 

@@ -23,7 +23,7 @@ def parameters(arm: Arm) -> int:
 
 def test_every_adapter_has_as_many_parameters():
     counts = {arm.name: parameters(arm) for arm in ARMS if arm.kind == "adapter"}
-    assert len(counts) == 7
+    assert len(counts) == 8
     assert set(counts.values()) == {12 * 4 * 2 * 128}
 
 
@@ -31,7 +31,8 @@ def test_every_arm_stands_behind_what_it_starts_from_and_controls_have_as_many_s
     names = [arm.name for arm in ARMS]
     assert len(set(names)) == len(names)
     for arm in ARMS:
-        assert arm.name == BASE or names.index(str(arm.start)) < names.index(arm.name)
+        assert arm.name == BASE or arm.start
+        assert all(names.index(needed) < names.index(arm.name) for needed in arm.needs)
     by_name = {arm.name: arm for arm in ARMS}
     for name in ("gentle", "damaging"):
         # Two experts: an adapter each.
@@ -45,8 +46,10 @@ def test_every_arm_stands_behind_what_it_starts_from_and_controls_have_as_many_s
 def test_every_configuration_is_accepted_and_says_what_the_arm_says(arm, tmp_path):
     write_data(tmp_path / "data" / "s1", 1, Amounts(thing=1, combination=1, known=1))
     encoder = tmp_path / "encoder.safetensors"
-    path = write_configs(arm, 1, tmp_path, Path("ckpt"), encoder, batch=8)
+    init = tmp_path / "solved" if arm.init else None
+    path = write_configs(arm, 1, tmp_path, Path("ckpt"), encoder, 8, init)
     config = load_config(path).train
+    assert config.adapter is None or config.adapter.init_from_existing == (init and str(init))
     assert config.max_steps == arm.steps
     assert config.optimizer.lr == arm.lr
     assert config.seed == 1
@@ -58,7 +61,15 @@ def test_every_configuration_is_accepted_and_says_what_the_arm_says(arm, tmp_pat
     assert used == set(arm.data)
 
 
+def test_solved_arms_have_the_rank_of_trained_ones_and_more():
+    ranks = {arm.name: arm.flags[arm.flags.index("--rank") + 1] for arm in ARMS if arm.kind == "solved"}
+    assert ranks["damaging_closed"] == ranks["gentle_closed"] == "4"
+    assert set(ranks.values()) == {"4", "16"}
+    (then,) = (arm for arm in ARMS if arm.init)
+    assert then.init == "damaging_closed" and then.needs == {"base", "damaging", "damaging_closed"}
+
+
 def test_a_plan_can_leave_it_at_some_arms():
     plan = Plan(arms=("base", "gentle"))
     assert [arm.name for arm in plan.chosen()] == ["base", "gentle"]
-    assert len(Plan().chosen()) == 12
+    assert len(Plan().chosen()) == 18
