@@ -196,7 +196,7 @@ def write_configs(
 ) -> Path:
     """Write the dataset and training TOML of one training below `work`/configs; returns the latter.
 
-    `init` holds the adapters that training starts from.
+    `init` holds the adapters that training starts from, in a directory for each expert.
     """
     directory = work / "configs"
     directory.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,11 @@ def write_configs(
     dataset, config = directory / f"{name}.data.toml", directory / f"{name}.toml"
     dataset.write_text("\n".join(data) + "\n", encoding="utf-8")
     is_encoder = arm.kind == "encoder"
-    start = () if init is None else (f"init_from_existing = {quoted(init)}",)
+    starts = [
+        f"[adapter.{expert}]\ninit_from_existing = {quoted(init / expert)}"
+        for expert in ("high_noise", "low_noise")
+        if init is not None
+    ]
     lines = [
         f"output_dir = {quoted(work / 'runs' / name)}",
         f"dataset = {quoted(dataset)}",
@@ -235,7 +239,7 @@ def write_configs(
         *(
             ["train_token_embedding = true"]
             if is_encoder
-            else ["\n[adapter]", *arm.adapter, *start, *arm.extra]
+            else ["\n[adapter]", *arm.adapter, *starts, *arm.extra]
         ),
         "\n[optimizer]",
         f"lr = {arm.lr:g}",

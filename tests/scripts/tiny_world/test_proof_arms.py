@@ -49,7 +49,10 @@ def test_every_configuration_is_accepted_and_says_what_the_arm_says(arm, tmp_pat
     init = tmp_path / "solved" if arm.init else None
     path = write_configs(arm, 1, tmp_path, Path("ckpt"), encoder, 8, init)
     config = load_config(path).train
-    assert config.adapter is None or config.adapter.init_from_existing == (init and str(init))
+    if init is not None:
+        assert config.adapter and config.adapter.high_noise and config.adapter.low_noise
+        assert config.adapter.high_noise.init_from_existing == str(init / "high_noise")
+        assert config.adapter.low_noise.init_from_existing == str(init / "low_noise")
     assert config.max_steps == arm.steps
     assert config.optimizer.lr == arm.lr
     assert config.seed == 1
