@@ -67,13 +67,15 @@ def test_the_probe_has_low_priority_and_is_the_first_to_go_without_memory() -> N
 
 
 def test_at_the_limit_a_probe_that_will_not_listen_is_killed_with_all_it_started(pids) -> None:
-    supervisor = start(HANGING.format(pids=str(pids)), limit=1.5)
+    supervisor = start(
+        HANGING.format(pids=str(pids)), limit=5.0
+    )  # long enough for it to start on a busy machine
     probe, child = read_pids(pids)
     assert is_alive(probe) and is_alive(child)
     started = time.monotonic()
     found = told(supervisor)
     assert (found["status"], found["ended_by"], found["said"]) == (-9, "time limit", "still at it\n")
-    assert 5 < time.monotonic() - started < 15  # the grace between SIGTERM and SIGKILL
+    assert 5 < time.monotonic() - started < 60  # the grace between SIGTERM and SIGKILL
     assert not is_alive(probe) and not is_alive(child)
 
 
