@@ -57,7 +57,9 @@ def train(
 ) -> float:
     """Train in place; with `schedule.ema` the parameters end as their running mean. Returns the mean loss of the end.
 
-    The parameters that `matrices` names, which have two dimensions, are trained by Muon, all others by AdamW. The state is kept in `work` every few hundred steps, and is gone on from where it is found there: the result is
+    The parameters that `matrices` names, which have two dimensions, are trained by Muon, all others by AdamW.
+
+    The state is kept in `work` every few hundred steps, and is gone on from where it is found there: the result is
     the same, bit for bit, on the same number of threads.
     """
     tensors = list(parameters.values())
