@@ -64,8 +64,9 @@ def fill_cache(
     """Encode this rank's share of `work` that is not in the store, putting each batch there at once.
 
     A rank's share depends on `work` alone, not on what is missing, so that ranks which start at different moments
-    and see different parts of the cache filled still cover everything between them. Killed and started again, it
-    goes on where it was.
+    and see different parts of the cache filled still cover everything between them. It is whole batches: a matrix
+    product's last bits can depend on how many rows it has, and an empty cache is to be filled alike by any number of
+    processes. Killed and started again, it goes on where it was.
 
     Args:
         store: the cache.
@@ -82,7 +83,7 @@ def fill_cache(
     Raises:
         UserError: from `load` (a file that cannot be decoded) or `encode`, or the disk is full.
     """
-    share = rank_share(work, rank, world_size)
+    share = rank_share(work, rank, world_size, batch_size)
     missing = set(store.missing(item.key for item in share))
     to_do = [item for item in share if regenerate or item.key in missing]
     num_encoded = 0
@@ -117,10 +118,11 @@ def _load_batch(batches: Sequence[Sequence[FillItem]], loaded: Iterator[Any], in
     return [replace(item, payload=next(loaded)) for item in batches[index]]
 
 
-def rank_share(work: Iterable[FillItem], rank: int, world_size: int) -> list[FillItem]:
-    """Every `world_size`-th of the distinct items sorted by group and key, so that each rank gets all groups alike."""
+def rank_share(work: Iterable[FillItem], rank: int, world_size: int, batch_size: int) -> list[FillItem]:
+    """Every `world_size`-th batch of the distinct items, so that each rank gets all groups alike."""
     distinct = {item.key: item for item in work}
-    return sorted(distinct.values(), key=_group_and_key)[rank::world_size]
+    batches = list(make_batches(distinct.values(), batch_size))
+    return [item for batch in batches[rank::world_size] for item in batch]
 
 
 def make_batches(items: Iterable[FillItem], batch_size: int) -> Iterator[list[FillItem]]:

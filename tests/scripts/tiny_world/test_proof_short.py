@@ -18,6 +18,9 @@ from utils.errors import UserError
 from utils.report import read_summary
 from utils.rng import derive_seed
 
+# Five trainings stand before the first test: four minutes on quiet cores, and more beside other tests.
+pytestmark = pytest.mark.timeout(1800)
+
 PLAN = Plan(
     seeds=(0,),
     recipe=Recipe(encoder_steps=150, adapter_steps=150, gentle_lr=1e-3, damaging_lr=8e-3),

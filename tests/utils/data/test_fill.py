@@ -61,23 +61,27 @@ def test_all_is_encoded_in_batches_of_one_group_and_then_never_again(store):
     assert fill_cache(store, work, encoder, regenerate=True).num_encoded == 20
 
 
+def keys_of(batches):
+    return [[item.key for item in batch] for batch in batches]
+
+
 @given(count=st.integers(0, 60), world_size=st.integers(1, 7), batch_size=st.integers(1, 9))
 def test_shares_cover_everything_once_whatever_the_order(count, world_size, batch_size):
     work = make_work(count)
     shares = [
-        rank_share(reversed(work) if rank % 2 else work, rank, world_size) for rank in range(world_size)
+        rank_share(reversed(work) if rank % 2 else work, rank, world_size, batch_size)
+        for rank in range(world_size)
     ]
     assert sorted(item.payload for share in shares for item in share) == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    for share in shares:
-        batches = list(make_batches(share, batch_size))
-        assert sorted(item.payload for batch in batches for item in batch) == sorted(
-            item.payload for item in share
-        )
-        assert all(len(batch) <= batch_size and len({item.group for item in batch}) == 1 for batch in batches)
-        # As few batches as the groups allow.
-        groups = [sum(item.group == group for item in share) for group in {item.group for item in share}]
-        assert len(batches) == sum(-(-size // batch_size) for size in groups)
+    alone = list(make_batches(work, batch_size))
+    together = [list(make_batches(share, batch_size)) for share in shares]
+    # The same batches as one process makes, spread evenly.
+    assert sorted(batch for batches in together for batch in keys_of(batches)) == sorted(keys_of(alone))
+    assert max(map(len, together)) - min(map(len, together)) <= 1
+    assert all(len(batch) <= batch_size and len({item.group for item in batch}) == 1 for batch in alone)
+    # As few batches as the groups allow.
+    groups = [sum(item.group == group for item in work) for group in {item.group for item in work}]
+    assert len(alone) == sum(-(-size // batch_size) for size in groups)
 
 
 def test_payloads_are_loaded_in_the_order_of_encoding_and_for_what_is_missing_alone(store):
