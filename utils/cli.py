@@ -35,10 +35,13 @@ def run_command(function: Callable[[], int], *, debug: bool) -> int:
             traceback.print_exc()
         elif _should_speak(error):
             _say(f"error: {error}")
+        if error.on_every_rank:
+            _end_after_rank_0()
         return EXIT_USER_ERROR
     except TrainingStoppedError as error:
         if _rank() == 0:
             _say(f"stopped: {error}")
+        _end_after_rank_0()
         return EXIT_FAILED
     except PeerLostError as error:
         if debug:
@@ -79,6 +82,15 @@ def end_process(status: int) -> NoReturn:
 def _rank() -> int:
     announced = os.environ.get("RANK", "0")
     return int(announced) if announced.isdigit() else 0
+
+
+def _end_after_rank_0() -> None:
+    """What all processes have, rank 0 says; the others let it."""
+    distributed = sys.modules.get("utils.distributed")  # not imported here: a config error needs no torch
+    if distributed is not None and _rank() == 0:
+        distributed.tell_that_it_is_told()
+    elif distributed is not None:
+        distributed.wait_until_it_is_told()
 
 
 def _should_speak(error: UserError) -> bool:

@@ -4,7 +4,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -21,6 +21,10 @@ _own_environment: list[str] = []
 _has_joined: list[bool] = []
 # Objects travel over gloo also where tensors use nccl: no GPU is kept busy, and a peer that dies is noticed at once.
 _object_group: list[Any] = []
+# Outlives the group: a launcher ends all processes when the first one has failed, so that one must not be too early.
+_store: list[Any] = []
+_TOLD = "told"
+_PATIENCE = timedelta(seconds=10)
 # Rank 0 may read a large dataset for hours, or the ranks' shares of caching may differ, while the others wait.
 _OBJECT_TIMEOUT = timedelta(hours=24)
 
@@ -78,6 +82,7 @@ def init_processes(timeout_minutes: float) -> Processes:
             f"minutes): {first_line}"
         ) from error
     _has_joined.append(True)
+    _store[:] = [_get_default_store()]
     return Processes(rank, local_rank, world_size, device, timeout_minutes)
 
 
@@ -91,6 +96,20 @@ def _own_error(text: str) -> UserError:
 def has_joined() -> bool:
     """Whether this process has been in a group; it stays true after `shutdown`."""
     return bool(_has_joined)
+
+
+def tell_that_it_is_told() -> None:
+    """Rank 0, which speaks for all, has said why all end."""
+    for store in _store:
+        with suppress(RuntimeError):
+            store.set(_TOLD, "")
+
+
+def wait_until_it_is_told() -> None:
+    """The others end after it: else their launcher might end rank 0 before it has said a word."""
+    for store in _store:
+        with suppress(RuntimeError):  # it is late, or gone
+            store.wait([_TOLD], _PATIENCE)
 
 
 def _complete_environment() -> None:

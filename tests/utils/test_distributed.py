@@ -38,6 +38,7 @@ def test_results_reach_every_rank() -> None:
     [
         ("main", "error: disk of rank 0 is full"),
         ("other", "error: disk of rank 1 is full"),
+        ("late", "error: disk of rank 1 is full"),  # rank 0 takes its time, and the launcher does not wait
         ("alone", "[rank 1] error: only rank 1 knows"),
     ],
 )

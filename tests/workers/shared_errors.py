@@ -1,6 +1,7 @@
 """Two processes in which one has trouble: run by tests/utils/test_distributed.py under the real launcher."""
 
 import sys
+import time
 
 import torch.distributed as dist
 
@@ -10,8 +11,13 @@ from utils.errors import UserError
 
 
 def body(case: str) -> int:
-    with process_group(timeout_minutes=1) as processes:
-        run_case(case, processes)
+    try:
+        with process_group(timeout_minutes=1) as processes:
+            run_case(case, processes)
+    except UserError:
+        if case == "late" and processes.is_main:
+            time.sleep(2)
+        raise
     return 0
 
 
@@ -28,7 +34,7 @@ def run_case(case: str, processes: Processes) -> None:
         dist.barrier()
     if case == "main":
         on_main(lambda: fail_on(0))
-    if case == "other":
+    if case in ("other", "late"):
         on_every_rank(lambda: fail_on(1))
     if case == "alone" and processes.rank == 1:
         raise UserError("only rank 1 knows")
