@@ -64,3 +64,16 @@ def tiny_i2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images and videos of coloured shapes with captions. Shared: read it, never write to it."""
     return make_once(tmp_path_factory, "shapes", "make_tiny_dataset.py")
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compile` without its last part, which writes and compiles C++ for tens of seconds: graphs run as they are.
+
+    Tracing, guards, the backward graph and what it keeps are those of a real run.
+    """
+    import torch
+    from torch._dynamo.backends.debugging import aot_eager_decomp_partition
+
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager_decomp_partition)

@@ -9,6 +9,7 @@ The same operations run in the same order in all of them, so the numbers are tho
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -55,11 +56,16 @@ def run_again_later(mode: ActivationCheckpointing, run: Callable[..., Any], wire
         return again(context_fn=partial(create_selective_checkpoint_contexts, _policy))
     if mode == "offload":
         # The hooks are those in force while the checkpoint saves its inputs; inside it, it has its own.
-        # By its place and not by itself: what is saved keeps the hooks, and they would keep the tensor on the device.
-        own = (wire[0].data_ptr(), wire[0].shape)
-        with torch.autograd.graph.saved_tensors_hooks(partial(_pack, own), _unpack):
+        with parked(wire[0]):
             return again()
     return again()
+
+
+def parked(tensor: Tensor) -> AbstractContextManager[None]:
+    """For the body: where autograd saves this tensor, it waits in host memory until the backward pass wants it."""
+    # By its place and not by itself: what is saved keeps the hooks, and they would keep the tensor on the device.
+    own = (tensor.data_ptr(), tensor.shape)
+    return torch.autograd.graph.saved_tensors_hooks(partial(_pack, own), _unpack)
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:

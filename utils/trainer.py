@@ -15,6 +15,7 @@ from torch import Tensor
 from utils.budget import Budget, Drift
 from utils.checkpoint import LoopState, latest_checkpoint
 from utils.checkpoint_writer import CheckpointWriter, SaveTimes, WriteFlags
+from utils.compiled import graphs_compiled
 from utils.config.schema import TrainConfig
 from utils.data.prefetch import ReadAhead
 from utils.data.sampler import BatchPlan, MicroBatch, rank_slice
@@ -87,6 +88,7 @@ class Trainer:
         self.total_steps = 0
         self._begun = initial_state(self._per_step)
         self.stopped_by: str | None = None
+        self._num_graphs = 0
         self._control = RunControl(run_dir, processes.is_main, config.checkpoint_every_n_minutes)
         self._writer = CheckpointWriter(run_dir, pipeline, config.keep_checkpoints)
         self._save_times: SaveTimes | None = None
@@ -128,6 +130,7 @@ class Trainer:
                     self._recorder.clear()  # neutral prompts went through the stages too
                 if self._probes is not None:
                     self._probes.after_step(row)
+                self._say_what_compiled(row)
                 on_main(lambda row=row: writer.write(row) if writer is not None else None)  # type: ignore[misc]
                 if writer is not None and bar is not None:
                     bar.advance(
@@ -146,6 +149,15 @@ class Trainer:
             if self._probes is not None and self.stopped_by is None:
                 self._probes.at_end()
         return state
+
+    def _say_what_compiled(self, row: Mapping[str, Any]) -> None:
+        """A step that compiled took longer for it, and it should not go on for ever."""
+        total = row.get("compiled_graphs", 0)
+        if total > self._num_graphs and self._processes.is_main:
+            announce(
+                f"step {row['step']}: {total - self._num_graphs} graph(s) compiled, {total} so far, over all processes"
+            )
+        self._num_graphs = total
 
     def is_told_to_stop(self) -> bool:
         """Whether any process has been asked to stop, also too late to stop this run. Every rank must call it."""
@@ -186,7 +198,7 @@ class Trainer:
             self._pipeline.train_step(iter(data.prepared))
         except NonFiniteGradientsError:
             self._stop_non_finite(state.step, batches)
-        totals, timesteps = self._reduced_totals()
+        totals, timesteps, num_graphs = self._reduced_totals()
         loss = float(np.float32(totals[0] / totals[1]))
         if not np.isfinite(loss):  # an overflow in the loss may leave the gradient finite
             self._stop_non_finite(state.step, batches)
@@ -211,6 +223,8 @@ class Trainer:
             "data_seconds": round(data_seconds, 4),
             "tokens_per_second": round(sum(map(self._model.num_tokens, batches)) / seconds, 1),
         }
+        if self._config.compile:
+            row["compiled_graphs"] = num_graphs
         if self._save_times is not None:
             row["checkpoint_seconds"] = round(self._save_times.stall, 4)
             row["checkpoint_copy_seconds"] = round(self._save_times.copy, 4)
@@ -243,12 +257,12 @@ class Trainer:
                 batch, batch_weight, need_inputs=pipeline.is_first, need_labels=pipeline.is_last
             )
 
-    def _reduced_totals(self) -> tuple[np.ndarray, dict[str, float]]:
-        """Totals of the step and the timesteps that it visited, over all ranks; only last stages contribute.
+    def _reduced_totals(self) -> tuple[np.ndarray, dict[str, float], int]:
+        """Over all ranks: totals of the step and the timesteps that it visited, of last stages; graphs compiled so far.
 
         With them, at no further cost, go what any rank was asked for and how far the checkpoint in flight is.
         """
-        flags = [*self._control.flags(), *self._writer.flags()]
+        flags = [graphs_compiled(), *self._control.flags(), *self._writer.flags()]
         pipeline = self._pipeline
         # A sum is all that is reduced, so each copy has a place of its own.
         ranges = np.zeros((pipeline.dp_size, 2))
@@ -258,11 +272,12 @@ class Trainer:
         everything = torch.from_numpy(own).to(self._processes.device)
         dist.all_reduce(everything)
         totals, places, counts = np.split(everything.cpu().numpy(), [-len(flags) - ranges.size, -len(flags)])
-        requests, written = np.split(counts.astype(int), [-_NUM_WRITE_FLAGS])
+        (num_graphs,), requests, written = np.split(counts.astype(int), [1, -_NUM_WRITE_FLAGS])
         self._control.hear(RequestFlags(*requests.tolist()))
         self._writer.advance(WriteFlags(*written.tolist()))
         lows, highs = places.reshape(-1, 2).T
-        return totals, {"min": round(float(lows.min()), 4), "max": round(float(highs.max()), 4)}
+        timesteps = {"min": round(float(lows.min()), 4), "max": round(float(highs.max()), 4)}
+        return totals, timesteps, int(num_graphs)
 
     def _stop_non_finite(self, step: int, batches: Sequence[MicroBatch]) -> None:
         bad = sorted(

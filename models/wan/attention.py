@@ -1,10 +1,21 @@
 """The two attentions of a Wan block. torch only; shapes: B batch, S video tokens, L text tokens, D width, N heads, K head width."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.wan.rope import apply_rope
+
+# query [B, S, N, K], key and value [B, L, N, K] -> [B, S, N, K], all in one dtype.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attend_by_torch(query_BSNK: Tensor, key_BLNK: Tensor, value_BLNK: Tensor) -> Tensor:
+    """Attention by torch, which chooses the fastest kernel that it has for the device."""
+    query, key, value = (one.transpose(1, 2) for one in (query_BSNK, key_BLNK, value_BLNK))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
@@ -25,12 +36,18 @@ class WanAttention(nn.Module):
 
     Projections live in `compute_dtype`, norms in float32. Queries and keys stay in float32 through norm and rotary
     embedding and are rounded once, just before the product.
+
+    Attributes:
+        attend: softmax(query key / sqrt(K)) value, by torch or by another package's kernel (`models.wan.kernels`).
     """
+
+    attend: Attend
 
     def __init__(self, dim: int, num_heads: int, eps: float, compute_dtype: torch.dtype) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.compute_dtype = compute_dtype
+        self.attend = attend_by_torch
         self.q = nn.Linear(dim, dim, dtype=compute_dtype)
         self.k = nn.Linear(dim, dim, dtype=compute_dtype)
         self.v = nn.Linear(dim, dim, dtype=compute_dtype)
@@ -51,12 +68,8 @@ class WanAttention(nn.Module):
         """
         query, key = self.queries_and_keys(states_BSD, source_BLD, table)
         value = self.v(source_BLD).unflatten(-1, (self.num_heads, -1))
-        mixed_BNSK = F.scaled_dot_product_attention(
-            query.to(self.compute_dtype).transpose(1, 2),
-            key.to(self.compute_dtype).transpose(1, 2),
-            value.transpose(1, 2),
-        )
-        return self.o(mixed_BNSK.transpose(1, 2).flatten(2))
+        mixed_BSNK = self.attend(query.to(self.compute_dtype), key.to(self.compute_dtype), value)
+        return self.o(mixed_BSNK.flatten(2))
 
     def queries_and_keys(
         self, states_BSD: Tensor, source_BLD: Tensor, table: tuple[Tensor, Tensor] | None

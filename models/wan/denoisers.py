@@ -42,9 +42,12 @@ class OpenDit(Protocol):
 
 
 def sampling_config(config: TrainConfig, model: ModelConfig) -> TrainConfig:
-    """The configuration with which a DiT's layers are built for sampling: no adapter of its own, nothing trained."""
+    """The configuration with which a DiT's layers are built for sampling: no adapter of its own, nothing trained.
+
+    Nothing is compiled: a process that draws a grid would mostly compile.
+    """
     split = {"partition_method": "cost", "partition_split": ()} if config.model.train_text_encoder else {}
-    return replace(config, model=model, adapter=None, activation_checkpointing=False, **split)  # type: ignore[arg-type]
+    return replace(config, model=model, adapter=None, activation_checkpointing=False, compile=False, **split)  # type: ignore[arg-type]
 
 
 @contextmanager

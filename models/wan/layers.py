@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from models.wan.arch import WanArch
+from models.wan.attention import Attend
 from models.wan.checkpoint import TensorSource, text_encoder_sizes
+from models.wan.kernels import attend_of
 from models.wan.layer_memory import Workload
 from models.wan.layer_plan import (
     TEXT_PREFIX,
@@ -87,7 +89,7 @@ def _paired(high: "_DitBuilder", low: "_DitBuilder") -> list[Build]:
 
     def block(index: int, device: torch.device) -> PipelineLayer:
         pair = pair_of(high.block(index, device), low.block(index, device))
-        return PairedBlockLayer(pair, high.recompute)
+        return PairedBlockLayer(pair, high.recompute, high.is_compiled(index))
 
     return [
         lambda device: PairedInputLayer(pair_of(high.input(device), low.input(device)), boundary),
@@ -169,6 +171,7 @@ class _DitBuilder:
         self.swapped = swapped_blocks(config, arch)
         self._swap: BlockSwap | None = None
         self._in_8_bits = config.model.transformer_dtype == "float8"
+        self._computes_in_8_bits = config.model.transformer_compute == "float8"
         self._initial = initial
         self._compute_dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._residual_dtype: torch.dtype = getattr(torch, config.model.residual_dtype)
@@ -185,6 +188,7 @@ class _DitBuilder:
         with torch.device("meta"):
             block = WanBlock(self.arch, self._compute_dtype)
         self._load(block, f"blocks.{index}.", device)
+        block.self_attn.attend = block.cross_attn.attend = self._attend(device)
         adapter = self._config.adapter
         paths = [path for number, path in self.targets if number == index]
         dropout = 0.0
@@ -195,7 +199,14 @@ class _DitBuilder:
             self._start_from_initial(block, index, paths)
             dropout = adapter.dropout
         self._store_frozen(block, index, device)
-        return DitBlockLayer(block, f"blocks.{index}", self.recompute, dropout)
+        return DitBlockLayer(block, f"blocks.{index}", self.recompute, dropout, self.is_compiled(index))
+
+    def is_compiled(self, index: int) -> bool:
+        """Whether a block is; one whose weights come and go is not, because no compiler can follow them."""
+        return self._config.compile and index not in self.swapped
+
+    def _attend(self, device: torch.device) -> Attend:
+        return attend_of(self._config.model.attention, self._config.model.dtype, device)
 
     def head(self, device: torch.device) -> PipelineLayer:
         """Norm, modulation and projection to velocity."""
@@ -214,7 +225,7 @@ class _DitBuilder:
             weight, scale = linear.weight.detach(), None
             if self._in_8_bits:
                 weight, scale = self._read_in_8_bits(f"blocks.{index}.{path}.weight", device)
-            return FrozenLinear(weight, scale, linear.bias, self._compute_dtype)
+            return FrozenLinear(weight, scale, linear.bias, self._compute_dtype, self._computes_in_8_bits)
 
         replace_frozen_linears(block, store)
         if is_swapped:

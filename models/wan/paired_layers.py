@@ -10,7 +10,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from models.wan.compiled import RunBlock, compiled_block
 from models.wan.stages import TextWire
+from models.wan.transformer import WanBlock
 from utils.config.experts import EXPERTS
 from utils.config.schema import ActivationCheckpointing
 from utils.layers import PipelineLayer
@@ -74,10 +76,17 @@ class PairedInputLayer(PipelineLayer):
 
 
 class PairedBlockLayer(PipelineLayer):
-    """One block of either DiT."""
+    """One block of either DiT. `is_compiled` as of `DitBlockLayer`."""
 
-    def __init__(self, inner: nn.ModuleDict, recompute: ActivationCheckpointing) -> None:
-        super().__init__(inner, recompute)
+    def __init__(
+        self, inner: nn.ModuleDict, recompute: ActivationCheckpointing, is_compiled: bool = False
+    ) -> None:
+        super().__init__(inner, False if is_compiled else recompute)
+        blocks = [cast(WanBlock, block) for block in inner.values()]
+        # By identity: a module is its own key.
+        self._run_block: dict[nn.Module, RunBlock] = {
+            block: compiled_block(block, recompute) if is_compiled else block for block in blocks
+        }
 
     def run(self, *wire: Tensor) -> PairWire:
         """hidden_BFHWD -> hidden_BFHWD."""
@@ -85,7 +94,7 @@ class PairedBlockLayer(PipelineLayer):
         (hidden,) = by_expert(
             pair.is_high_B,
             self.inner,
-            lambda expert, tensors: (expert(*tensors),),
+            lambda expert, tensors: (self._run_block[expert](*tensors),),
             (pair.hidden_BFHWD, pair.modulation_BT6D, pair.text_BLD),
         )
         return pair._replace(hidden_BFHWD=hidden)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.wan.compiled import compiled_block
 from models.wan.text_encoder import padding_mask
 from models.wan.transformer import WanBlock, WanEmbedding, WanHead
 from utils.config.schema import ActivationCheckpointing
@@ -128,20 +129,28 @@ class DitInputLayer(PipelineLayer):
 
 
 class DitBlockLayer(PipelineLayer):
-    """One DiT block."""
+    """One DiT block; `is_compiled`: by `torch.compile`, and recomputation with it."""
 
     inner: WanBlock
 
     def __init__(
-        self, inner: WanBlock, name: str, recompute: ActivationCheckpointing, dropout: float
+        self,
+        inner: WanBlock,
+        name: str,
+        recompute: ActivationCheckpointing,
+        dropout: float,
+        is_compiled: bool = False,
     ) -> None:
-        super().__init__(inner, recompute)
+        super().__init__(inner, False if is_compiled else recompute)
+        self._run_block = compiled_block(inner, recompute) if is_compiled else inner
         self._dropout = _DropoutSeed(name, dropout)
 
     def run(self, *wire: Tensor) -> DitWire:
         """hidden_BFHWD -> hidden_BFHWD."""
         dit = DitWire(*wire)
-        hidden = self._dropout.call(self.inner, dit.seed, dit.hidden_BFHWD, dit.modulation_BT6D, dit.text_BLD)
+        hidden = self._dropout.call(
+            self._run_block, dit.seed, dit.hidden_BFHWD, dit.modulation_BT6D, dit.text_BLD
+        )
         return dit._replace(hidden_BFHWD=hidden)
 
 

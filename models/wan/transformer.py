@@ -97,14 +97,20 @@ class WanBlock(nn.Module):
 
     def forward(self, hidden_BFHWD: Tensor, modulation_BT6D: Tensor, text_BLD: Tensor) -> Tensor:
         """One block; returns the new hidden state in the shape and dtype of the old."""
+        return self.body(hidden_BFHWD, modulation_BT6D, text_BLD, self.rope(hidden_BFHWD))
+
+    def body(
+        self, hidden_BFHWD: Tensor, modulation_BT6D: Tensor, text_BLD: Tensor, table: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """The block for any arrangement of its tokens over F, H and W that the modulation fits: `table` has their places."""
         rows = self.modulation_rows(modulation_BT6D)
-        hidden = self.attend_self(hidden_BFHWD, rows)
+        hidden = self.attend_self(hidden_BFHWD, rows, table)
         return self.feed_forward(self.attend_text(hidden, text_BLD), rows)
 
-    def attend_self(self, hidden_BFHWD: Tensor, rows: list[Tensor]) -> Tensor:
-        """The first third of a block: video tokens look at each other. `rows` as of `modulation_rows`."""
+    def attend_self(self, hidden_BFHWD: Tensor, rows: list[Tensor], table: tuple[Tensor, Tensor]) -> Tensor:
+        """The first third: video tokens look at each other. `rows` as of `modulation_rows`, `table` as of `rope`."""
         states = self.self_attn_input(hidden_BFHWD, rows)
-        mixed = self.self_attn(states, states, self.rope(hidden_BFHWD)).view_as(hidden_BFHWD)
+        mixed = self.self_attn(states, states, table).view_as(hidden_BFHWD)
         return (hidden_BFHWD + mixed * rows[2]).to(hidden_BFHWD.dtype)
 
     def attend_text(self, hidden_BFHWD: Tensor, text_BLD: Tensor) -> Tensor:

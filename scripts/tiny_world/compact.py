@@ -33,7 +33,7 @@ def velocity(
     for block in model.blocks:
         assert isinstance(block, WanBlock)
         rows = block.modulation_rows(modulation)
-        hidden = _attend_text(block, block.attend_self(hidden, rows), text, bias)
+        hidden = _attend_text(block, block.attend_self(hidden, rows, block.rope(hidden)), text, bias)
         hidden = block.feed_forward(hidden, rows)
     return model.head(hidden, time_BTD)
 

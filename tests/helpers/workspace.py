@@ -77,9 +77,14 @@ class Workspace:
         ]
 
     def launch(
-        self, launcher: Sequence[str], mode: str, *overrides: str, flags: Sequence[str] = ()
+        self,
+        launcher: Sequence[str],
+        mode: str,
+        *overrides: str,
+        flags: Sequence[str] = (),
+        time_limit: float = TIME_LIMIT_SECONDS,
     ) -> subprocess.CompletedProcess[str]:
-        """Train in processes of its own."""
+        """Train in processes of its own, for `time_limit` seconds at most."""
         command = self.command(launcher, mode, *overrides, flags=flags)
         return subprocess.run(
             command,
@@ -87,7 +92,7 @@ class Workspace:
             text=True,
             cwd=self.root,
             env=environment(),
-            timeout=TIME_LIMIT_SECONDS,
+            timeout=time_limit,
         )
 
     def runs(self) -> list[Path]:

@@ -61,12 +61,44 @@ def test_outputs_and_gradients_are_those_of_the_dequantised_weight(dtype, bias):
     assert torch.equal(b.grad, a.grad)
 
 
+def test_products_in_8_bits_are_off_by_the_rounding_of_both_sides():
+    """Against the exact product with the same stored weight; 3 bits on one side more. Measured 0.027 and 0.026."""
+    _, layer = linear_pair(torch.bfloat16)
+    in_8_bits = FrozenLinear(layer.values, layer.scale, layer.bias, torch.bfloat16, in_8_bits=True)
+    states = (
+        torch.randn(3, 7, 96).bfloat16() * torch.logspace(-2, 2, 7)[:, None]
+    )  # tokens of very different size
+    states = states.bfloat16().requires_grad_()
+    direction = torch.randn(3, 7, 64).bfloat16()
+    weight = layer.values.double() * layer.scale.double()
+    expected = states.double() @ weight.T + layer.bias.double()
+    (back,) = torch.autograd.grad((found := in_8_bits(states)), states, direction)
+    assert found.dtype == back.dtype == torch.bfloat16
+    assert 0.005 < relative(found, expected) < 0.035
+    assert 0.005 < relative(back, direction.double() @ weight) < 0.035
+    # Each token has a scale of its own, so that small ones are no worse.
+    per_token = (found.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert per_token.max() < 0.05
+
+
+@pytest.mark.parametrize("value", [0.0, 3e-30, 1e30])
+def test_extreme_tokens_stay_finite_in_8_bits(value):
+    _, layer = linear_pair(torch.bfloat16)
+    in_8_bits = FrozenLinear(layer.values, layer.scale, None, torch.bfloat16, in_8_bits=True)
+    states = torch.full((2, 96), value, dtype=torch.bfloat16, requires_grad=True)
+    found = in_8_bits(states)
+    (back,) = torch.autograd.grad(found, states, torch.full_like(found, value))
+    assert found.isfinite().all() and back.isfinite().all()
+    assert (found == 0).all() == (value == 0)
+
+
 def test_autograd_keeps_no_copy_of_the_weight():
     _, layer = linear_pair(torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(torch.randn(2, 96, requires_grad=True))
-    assert saved == []
+    stored = {layer.values.data_ptr(), layer.scale.data_ptr()}
+    assert {tensor.data_ptr() for tensor in saved} == stored
 
 
 def test_without_a_gradient_there_is_no_graph():

@@ -50,7 +50,6 @@ TRAINING_KEYS = (
         "write decode_workers to set their number",
         ANY_VALUE,
     ),
-    ForeignKey("compile", "nothing is compiled", idle=ANY_VALUE),
     ForeignKey(
         "reentrant_activation_checkpointing",
         "one way of recomputing serves any number of stages",

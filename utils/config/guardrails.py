@@ -13,6 +13,7 @@ from utils.config.caption_rules import CAPTION_RULES
 from utils.config.eval_rules import EVAL_RULES
 from utils.config.experts import EXPERT_RULES, on_each_side
 from utils.config.introspect import keys_of
+from utils.config.kernel_rules import KERNEL_RULES
 from utils.config.probe_rules import PROBE_RULES
 from utils.config.rules import Rule
 from utils.config.sample_rules import SAMPLE_RULES
@@ -264,6 +265,7 @@ RULES = (
     Rule(check_partition, ("partition_method", "partition_split", "pipeline_stages")),
     Rule(check_betas, ("optimizer.betas",)),
     Rule(check_optimizer_precision, ("optimizer.type", "model.dtype")),
+    *KERNEL_RULES,
     Rule(check_warmup, ("warmup_steps", "max_steps")),
     *EVAL_RULES,
     *PROBE_RULES,

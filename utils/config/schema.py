@@ -114,6 +114,16 @@ class ModelConfig:
         "channel). Not set: in dtype.",
         None,
     )
+    transformer_compute: Literal["float8"] | None = option(
+        "float8: multiply in 8 bits too, with one scale per token; needs transformer_dtype = float8, dtype = bfloat16, and on a GPU "
+        "one that has it (Ada, Hopper or newer). Faster and less exact (docs/numerics.md). Not set: in dtype.",
+        None,
+    )
+    attention: Literal["auto", "torch", "flash_attn_2", "flash_attn_3"] = option(
+        "Attention of the DiT. torch: torch's own kernels; flash_attn_2, flash_attn_3: those of the packages flash-attn and "
+        "flash-attn 3, where installed; auto: the fastest of these that is there and can be used.",
+        "auto",
+    )
     vae_dtype: DType = option(
         "Precision of the VAE while caching. The official code uses float32.", "float32"
     )
@@ -327,6 +337,11 @@ class TrainConfig:
         "but one. The numbers are the same.",
         0,
         ge=0,
+    )
+    compile: bool = option(
+        "Compile the DiT's blocks with torch.compile (not those of blocks_to_swap): cheap operations are fused. The first steps, and "
+        "the first of a new kind of batch, take longer. Rounding differs a little from that of false.",
+        False,
     )
     uncond_fraction: float = option("Share of visits that see the empty caption.", 0.0, ge=0.0, le=1.0)
     lr_scheduler: Literal["constant", "linear", "cosine"] = option(

@@ -85,7 +85,7 @@ class BaseForward:
                 look(stream, "self_attn", Inputs(states, states, block.rope(hidden), len(states)))
             if is_last and "cross_attn" not in kinds:
                 continue
-            hidden = block.attend_self(hidden, rows)
+            hidden = block.attend_self(hidden, rows, block.rope(hidden))
             if look is not None and "cross_attn" in kinds:
                 states = block.cross_attn_input(hidden)[0]
                 look(stream, "cross_attn", Inputs(states, text[0], None, max(stream.num_tokens, 1)))

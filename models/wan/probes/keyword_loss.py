@@ -119,7 +119,7 @@ def _losses(
     data: CachedBatches, wires: list[Any], labels: Sequence[tuple[Tensor, ...]], device: torch.device
 ) -> list[float]:
     """The mean loss of each micro-batch. One layer of the DiT is in memory at a time."""
-    config = replace(data.config, blocks_to_swap=0, activation_checkpointing=False)
+    config = replace(data.config, blocks_to_swap=0, activation_checkpointing=False, compile=False)
     source = open_transformer(data.paths.transformer_dir)
     arch = load_arch(data.paths.config_json, source.shapes)
     for spec in dit_layers(config, source, arch, (), {}, Workload(1.0, 1.0)):

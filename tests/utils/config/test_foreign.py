@@ -165,7 +165,7 @@ def test_a_whole_example_lacks_only_the_three_switches(home) -> None:
     assert len(about_wandb.key.split(", ")) == 4
     remarks = {"adapter.include", "max_steps", "model.transformer_dtype"}
     assert {note.key for note in loaded.notes} >= remarks
-    assert len(loaded.notes) == 14 + len(remarks)
+    assert len(loaded.notes) == 13 + len(remarks)
 
 
 def test_the_example_for_little_memory_says_what_it_needs_at_once(home) -> None:

@@ -1,0 +1,115 @@
+"""Which attention is used where, and what is refused. No GPU is needed: what it would say is said for it."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from models.wan.attention import WanAttention, attend_by_torch
+from models.wan.kernels import attend_of, attention_in_use, check_device
+from utils.errors import UserError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """`machine((9, 0), "flash_attn", ...)`: a GPU of this compute capability, and which packages are installed."""
+
+    def make(capability, *packages):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+        monkeypatch.setattr(
+            "models.wan.kernels.find_spec", lambda name: object() if name in packages else None
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "expected"),
+    [
+        ((9, 0), ("flash_attn_interface", "flash_attn"), "flash_attn_3"),
+        ((9, 0), ("flash_attn",), "flash_attn_2"),
+        ((9, 0), (), "torch"),
+        ((8, 0), ("flash_attn_interface", "flash_attn"), "flash_attn_2"),
+        ((10, 0), ("flash_attn_interface",), "torch"),
+        ((7, 5), ("flash_attn_interface", "flash_attn"), "torch"),
+    ],
+)
+def test_auto_is_the_fastest_that_is_there_and_made_for_the_gpu(machine, capability, packages, expected):
+    machine(capability, *packages)
+    assert attention_in_use("auto", "bfloat16", GPU) == expected
+    assert attention_in_use("auto", "float32", GPU) == "torch"
+    assert attention_in_use("auto", "bfloat16", CPU) == "torch"
+    assert attention_in_use("torch", "bfloat16", GPU) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "device", "reason"),
+    [
+        ((9, 0), ("flash_attn_interface",), CPU, "is for GPUs, and this run has none"),
+        ((8, 0), ("flash_attn_interface",), GPU, "is not made for Some GPU"),
+        ((9, 0), ("flash_attn",), GPU, "cannot be imported: there is no module flash_attn_interface"),
+    ],
+)
+def test_a_kernel_that_cannot_be_used_is_refused_by_name(
+    machine, make_config, capability, packages, device, reason
+):
+    machine(capability, *packages)
+    config = make_config("dit_lora", model={"dtype": "bfloat16", "attention": "flash_attn_3"})
+    with pytest.raises(UserError, match=rf'model\.attention: is "flash_attn_3", which {reason}.*"auto"'):
+        check_device(config, device)
+
+
+def test_products_in_8_bits_need_a_gpu_that_has_them(machine, make_config):
+    model = {"dtype": "bfloat16", "transformer_dtype": "float8", "transformer_compute": "float8"}
+    config = make_config("dit_lora", model=model)
+    machine((8, 0))
+    with pytest.raises(
+        UserError, match=r"model\.transformer_compute: .*Some GPU \(compute capability 8\.0\)"
+    ):
+        check_device(config, GPU)
+    machine((8, 9))
+    check_device(config, GPU)
+    check_device(config, CPU)
+
+
+def test_compiling_asks_for_a_compiler(make_config, monkeypatch, tmp_path):
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check_device(make_config("dit_lora"), CPU)
+    with pytest.raises(UserError, match="compile: is true"):
+        check_device(make_config("dit_lora", compile=True), CPU)
+
+
+@pytest.mark.parametrize("with_sums", [False, True])
+def test_flash_attention_gets_what_torch_gets(machine, monkeypatch, with_sums):
+    """By a stand-in that has the arguments of `flash_attn_func` and computes by the formula."""
+    machine((9, 0), "flash_attn_interface")
+    calls = []
+
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
+        calls.append(q.shape)
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        weights = (torch.einsum("bsnk,blnk->bnsl", q, k) * scale).softmax(-1)
+        mixed = torch.einsum("bnsl,blnk->bsnk", weights, v)
+        return (mixed, weights.sum(-1)) if with_sums else mixed
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=flash_attn_func))
+    torch.manual_seed(0)
+    attention = WanAttention(64, 4, 1e-6, torch.float32)
+    states, text = torch.randn(2, 10, 64), torch.randn(2, 7, 64)
+    expected = attention(states, text, None)
+    attention.attend = attend_of("auto", "bfloat16", GPU)
+    torch.testing.assert_close(attention(states, text, None), expected, rtol=1e-5, atol=1e-6)
+    assert calls == [(2, 10, 4, 16)]
+
+
+def test_torch_is_the_reference(make_config, build_layers, open_tiny, tiny_ti2v):
+    for name in ("auto", "torch"):
+        _, layers = build_layers(make_config("dit_lora", model={"attention": name}), open_tiny(tiny_ti2v), [])
+        attentions = [module for module in layers.modules() if isinstance(module, WanAttention)]
+        assert len(attentions) == 8 and all(one.attend is attend_by_torch for one in attentions)
