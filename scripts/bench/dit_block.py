@@ -2,6 +2,7 @@
 
     python -m scripts.bench.dit_block
     python -m scripts.bench.dit_block --device cuda --compile      # both sides compiled block by block
+    python -m scripts.bench.dit_block --device cuda --float8       # ours in 8 bits against theirs in bfloat16
 
 Timed in turns: forward, and forward + backward as a translator is trained (frozen weights, LoRA on cross_attn.{k,v}), in float32
 and in bfloat16, at several numbers of tokens; outputs and gradients are compared first. Counted without timing, one frozen
@@ -67,6 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dim", type=width, help="width, a multiple of 128 (default: by device)")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of both sides")
+    parser.add_argument(
+        "--float8",
+        action="store_true",
+        help="bfloat16 only: our side stores and multiplies its frozen weights in 8 bits; its error against the other's bfloat16 is "
+        "told",
+    )
     parser.add_argument("--only", choices=("counts", "block", "model"), help="this part alone (default: all)")
     return parser
 
@@ -128,7 +135,8 @@ def time_all(args: argparse.Namespace, report: Report, device: torch.device) -> 
     Raises:
         UserError: they do not.
     """
-    precisions = (BFLOAT16, MIXED) if device.type == "cuda" else (FLOAT32, BFLOAT16, MIXED)
+    no_float32 = device.type == "cuda" or args.float8
+    precisions = (BFLOAT16, MIXED) if no_float32 else (FLOAT32, BFLOAT16, MIXED)
     comparisons, errors = [], []
     for subject, arch in SIZES[device.type].items():
         if args.only not in (None, subject):
@@ -137,7 +145,7 @@ def time_all(args: argparse.Namespace, report: Report, device: torch.device) -> 
             arch = replace(arch, dim=args.dim, ffn_dim=4 * args.dim, num_heads=args.dim // HEAD_WIDTH)
         for precision in precisions:
             for grid in args.grids or grids(GRIDS[device.type]):
-                case = Case(subject, arch, precision, grid, device, args.compile)
+                case = Case(subject, arch, precision, grid, device, args.compile, args.float8)
                 pair = build_pair(case)
                 errors += pair.check()
                 comparisons += [

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from models.wan.arch import WanArch, expected_shapes
+from models.wan.compiled import compiled_block
 from models.wan.transformer import WanTransformer
 from scripts.bench.peers import build_peer_dit
 from scripts.bench.random_weights import RandomSource
 from utils.bench import check_agreement
 from utils.config.schema import AdapterConfig
+from utils.frozen_linear import FrozenLinear, quantise, replace_frozen_linears
 from utils.lora import add_lora, parameter_names
 
 RANK = 16
+# e4m3 has 3 bits after the point: 0.03 of each product on either side (docs/numerics.md), and a model of several blocks more.
+FLOAT8_TOLERANCE = 0.2
 _OURS, _THEIRS = ("cross_attn.k", "cross_attn.v"), ("attn2.to_k", "attn2.to_v")
 _TEXT_TOKENS = 40
 _UP_STD = 0.02
@@ -37,7 +41,10 @@ class Precision:
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared: `block` or `model`, its sizes, precision, grid of tokens, device."""
+    """What is compared: `block` or `model`, its sizes, precision, grid of tokens, device.
+
+    `compile`: both sides by blocks. `float8`: our side stores and multiplies its frozen weights in 8 bits.
+    """
 
     subject: str
     arch: WanArch
@@ -45,11 +52,17 @@ class Case:
     grid: tuple[int, int, int]
     device: torch.device
     compile: bool = False
+    float8: bool = False
+
+    @property
+    def tolerance(self) -> float:
+        """Largest relative error between the sides."""
+        return FLOAT8_TOLERANCE if self.float8 else self.precision.tolerance
 
     def __str__(self) -> str:
         tokens = self.grid[0] * self.grid[1] * self.grid[2]
-        compiled = ", compiled" if self.compile else ""
-        return f"{self.subject}, {self.precision.name}, {tokens:,} tokens{compiled}"
+        how = (", 8 bits against bfloat16" if self.float8 else "") + (", compiled" if self.compile else "")
+        return f"{self.subject}, {self.precision.name}, {tokens:,} tokens{how}"
 
 
 class Side:
@@ -92,7 +105,7 @@ class Pair:
         Raises:
             UserError: they disagree.
         """
-        tolerance = self.case.precision.tolerance
+        tolerance = self.case.tolerance
         (output, gradients), (other, others) = self.ours.both(), self.peer.both()
         error = check_agreement(f"{self.case}: output", output.flatten(), other.flatten(), tolerance)
         # As one vector: the gradient of a single small adapter may be mostly rounding in bfloat16.
@@ -110,9 +123,16 @@ def build_pair(case: Case) -> Pair:
     ours = build_ours(case.arch, case.precision, state)
     peer = build_peer_dit(case.arch, state, case.precision.compute, case.device)
     wanted = adapt(ours.blocks, peer.blocks, case.device)
+    if case.float8:
+
+        def in_8_bits(_: str, linear: nn.Linear) -> FrozenLinear:
+            return FrozenLinear(*quantise(linear.weight), linear.bias, case.precision.compute, True)
+
+        replace_frozen_linears(ours.blocks, in_8_bits)
     if case.compile:
-        for block in (*ours.blocks, *peer.blocks):
-            block.compile()
+        for mine, theirs in zip(ours.blocks, peer.blocks, strict=True):
+            mine.forward = compiled_block(mine)  # type: ignore[arg-type]
+            theirs.compile()
     return (
         _block_pair(case, ours, peer, wanted)
         if case.subject == "block"

@@ -49,18 +49,21 @@ class Row:
     mode: str
     grid: str
     checkpointing: str
-    float8: bool = False
+    float8: str = "no"
+    compile: bool = False
     is_target: bool = False
 
     def __str__(self) -> str:
-        return f"{self.mode}, {self.grid}, checkpointing {self.checkpointing}{', fp8' if self.float8 else ''}"
+        float8 = {"no": "", "weights": ", weights in 8 bits", "products": ", products in 8 bits"}[self.float8]
+        compiled = ", compiled" if self.compile else ""
+        return f"{self.mode}, {self.grid}, checkpointing {self.checkpointing}{float8}{compiled}"
 
     @property
     def flags(self) -> list[str]:
         """For the worker."""
-        named = ("size", "mode", "grid", "checkpointing")
+        named = ("size", "mode", "grid", "checkpointing", "float8")
         found = [word for name in named for word in (f"--{name}", getattr(self, name))]
-        return [*found, "--float8"] if self.float8 else found
+        return [*found, "--compile"] if self.compile else found
 
 
 # 480 x 832 px, 49 frames: 5,070 tokens; 704 x 1280 px, 121 frames: 27,280.
@@ -69,17 +72,24 @@ CPU_ROWS = (
     Row("small", "dit_lora", "2x8x8", "full"),
     Row("small", "dit_lora", "2x8x8", "selective"),
     Row("small", "dit_lora", "2x8x8", "off"),
-    Row("small", "dit_lora", "2x8x8", "full", float8=True),
+    Row("small", "dit_lora", "2x8x8", "full", float8="weights"),
     Row("small", "encoder_ft", "2x8x8", "full"),
 )
-TARGET_ROWS = (Row("5b", "dit_lora", LONG, "full", is_target=True),)
+TARGET_ROWS = (
+    Row("5b", "dit_lora", LONG, "full"),
+    Row("5b", "dit_lora", LONG, "full", compile=True, is_target=True),
+)
 FULL_ROWS = (
     *TARGET_ROWS,
     Row("5b", "dit_lora", LONG, "selective"),
     Row("5b", "dit_lora", LONG, "offload"),
-    Row("5b", "dit_lora", LONG, "full", float8=True),
+    Row("5b", "dit_lora", LONG, "selective", compile=True),
+    *(Row("5b", "dit_lora", LONG, "full", float8=kind) for kind in ("weights", "products")),
+    Row("5b", "dit_lora", LONG, "full", float8="products", compile=True),
     *(Row("5b", "dit_lora", SHORT, kind) for kind in ("full", "selective", "off")),
+    Row("5b", "dit_lora", SHORT, "full", compile=True),
     Row("5b", "encoder_ft", SHORT, "full"),
+    Row("5b", "encoder_ft", SHORT, "full", compile=True),
 )
 
 

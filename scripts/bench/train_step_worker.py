@@ -57,7 +57,8 @@ class RandomSetup(Setup):
     size: str
     mode: str
     checkpointing: str
-    float8: bool
+    float8: str
+    compile: bool
 
     @property
     def arch(self) -> WanArch:
@@ -68,8 +69,14 @@ class RandomSetup(Setup):
         """Everything, or the top third: adapters on the DiT's blocks, or blocks of UMT5."""
         blocks = self.arch.num_layers
         config = self.config(blocks - blocks // 3 if band else 0, rank=32)
-        config = replace(config, activation_checkpointing=CHECKPOINTING[self.checkpointing])
-        model = replace(config.model, transformer_dtype="float8" if self.float8 else None)
+        recompute = CHECKPOINTING[self.checkpointing]
+        config = replace(config, activation_checkpointing=recompute, compile=self.compile)
+        model = replace(
+            config.model,
+            transformer_dtype=None if self.float8 == "no" else "float8",
+            transformer_compute="float8" if self.float8 == "products" else None,
+            dtype="bfloat16" if self.float8 == "products" else config.model.dtype,
+        )
         if self.mode == "dit_lora":
             return replace(config, model=model)
         trained = ENCODERS[self.size].num_layers // 3 if band else 0
@@ -173,7 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--checkpointing", choices=tuple(CHECKPOINTING), required=True, help="activation_checkpointing"
     )
-    parser.add_argument("--float8", action="store_true", help="frozen weights of the DiT in 8 bits")
+    parser.add_argument(
+        "--float8", choices=("no", "weights", "products"), default="no", help="of the DiT, what is in 8 bits"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the DiT's blocks")
     parser.add_argument("--rounds", type=int, required=True, help="times each step is measured")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -186,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         mode=arguments.mode,
         checkpointing=arguments.checkpointing,
         float8=arguments.float8,
+        compile=arguments.compile,
     )
     print(json.dumps(measure(setup, arguments.rounds)), flush=True)
     return 0

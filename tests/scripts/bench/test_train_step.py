@@ -12,6 +12,7 @@ from utils.bench import Comparison
 from utils.distributed import Processes
 from utils.timing import Timing
 
+(TARGET,) = [row for row in TARGET_ROWS if row.is_target]
 FOUND = {
     "seconds": {"all": [2.0, 2.0], "band": [1.0, 1.0]},
     "flops": {"all": {"executed": 3e12, "useful": 2e12}, "band": {"executed": 2e12, "useful": 1e12}},
@@ -27,11 +28,11 @@ def pair_of(found):
 
 
 def test_shares_are_of_the_measured_peak_and_the_gain_is_that_of_the_flops():
-    row = describe(TARGET_ROWS[0], pair_of(FOUND), FOUND)
+    row = describe(TARGET, pair_of(FOUND), FOUND)
     assert (row["all_executed_of_peak"], row["all_useful_of_peak"]) == (0.15, 0.1)
     assert row["band_executed_of_peak"] == 0.2 and row["all_tokens_per_second"] == 50.0
     assert row["gain"] == 2.0 and row["share_of_predicted"] == pytest.approx(2 / 1.5, abs=1e-3)
-    assert [name.split(" of ")[0] for name in misses(TARGET_ROWS[0], row)] == [
+    assert [name.split(" of ")[0] for name in misses(TARGET, row)] == [
         "all_executed_of_peak",
         "all_useful_of_peak",
     ]
@@ -39,10 +40,10 @@ def test_shares_are_of_the_measured_peak_and_the_gain_is_that_of_the_flops():
 
 
 def test_without_a_gpu_there_is_no_share_and_noise_takes_the_numbers():
-    row = describe(TARGET_ROWS[0], pair_of(FOUND), FOUND | {"matrix_peak": None})
+    row = describe(TARGET, pair_of(FOUND), FOUND | {"matrix_peak": None})
     assert row["all_executed_of_peak"] is None and row["all_tokens_per_second"] == 50.0
     noisy = FOUND | {"seconds": {"all": [1.0, 9.0], "band": [1.0, 1.0]}}
-    row = describe(TARGET_ROWS[0], pair_of(noisy), noisy)
+    row = describe(TARGET, pair_of(noisy), noisy)
     assert row["gain"] is None and row["all_tokens_per_second"] is None and "refused" in row["note"]
 
 
@@ -58,7 +59,7 @@ def test_flops_at_the_real_size_are_those_of_the_published_arithmetic(processes,
     def setup(checkpointing):
         root = train_step_worker.Path()
         grid = train_step_worker.grid_of(train_step.LONG)
-        return RandomSetup(root, grid, processes, "5b", "dit_lora", checkpointing, False)
+        return RandomSetup(root, grid, processes, "5b", "dit_lora", checkpointing, "no", False)
 
     full = setup("full")
     assert full.tokens == 27280
@@ -69,6 +70,22 @@ def test_flops_at_the_real_size_are_those_of_the_published_arithmetic(processes,
     selective = setup("selective")
     assert flops(selective, selective.trained(band=False))["executed"] == found["useful"]
     assert full.trained(band=True).adapter.train_blocks_range == (20, 29)
+
+
+def test_rows_say_how_they_compute_and_the_worker_is_told():
+    row = Row("small", "dit_lora", "1x4x4", "full", float8="products", compile=True)
+    assert str(row) == "dit_lora, 1x4x4, checkpointing full, products in 8 bits, compiled"
+    assert row.flags[-3:] == ["--float8", "products", "--compile"]
+    assert "--compile" not in Row("small", "dit_lora", "1x4x4", "full").flags
+
+
+def test_the_worker_configures_what_the_row_says(processes):
+    setup = RandomSetup(
+        train_step_worker.Path(), (1, 4, 4), processes, "small", "dit_lora", "full", "products", True
+    )
+    config = setup.trained(band=False)
+    assert config.compile and config.model.transformer_dtype == config.model.transformer_compute == "float8"
+    assert config.model.dtype == "bfloat16"
 
 
 def test_the_whole_grid_is_for_a_gpu(tmp_path, capsys):
@@ -86,7 +103,7 @@ def test_a_worker_that_fails_is_reported_with_its_last_words(tmp_path, capsys, m
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mode", ["dit_lora", "encoder_ft"])
 def test_real_steps(tmp_path, capsys, monkeypatch, mode):
-    row = Row("small", mode, "1x4x4", "full", float8=mode == "dit_lora")
+    row = Row("small", mode, "1x4x4", "full", float8="products" if mode == "dit_lora" else "no")
     monkeypatch.setattr(train_step, "CPU_ROWS", (row,))
     flags = ["--rounds", "1", "--reports_dir", str(tmp_path), "--run_tag", "t"]
     assert main(flags) == 0, capsys.readouterr().err
