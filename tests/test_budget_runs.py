@@ -39,6 +39,7 @@ def saved_ratios(workspace, run):
     return [delta.ratio for delta in result.deltas]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", [TORCHRUN])
 def test_a_projected_adapter_lies_on_its_cap(workspace, launcher) -> None:
     done = workspace.launch(launcher, "dit_lora", *PROJECT, "pipeline_stages=2")

@@ -335,6 +335,7 @@ def test_nothing_of_the_first_model_is_left_when_the_second_is_built(workspace, 
     assert alive == [0, 0] and len(held) > 200
 
 
+@pytest.mark.long
 def test_a_probe_that_stops_the_first_expert_stops_the_pair_until_it_is_let_pass(workspace, capsys) -> None:
     values = (*BOTH, "max_steps=1", "budget.max_delta_ratio=1e-9", 'probes.run=["lora_delta_budget"]')
     values = (*values, f"probes.reports_dir={workspace.root / 'reports'}")

@@ -341,6 +341,7 @@ def workers_of(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return sorted((one for one in found if "RANK" in one.environ()), key=lambda one: one.environ()["RANK"])
 
 
+@pytest.mark.long
 def test_one_rank_that_is_asked_to_stop_stops_all_after_the_step(lora, workspace, capsys) -> None:
     """And another number of copies goes on with the same global batch, to the losses of a run that never stopped."""
     copies = (*LORA, "gradient_accumulation_steps=1")

@@ -112,6 +112,7 @@ def test_pipeline_equals_sequential(tiny_ti2v: Path, plain: Path, tmp_path: Path
         assert_equal(plain, piped, case, stages=stages)
 
 
+@pytest.mark.long
 def test_two_copies_equal_accumulation(tiny_ti2v: Path, tmp_path: Path) -> None:
     """Two data-parallel ranks with one micro-batch each do what one rank does with two, also on top of two stages."""
     cases = ["encoder_top1_bf16", "lora_last_fp32"]
@@ -147,7 +148,7 @@ def assert_equal_to_plain(plain: Path, piped: Path, cases: list[str], stages: in
         assert_equal(plain, piped, case, stages=stages, like=like)
 
 
-@pytest.mark.parametrize("stages", VARIED)
+@pytest.mark.parametrize("stages", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_ways_of_saving_memory_change_no_number(
     tiny_ti2v: Path, plain: Path, tmp_path: Path, stages: int
 ) -> None:

@@ -24,9 +24,9 @@ def ti2v(tiny_ti2v, open_tiny):
 def build(make_config, build_layers, ti2v):
     """`build("dit_lora", compile=True, ...)`: layers whose adapters have an effect."""
 
-    def make(mode="dit_lora", **changes):
+    def make(mode="dit_lora", targets=TARGETS, **changes):
         config = make_config(mode, **changes)
-        _, layers = build_layers(config, ti2v, TARGETS if mode == "dit_lora" else [])
+        _, layers = build_layers(config, ti2v, targets if mode == "dit_lora" else [])
         generator = torch.Generator().manual_seed(1)
         for name, parameter in layers.named_parameters():
             if "lora_B" in name:
@@ -142,11 +142,14 @@ def test_experts_that_take_turns(
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
-    ("recompute", "model", "tolerance"), [(True, {}, 1e-5), ("selective", {}, 1e-5), (True, BFLOAT16, 0.02)]
+    ("recompute", "model", "tolerance"), [(True, {}, 5e-6), ("selective", BFLOAT16, 0.03)]
 )
 def test_by_the_real_compiler_rounding_is_all_that_differs(build, compare, recompute, model, tolerance):
-    """Measured: 1e-6 in float32; in bfloat16 0.01, which is how far bfloat16 itself is off."""
+    """Measured: ."""
     torch._dynamo.reset()
-    compiled = build(activation_checkpointing=recompute, compile=True, model=model)
-    plain = build(activation_checkpointing=False, model=model)
-    assert compare(compiled, plain) < tolerance
+    targets = [f"blocks.{index}.cross_attn.{name}" for index in range(4) for name in "kv"]
+    compiled = build(targets=targets, activation_checkpointing=recompute, compile=True, model=model)
+    plain = build(targets=targets, activation_checkpointing=False, model=model)
+    error = compare(compiled, plain)
+    print(error)
+    assert error < tolerance

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from models.wan.arch import PUBLISHED
 from scripts.bench import closed_form
 from scripts.bench.closed_form import main, targets_of
@@ -9,6 +11,7 @@ from scripts.bench.closed_form import main, targets_of
 SIZES = ["--dim", "64", "--num_layers", "2", "--num_prompts", "20", "40", "--ranks", "2"]
 
 
+@pytest.mark.long
 def test_it_measures_every_case_and_reports(tmp_path, capsys):
     places = ["--reports_dir", str(tmp_path / "reports"), "--run_tag", "t", "--scratch", str(tmp_path)]
     assert main([*SIZES, *places]) == 0

@@ -12,6 +12,7 @@ from scripts.bench.probes import bytes_made, main, over, step_flops, target_modu
 SIZES = ["--dim", "32", "--ffn_dim", "48", "--num_layers", "2", "--rank", "4", "--repeats", "1"]
 
 
+@pytest.mark.long
 def test_it_measures_and_reports(tmp_path, capsys):
     places = ["--reports_dir", str(tmp_path / "reports"), "--run_tag", "t", "--scratch", str(tmp_path)]
     assert main([*SIZES, *places]) in (0, 1)
