@@ -286,30 +286,42 @@ class Residual:
         return 1.0 - self.after / self.before if self.before else 0.0
 
 
-def residual(
-    weight_OD: Tensor, up: Tensor, down: Tensor, inputs_ND: Tensor, wanted_ND: Tensor | None
-) -> Residual:
-    """Measure a change on tokens, directly; products in the dtype of `weight_OD`.
+@dataclass(frozen=True)
+class Answers:
+    """What a map answers to tokens, before any change of it.
+
+    Attributes:
+        size: squared norm of the wanted answers.
+        missing_NO: wanted answers less those that are given; None of kept tokens, where it is 0.
+    """
+
+    size: float
+    missing_NO: Tensor | None
+
+
+def answers_of(weight_OD: Tensor, inputs_ND: Tensor, wanted_ND: Tensor | None) -> Answers:
+    """Ask the map; products in the dtype of `weight_OD`.
 
     Args:
         weight_OD: W.
-        up, down: the change, [O, r] and [r, D].
         inputs_ND: what the map gets now.
         wanted_ND: what it used to get; None for tokens that are kept. Their answers are not all 0.
     """
     inputs = inputs_ND.to(weight_OD)
-    change = (inputs @ down.to(weight_OD).T) @ up.to(weight_OD).T
-    return residual_of(weight_OD, change, inputs, wanted_ND)
-
-
-def residual_of(
-    weight_OD: Tensor, change_NO: Tensor, inputs_ND: Tensor, wanted_ND: Tensor | None
-) -> Residual:
-    """The same where E x is there already."""
-    wanted = inputs_ND.to(weight_OD) if wanted_ND is None else wanted_ND.to(weight_OD)
+    wanted = inputs if wanted_ND is None else wanted_ND.to(weight_OD)
     size = float((wanted @ weight_OD.T).double().square().sum())
-    missing = (wanted - inputs_ND.to(weight_OD)) @ weight_OD.T
-    parts = (missing - change_NO.to(missing)).double().square().sum(dim=1) / size
-    return Residual(
-        float(missing.double().square().sum() / size) ** 0.5, float(parts.sum()) ** 0.5, parts.cpu()
-    )
+    return Answers(size, None if wanted_ND is None else (wanted - inputs) @ weight_OD.T)
+
+
+def residual(answers: Answers, up: Tensor, down: Tensor, inputs_ND: Tensor) -> Residual:
+    """Measure a change, [O, r] times [r, D], on the tokens of `answers`; products in the dtype of `inputs_ND`."""
+    return residual_of(answers, (inputs_ND @ down.to(inputs_ND).T) @ up.to(inputs_ND).T)
+
+
+def residual_of(answers: Answers, change_NO: Tensor) -> Residual:
+    """The same where E x is there already."""
+    missing = answers.missing_NO
+    before = 0.0 if missing is None else float(missing.double().square().sum() / answers.size) ** 0.5
+    left = change_NO if missing is None else missing - change_NO.to(missing)
+    parts = left.double().square().sum(dim=1) / answers.size
+    return Residual(before, float(parts.sum()) ** 0.5, parts.cpu())

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from models.wan.closed_form.fit_moments import FitMoments, Group
-from utils.closed_form import Factored, LeastSquares, Residual, least_squares, residual, residual_of
+from utils.closed_form import (
+    Answers,
+    Factored,
+    LeastSquares,
+    Residual,
+    answers_of,
+    least_squares,
+    residual,
+    residual_of,
+)
 from utils.delta_budget import ModuleDelta, module_delta, weight_norm
 from utils.errors import UserError
 from utils.lora_targets import split_block_path
@@ -107,6 +116,7 @@ class Solver:
         }
         self.scouts = [target for target in targets if split_block_path(target)[0] in chosen]
         self._starts: dict[str, Tensor] = {}
+        self._known: dict[str, dict[Group, Answers]] = {}
 
     @property
     def judge(self) -> bool:
@@ -146,7 +156,7 @@ class Solver:
             up.cpu(),
             down.cpu(),
             module_delta(module, down, up, 1.0, self._norms[module]),
-            self.measure(weight, up, down),
+            self.measure(module, weight, up, down),
             moved / size if size else 0.0,
             solution.singular.error,
         )
@@ -159,14 +169,25 @@ class Solver:
             on_target()
         return solved
 
-    def measure(self, weight: Tensor, up: Tensor, down: Tensor) -> dict[Group, Residual]:
+    def measure(self, module: str, weight: Tensor, up: Tensor, down: Tensor) -> dict[Group, Residual]:
         """Residuals on every group of measured tokens."""
+        answers = self._answers(module, weight)
         return {
-            (role, is_held): residual(
-                weight, up, down, tokens.tuned_ND, None if role == "domain" else tokens.base_ND
-            )
-            for (role, is_held), tokens in self.moments.measured.items()
+            group: residual(answers[group], up, down, tokens.tuned_ND)
+            for group, tokens in self.moments.measured.items()
         }
+
+    def _answers(self, module: str, weight: Tensor) -> dict[Group, Answers]:
+        """Those of scouts, which are measured again and again, are kept."""
+        if module in self._known:
+            return self._known[module]
+        found = {
+            group: answers_of(weight, tokens.tuned_ND, None if group[0] == "domain" else tokens.base_ND)
+            for group, tokens in self.moments.measured.items()
+        }
+        if module in self.scouts:
+            self._known[module] = found
+        return found
 
     def scout(self, ridge: float, num_parts: int | None = None) -> FitPoint:
         """The scouts at another ridge, or with fewer prompts.
@@ -188,7 +209,7 @@ class Solver:
             for rank in ranks:
                 up, down = (one.float() for one in factor.product_of(largest.singular, rank))
                 delta = module_delta(module, down, up, 1.0, self._norms[module])
-                measured = self.measure(weight, up, down)
+                measured = self.measure(module, weight, up, down)
                 found[rank].append(SolvedTarget(module, up, down, delta, measured, 0.0, 0.0))
         return [self.point(ridge, rank, solved) for rank, solved in found.items()]
 
@@ -200,7 +221,8 @@ class Solver:
         for module in self.scouts:
             weight = self.weight(module)
             change = factor.full(weight, tokens.tuned_ND)
-            found.append(residual_of(weight, change, tokens.tuned_ND, tokens.base_ND).recovery)
+            answers = self._answers(module, weight)["neutral", self.judge]
+            found.append(residual_of(answers, change).recovery)
         return fmean(found)
 
     def point(self, ridge: float, rank: int, solved: Sequence[SolvedTarget]) -> FitPoint:

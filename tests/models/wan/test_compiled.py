@@ -78,9 +78,9 @@ def test_dropout_is_the_same_again_in_the_backward_pass(without_inductor, build,
 
 @pytest.mark.parametrize("model", [BFLOAT16, FLOAT8, FLOAT8 | {"transformer_compute": "float8"}])
 def test_the_gradient_goes_through_it_to_the_text(without_inductor, build, compare, model):
-    """Measured: ."""
+    """Measured: 0.0059 to 0.0066, below what bfloat16 itself costs (test_float8.py)."""
     compiled, plain = (build("encoder_ft", model=model, compile=choice) for choice in (True, False))
-    assert compare(compiled[-6:], plain[-6:], of_text=True) < 0.02
+    assert compare(compiled[-6:], plain[-6:], of_text=True) < 0.015
 
 
 def test_blocks_that_visit_are_not_compiled(without_inductor, build, compare):
@@ -142,14 +142,12 @@ def test_experts_that_take_turns(
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
-    ("recompute", "model", "tolerance"), [(True, {}, 5e-6), ("selective", BFLOAT16, 0.03)]
+    ("recompute", "model", "tolerance"), [(True, {}, 1e-5), ("selective", BFLOAT16, 0.03)]
 )
 def test_by_the_real_compiler_rounding_is_all_that_differs(build, compare, recompute, model, tolerance):
-    """Measured: ."""
+    """Measured: 3.3e-6 in float32; 0.015 in bfloat16, whose gradients err by 0.02 (test_float8.py)."""
     torch._dynamo.reset()
     targets = [f"blocks.{index}.cross_attn.{name}" for index in range(4) for name in "kv"]
     compiled = build(targets=targets, activation_checkpointing=recompute, compile=True, model=model)
     plain = build(targets=targets, activation_checkpointing=False, model=model)
-    error = compare(compiled, plain)
-    print(error)
-    assert error < tolerance
+    assert compare(compiled, plain) < tolerance
