@@ -6,7 +6,7 @@ nothing here needs them.
 
 import importlib
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from utils.compiled import check_compiler
 from utils.config.schema import TrainConfig
 from utils.errors import UserError
 
-AttentionName = Literal["auto", "torch", "flash_attn_2", "flash_attn_3"]
 # Fastest first: the module that has `flash_attn_func`, and the compute capabilities [from, to) that it is made for.
 _FLASH: dict[str, tuple[str, tuple[int, int], tuple[int, int]]] = {
     "flash_attn_3": ("flash_attn_interface", (9, 0), (10, 0)),
@@ -60,11 +59,15 @@ def _check_attention(name: str, device: torch.device) -> None:
         )
 
 
-def attention_in_use(name: str, dtype: str, device: torch.device) -> str:
-    """What "auto" stands for here: a kernel for this dtype and device whose package is installed, or "torch"."""
+def attention_in_use(config: TrainConfig, device: torch.device) -> str:
+    """What "auto" stands for here: a kernel for this dtype and device whose package is installed, or "torch".
+
+    With `compile` it is torch's, which the compiler knows; the packages' may break the graph.
+    """
+    name = config.model.attention
     if name != "auto":
         return name
-    if dtype != "bfloat16" or device.type != "cuda":
+    if config.compile or config.model.dtype != "bfloat16" or device.type != "cuda":
         return "torch"
     capability = torch.cuda.get_device_capability(device)
     for candidate, (module, first, end) in _FLASH.items():
@@ -73,9 +76,9 @@ def attention_in_use(name: str, dtype: str, device: torch.device) -> str:
     return "torch"
 
 
-def attend_of(name: str, dtype: str, device: torch.device) -> Attend:
-    """The attention that `model.attention` names, for this dtype and device; importable, as `check_device` has seen."""
-    used = attention_in_use(name, dtype, device)
+def attend_of(config: TrainConfig, device: torch.device) -> Attend:
+    """The attention that `model.attention` names; importable, as `check_device` has seen."""
+    used = attention_in_use(config, device)
     return attend_by_torch if used == "torch" else _flash(_FLASH[used][0])
 
 

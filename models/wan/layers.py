@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from models.wan.arch import WanArch
-from models.wan.attention import Attend
 from models.wan.checkpoint import TensorSource, text_encoder_sizes
 from models.wan.kernels import attend_of
 from models.wan.layer_memory import Workload
@@ -188,7 +187,7 @@ class _DitBuilder:
         with torch.device("meta"):
             block = WanBlock(self.arch, self._compute_dtype)
         self._load(block, f"blocks.{index}.", device)
-        block.self_attn.attend = block.cross_attn.attend = self._attend(device)
+        block.self_attn.attend = block.cross_attn.attend = attend_of(self._config, device)
         adapter = self._config.adapter
         paths = [path for number, path in self.targets if number == index]
         dropout = 0.0
@@ -204,9 +203,6 @@ class _DitBuilder:
     def is_compiled(self, index: int) -> bool:
         """Whether a block is; one whose weights come and go is not, because no compiler can follow them."""
         return self._config.compile and index not in self.swapped
-
-    def _attend(self, device: torch.device) -> Attend:
-        return attend_of(self._config.model.attention, self._config.model.dtype, device)
 
     def head(self, device: torch.device) -> PipelineLayer:
         """Norm, modulation and projection to velocity."""

@@ -121,7 +121,7 @@ class ModelConfig:
     )
     attention: Literal["auto", "torch", "flash_attn_2", "flash_attn_3"] = option(
         "Attention of the DiT. torch: torch's own kernels; flash_attn_2, flash_attn_3: those of the packages flash-attn and "
-        "flash-attn 3, where installed; auto: the fastest of these that is there and can be used.",
+        "flash-attn 3, where installed; auto: the fastest of these that is there and can be used; with compile, torch.",
         "auto",
     )
     vae_dtype: DType = option(

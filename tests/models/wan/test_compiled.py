@@ -7,6 +7,7 @@ import torch
 
 from models.wan.checkpoint import open_sharded
 from models.wan.layers import Workload, dit_layers
+from utils import recompute
 from utils.compiled import graphs_compiled
 from utils.lora import adapters_off
 
@@ -64,6 +65,21 @@ def test_the_compiled_step_is_the_plain_one(without_inductor, build, compare, re
     plain = build(activation_checkpointing=False)
     assert compare(compiled, plain) < 5e-6
     assert compare(compiled, plain, frames=2, seed=1) < 5e-6
+
+
+def test_what_offload_parks_is_the_input_of_each_block(without_inductor, build, compare, monkeypatch):
+    shapes = []
+
+    class Counted(recompute._Parked):
+        def __init__(self, tensor):
+            shapes.append(tuple(tensor.shape))
+            super().__init__(tensor)
+
+    monkeypatch.setattr(recompute, "_Parked", Counted)
+    compiled = build(activation_checkpointing="offload", compile=True)
+    assert compare(compiled, build()) < 5e-6
+    # Blocks 1 to 3: below the first adapter there is no backward pass.
+    assert shapes == [(2, 1, 1, 12, 128)] * 3
 
 
 @pytest.mark.parametrize("recompute", [True, "selective", "offload"])

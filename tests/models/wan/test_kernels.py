@@ -38,12 +38,17 @@ def machine(monkeypatch):
         ((7, 5), ("flash_attn_interface", "flash_attn"), "torch"),
     ],
 )
-def test_auto_is_the_fastest_that_is_there_and_made_for_the_gpu(machine, capability, packages, expected):
+def test_auto_is_the_fastest_that_is_there_and_made_for_the_gpu(
+    machine, make_config, capability, packages, expected
+):
+    def used(device=GPU, compile=False, **model):
+        config = make_config("dit_lora", model={"dtype": "bfloat16"} | model, compile=compile)
+        return attention_in_use(config, device)
+
     machine(capability, *packages)
-    assert attention_in_use("auto", "bfloat16", GPU) == expected
-    assert attention_in_use("auto", "float32", GPU) == "torch"
-    assert attention_in_use("auto", "bfloat16", CPU) == "torch"
-    assert attention_in_use("torch", "bfloat16", GPU) == "torch"
+    assert used() == expected
+    assert used(dtype="float32") == used(CPU) == used(attention="torch") == used(compile=True) == "torch"
+    assert used(attention="flash_attn_2", compile=True) == "flash_attn_2"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +91,7 @@ def test_compiling_asks_for_a_compiler(make_config, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("with_sums", [False, True])
-def test_flash_attention_gets_what_torch_gets(machine, monkeypatch, with_sums):
+def test_flash_attention_gets_what_torch_gets(machine, make_config, monkeypatch, with_sums):
     """By a stand-in that has the arguments of `flash_attn_func` and computes by the formula."""
     machine((9, 0), "flash_attn_interface")
     calls = []
@@ -103,7 +108,7 @@ def test_flash_attention_gets_what_torch_gets(machine, monkeypatch, with_sums):
     attention = WanAttention(64, 4, 1e-6, torch.float32)
     states, text = torch.randn(2, 10, 64), torch.randn(2, 7, 64)
     expected = attention(states, text, None)
-    attention.attend = attend_of("auto", "bfloat16", GPU)
+    attention.attend = attend_of(make_config("dit_lora", model={"dtype": "bfloat16"}), GPU)
     torch.testing.assert_close(attention(states, text, None), expected, rtol=1e-5, atol=1e-6)
     assert calls == [(2, 10, 4, 16)]
 
