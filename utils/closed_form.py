@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.low_rank import OVERSAMPLING, TopSingular, balanced, top_singular
+from utils.low_rank import OVERSAMPLING, TOLERANCE, TopSingular, balanced, top_singular
 from utils.rng import generator
 
 # A factor whose pivots differ by more than this has lost what it would divide by.
@@ -214,20 +214,33 @@ class Factored:
         self.ridge = ridge
         self._cross = problem.cross
         self._factor = factor
+        self._combined: Tensor | None = None
         self._common: Tensor | None = None
 
-    def solve(self, weight_OD: Tensor, rank: int, start: Tensor | None = None) -> Solution:
+    def combine(self) -> "Factored":
+        """The same, ready for many maps: T Q C^-T as one matrix, [D, D] more memory and a third less work for each."""
+        self._combined = torch.linalg.solve_triangular(self._factor, self._cross.T, upper=False).T
+        return self
+
+    def solve(
+        self, weight_OD: Tensor, rank: int, start: Tensor | None = None, tolerance: float = TOLERANCE
+    ) -> Solution:
         """The best change of at most `rank` for a map.
 
         Args:
             weight_OD: W.
             rank: at most D and O.
             start: a block of directions of a map that is alike, [D, k].
+            tolerance: as of `top_singular`.
         """
         weight = weight_OD.to(self._cross)
         block = self._start(rank) if start is None or start.shape[1] < rank else start
         found = top_singular(
-            lambda x: weight @ self._map(x), lambda y: self._map_transposed(weight.T @ y), block, rank
+            lambda x: weight @ self._map(x),
+            lambda y: self._map_transposed(weight.T @ y),
+            block,
+            rank,
+            tolerance,
         )
         up, down = self.product_of(found, rank)
         return Solution(down, up, found)
@@ -243,9 +256,13 @@ class Factored:
         return (weight_OD.to(self._cross) @ (self._cross @ solved)).T
 
     def _map(self, x: Tensor) -> Tensor:
+        if self._combined is not None:
+            return self._combined @ x
         return self._cross @ torch.linalg.solve_triangular(self._factor.T, x, upper=True)
 
     def _map_transposed(self, y: Tensor) -> Tensor:
+        if self._combined is not None:
+            return self._combined.T @ y
         return torch.linalg.solve_triangular(self._factor, self._cross.T @ y, upper=False)
 
     def _start(self, rank: int) -> Tensor:

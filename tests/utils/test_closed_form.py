@@ -99,6 +99,17 @@ def test_it_is_the_dense_solution(seed, ridge, keep_weight, num_kept):
     assert float((change @ pinned).norm()) < 1e-9 * float(pinned.norm())
 
 
+def test_combined_for_many_maps_it_gives_each_the_same():
+    inputs, pinned = draw(200, WIDTH, seed=2), draw(WIDTH, seed=5)
+    solved = problem(inputs, inputs + draw(200, WIDTH, seed=4, scale=0.3), pinned=pinned).factored(1e-3)
+    weights = [draw(OUT, WIDTH, seed=seed) for seed in (1, 7)]
+    alone = [solved.solve(weight, 5, tolerance=1e-12) for weight in weights]
+    solved.combine()
+    for weight, one in zip(weights, alone, strict=True):
+        again = solved.solve(weight, 5, tolerance=1e-12)
+        assert torch.allclose(again.up @ again.down, one.up @ one.down, rtol=1e-6, atol=1e-9)
+
+
 def test_kept_tokens_move_by_what_is_stated_and_less_the_more_they_weigh():
     weight, pinned = draw(OUT, WIDTH, seed=1), draw(WIDTH, seed=5)
     inputs, kept = draw(200, WIDTH, seed=2), draw(10, WIDTH, seed=3)

@@ -22,10 +22,13 @@ from utils.closed_form import (
 from utils.delta_budget import ModuleDelta, module_delta, weight_norm
 from utils.errors import UserError
 from utils.lora_targets import split_block_path
+from utils.low_rank import TOLERANCE
 from utils.tensor_source import TensorSource
 
 # Blocks whose targets stand for all where many ridges are tried.
 _NUM_SCOUT_BLOCKS = 2
+# What a scout tells is a residual, of which this is far below its error over prompts.
+_SCOUT_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -141,10 +144,10 @@ class Solver:
             self._norms[module] = norm
         return found
 
-    def solve(self, factor: Factored, module: str) -> SolvedTarget:
+    def solve(self, factor: Factored, module: str, tolerance: float = TOLERANCE) -> SolvedTarget:
         """Solve for one target, and measure."""
         weight = self.weight(module)
-        solution = factor.solve(weight, self.rank, self._starts.get(module))
+        solution = factor.solve(weight, self.rank, self._starts.get(module), tolerance)
         if module in self.scouts:
             self._starts[module] = solution.singular.block
         up, down = solution.up.float(), solution.down.float()
@@ -164,6 +167,7 @@ class Solver:
     def solve_all(self, factor: Factored, on_target: Callable[[], None] = lambda: None) -> list[SolvedTarget]:
         """Solve for every target, in order."""
         solved = []
+        factor.combine()
         for module in self._targets:
             solved.append(self.solve(factor, module))
             on_target()
@@ -197,7 +201,9 @@ class Solver:
         """
         problem = self.problem if num_parts is None else self._put_together(num_parts)
         factor = problem.factored(ridge)
-        return self.point(ridge, self.rank, [self.solve(factor, module) for module in self.scouts])
+        return self.point(
+            ridge, self.rank, [self.solve(factor, module, _SCOUT_TOLERANCE) for module in self.scouts]
+        )
 
     def scout_ranks(self, ridge: float, ranks: Sequence[int]) -> list[FitPoint]:
         """The scouts at other ranks, each the best of its rank."""
