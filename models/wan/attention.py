@@ -6,6 +6,9 @@ from torch import Tensor, nn
 
 from models.wan.rope import apply_rope
 
+# [B, L, N, K] each, in compute_dtype: what a query is compared with, and what is mixed.
+KeysAndValues = tuple[Tensor, Tensor]
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed and returned in float32."""
@@ -38,25 +41,40 @@ class WanAttention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def forward(self, states_BSD: Tensor, source_BLD: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self,
+        states_BSD: Tensor,
+        source_BLD: Tensor,
+        table: tuple[Tensor, Tensor] | None,
+        ready: KeysAndValues | None = None,
+    ) -> Tensor:
         """Attend from `states_BSD` to `source_BLD` (the same tensor in self-attention).
 
         Args:
             states_BSD: queries' input, in compute_dtype.
             source_BLD: keys' and values' input, in compute_dtype.
             table: rotary table for both sides, or None (cross-attention has no positions).
+            ready: `keys_and_values(source_BLD, table)`, where they have been made before.
 
         Returns:
             [B, S, D] in compute_dtype.
         """
-        query, key = self.queries_and_keys(states_BSD, source_BLD, table)
-        value = self.v(source_BLD).unflatten(-1, (self.num_heads, -1))
+        query = self._queries(states_BSD, table)
+        key, value = self.keys_and_values(source_BLD, table) if ready is None else ready
         mixed_BNSK = F.scaled_dot_product_attention(
-            query.to(self.compute_dtype).transpose(1, 2),
-            key.to(self.compute_dtype).transpose(1, 2),
-            value.transpose(1, 2),
+            query.to(self.compute_dtype).transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         )
         return self.o(mixed_BNSK.transpose(1, 2).flatten(2))
+
+    def keys_and_values(self, source_BLD: Tensor, table: tuple[Tensor, Tensor] | None) -> KeysAndValues:
+        """Keys, normed, rotated and rounded, and values of a source: all that attention makes of it."""
+        key = self._keys(source_BLD, table).to(self.compute_dtype)
+        return key, self.v(source_BLD).unflatten(-1, (self.num_heads, -1))
+
+    @property
+    def source_makers(self) -> tuple[nn.Module, ...]:
+        """The modules that `keys_and_values` runs."""
+        return self.k, self.norm_k, self.v
 
     def queries_and_keys(
         self, states_BSD: Tensor, source_BLD: Tensor, table: tuple[Tensor, Tensor] | None
@@ -65,10 +83,12 @@ class WanAttention(nn.Module):
 
         The attention logits are their products over K, divided by sqrt(K).
         """
-        heads = (self.num_heads, -1)
-        query = self.norm_q(self.q(states_BSD)).unflatten(-1, heads)
-        key = self.norm_k(self.k(source_BLD)).unflatten(-1, heads)
-        if table is not None:
-            query = apply_rope(query, table)
-            key = apply_rope(key, table)
-        return query, key
+        return self._queries(states_BSD, table), self._keys(source_BLD, table)
+
+    def _queries(self, states_BSD: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
+        query = self.norm_q(self.q(states_BSD)).unflatten(-1, (self.num_heads, -1))
+        return query if table is None else apply_rope(query, table)
+
+    def _keys(self, source_BLD: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
+        key = self.norm_k(self.k(source_BLD)).unflatten(-1, (self.num_heads, -1))
+        return key if table is None else apply_rope(key, table)
