@@ -44,6 +44,7 @@ bench: $(INSTALLED)
 	-$(BENCH) -m scripts.bench.dit_block
 	-$(BENCH) -m scripts.bench.encoder
 	-$(BENCH) -m scripts.bench.vae
+	-$(BENCH) -m scripts.bench.sampling
 	-$(BENCH) -m scripts.bench.train_step
 	-$(BENCH) -m scripts.bench.e2e
 
@@ -58,6 +59,7 @@ bench-gpu-full: $(INSTALLED)
 	-$(BENCH) -m scripts.bench.dit_block --device cuda --compile
 	-$(BENCH) -m scripts.bench.encoder --device cuda
 	-$(BENCH) -m scripts.bench.vae --device cuda
+	-$(BENCH) -m scripts.bench.sampling --device cuda
 	-$(BENCH) -m scripts.bench.train_step --device cuda --full
 	-$(BENCH) -m scripts.bench.e2e
 

@@ -10,6 +10,8 @@ from models.wan.rope import apply_rope
 
 # query [B, S, N, K], key and value [B, L, N, K] -> [B, S, N, K], all in one dtype.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# [B, L, N, K] each, in compute_dtype: what a query is compared with, and what is mixed.
+KeysAndValues = tuple[Tensor, Tensor]
 
 
 def attend_by_torch(query_BSNK: Tensor, key_BLNK: Tensor, value_BLNK: Tensor) -> Tensor:
@@ -55,21 +57,38 @@ class WanAttention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def forward(self, states_BSD: Tensor, source_BLD: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self,
+        states_BSD: Tensor,
+        source_BLD: Tensor,
+        table: tuple[Tensor, Tensor] | None,
+        ready: KeysAndValues | None = None,
+    ) -> Tensor:
         """Attend from `states_BSD` to `source_BLD` (the same tensor in self-attention).
 
         Args:
             states_BSD: queries' input, in compute_dtype.
             source_BLD: keys' and values' input, in compute_dtype.
             table: rotary table for both sides, or None (cross-attention has no positions).
+            ready: `keys_and_values(source_BLD, table)`, where they have been made before.
 
         Returns:
             [B, S, D] in compute_dtype.
         """
-        query, key = self.queries_and_keys(states_BSD, source_BLD, table)
-        value = self.v(source_BLD).unflatten(-1, (self.num_heads, -1))
-        mixed_BSNK = self.attend(query.to(self.compute_dtype), key.to(self.compute_dtype), value)
+        query = self._queries(states_BSD, table)
+        key, value = self.keys_and_values(source_BLD, table) if ready is None else ready
+        mixed_BSNK = self.attend(query.to(self.compute_dtype), key, value)
         return self.o(mixed_BSNK.flatten(2))
+
+    def keys_and_values(self, source_BLD: Tensor, table: tuple[Tensor, Tensor] | None) -> KeysAndValues:
+        """Keys, normed, rotated and rounded, and values of a source: all that attention makes of it."""
+        key = self._keys(source_BLD, table).to(self.compute_dtype)
+        return key, self.v(source_BLD).unflatten(-1, (self.num_heads, -1))
+
+    @property
+    def source_makers(self) -> tuple[nn.Module, ...]:
+        """The modules that `keys_and_values` runs."""
+        return self.k, self.norm_k, self.v
 
     def queries_and_keys(
         self, states_BSD: Tensor, source_BLD: Tensor, table: tuple[Tensor, Tensor] | None
@@ -78,10 +97,12 @@ class WanAttention(nn.Module):
 
         The attention logits are their products over K, divided by sqrt(K).
         """
-        heads = (self.num_heads, -1)
-        query = self.norm_q(self.q(states_BSD)).unflatten(-1, heads)
-        key = self.norm_k(self.k(source_BLD)).unflatten(-1, heads)
-        if table is not None:
-            query = apply_rope(query, table)
-            key = apply_rope(key, table)
-        return query, key
+        return self._queries(states_BSD, table), self._keys(source_BLD, table)
+
+    def _queries(self, states_BSD: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
+        query = self.norm_q(self.q(states_BSD)).unflatten(-1, (self.num_heads, -1))
+        return query if table is None else apply_rope(query, table)
+
+    def _keys(self, source_BLD: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
+        key = self.norm_k(self.k(source_BLD)).unflatten(-1, (self.num_heads, -1))
+        return key if table is None else apply_rope(key, table)

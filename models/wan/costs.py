@@ -79,6 +79,12 @@ def dit_input_flops(arch: WanArch, video_tokens: float, time_rows: float = 1.0) 
     return patches + text + time
 
 
+def dit_text_flops(arch: WanArch) -> float:
+    """What of a pass depends on the text alone: its embedding, and its keys and values in every block."""
+    embedding = arch.text_len * (arch.text_dim * arch.dim + arch.dim * arch.dim)
+    return 2 * (embedding + arch.num_layers * arch.text_len * 2 * arch.dim * arch.dim)
+
+
 def dit_head_flops(arch: WanArch, video_tokens: float) -> float:
     """Projection to patches."""
     volume = PATCH_SIZE[0] * PATCH_SIZE[1] * PATCH_SIZE[2]

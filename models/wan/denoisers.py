@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,8 @@ from models.wan.arch import WanArch, load_arch
 from models.wan.checkpoint import find_checkpoint, open_transformer
 from models.wan.layer_memory import Workload
 from models.wan.layers import dit_layers
-from models.wan.stages import TextWire
+from models.wan.stages import DitBlockLayer, DitInputLayer, TextWire
+from models.wan.text_reuse import TextReuse
 from utils.config.schema import ModelConfig, TrainConfig
 from utils.distributed import Processes, on_every_rank
 from utils.layers import LayerSpec, PipelineLayer, PreparedBatch
@@ -33,6 +34,10 @@ class OpenDit(Protocol):
     def velocities(
         self, latents_BCFHW: Tensor, timesteps_BT: Tensor, texts_BLD: Sequence[Tensor]
     ) -> list[Tensor]:
+        """See `models.wan.sampling.Denoiser`."""
+        ...
+
+    def keeping(self, texts_BLD: Sequence[Tensor]) -> AbstractContextManager[None]:
         """See `models.wan.sampling.Denoiser`."""
         ...
 
@@ -77,7 +82,7 @@ def open_dit(
     specs = dit_layers(settled, source, arch, (), {}, Workload(float(num_tokens), _TEXT_TOKENS))
     dit: OpenDit
     if processes is None or processes.world_size == 1:
-        dit = _LayeredDit(specs, device)
+        dit = LayeredDit(specs, device)
     else:
         dit = _StagedDit(specs, settled, arch, processes)
     try:
@@ -99,15 +104,19 @@ def transformer_path(model: ModelConfig) -> Path:
     return find_checkpoint(model).transformer_dir
 
 
-def _wire(latents_BCFHW: Tensor, timesteps_BT: Tensor, text_BLD: Tensor) -> TextWire:
+def _wire(latents_BCFHW: Tensor, timesteps_BT: Tensor, text_BLD: Tensor, reuse: TextReuse) -> TextWire:
     lens_B = torch.full((text_BLD.shape[0],), text_BLD.shape[1], device=text_BLD.device)
-    seed = torch.zeros(
-        1, dtype=torch.int64, device=text_BLD.device
-    )  # names dropout masks, of which there are none
-    return TextWire(text_BLD, lens_B, latents_BCFHW, timesteps_BT, seed)
+    # On the CPU, where the layers of this process read it without waiting for a GPU; the engine moves what it sends.
+    number = torch.tensor([reuse.number_of(text_BLD)], dtype=torch.int64)
+    return TextWire(text_BLD, lens_B, latents_BCFHW, timesteps_BT, number)
 
 
-class _LayeredDit:
+def _let_reuse(layer: PipelineLayer, reuse: TextReuse) -> None:
+    if isinstance(layer, DitInputLayer | DitBlockLayer):
+        layer.reuse = reuse
+
+
+class LayeredDit:
     """All layers in this process."""
 
     def __init__(self, specs: Sequence[LayerSpec], device: torch.device) -> None:
@@ -116,12 +125,19 @@ class _LayeredDit:
             spec.name: layer.inner for spec, layer in zip(specs, built, strict=True)
         }
         self._row = nn.Sequential(*built)
+        self._reuse = TextReuse()
+        for layer in built:
+            _let_reuse(layer, self._reuse)
 
     def velocities(
         self, latents_BCFHW: Tensor, timesteps_BT: Tensor, texts_BLD: Sequence[Tensor]
     ) -> list[Tensor]:
         """One pass for each text."""
-        return [self._row(_wire(latents_BCFHW, timesteps_BT, text)) for text in texts_BLD]
+        return [self._row(_wire(latents_BCFHW, timesteps_BT, text, self._reuse)) for text in texts_BLD]
+
+    def keeping(self, texts_BLD: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Keep what the layers make of these texts."""
+        return self._reuse.keeping(texts_BLD)
 
     def close(self) -> None:
         """Let go of the weights."""
@@ -140,6 +156,7 @@ class _StagedDit:
         self.layers: dict[str, nn.Module] = {}
         self._channels = arch.out_dim
         self._outputs: list[Tensor] = []
+        self._reuse = TextReuse()
         watched = [replace(spec, build=partial(self._build, spec)) for spec in specs]
         bounds = on_every_rank(lambda: plan_stages(specs, config)).bounds
         self._pipeline = build_pipeline(
@@ -161,7 +178,7 @@ class _StagedDit:
         nothing = (torch.zeros(1),)
         batches = [
             PreparedBatch(
-                _wire(latents_BCFHW, timesteps_BT, text) if self._pipeline.is_first else None,
+                _wire(latents_BCFHW, timesteps_BT, text, self._reuse) if self._pipeline.is_first else None,
                 nothing if self._pipeline.is_last else None,
             )
             for text in texts_BLD
@@ -178,6 +195,10 @@ class _StagedDit:
         self._outputs.clear()
         return velocities
 
+    def keeping(self, texts_BLD: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Keep what the layers of this stage make of these texts; all processes make the call."""
+        return self._reuse.keeping(texts_BLD)
+
     def close(self) -> None:
         """Let go of the weights, whatever of DeepSpeed still refers to the engine."""
         for parameter in self._pipeline.module.parameters():
@@ -188,6 +209,7 @@ class _StagedDit:
     def _build(self, spec: LayerSpec, device: torch.device) -> PipelineLayer:
         layer = spec.build(device)
         self.layers[spec.name] = layer.inner
+        _let_reuse(layer, self._reuse)
         return layer
 
     def _keep(self, output: Tensor, labels: tuple[Tensor, ...]) -> Tensor:

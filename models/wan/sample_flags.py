@@ -54,6 +54,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         help="A14B: make all steps with this expert alone, as where a checkpoint holds no other",
     )
     group.add_argument(
+        "--reuse_text_keys",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compute keys and values of the texts once for all steps, and keep them (default); the picture is the same",
+    )
+    group.add_argument(
         "--tiling",
         choices=TILINGS,
         default="auto",
@@ -109,6 +115,7 @@ def unchecked_settings(
         "guidance": args.guidance,
         "guidance_low_noise": args.guidance_low,
         "solver": args.solver,
+        "reuse_text_keys": args.reuse_text_keys,
     }
     return replace(settings, **{key: value for key, value in given.items() if value is not None})
 

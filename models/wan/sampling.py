@@ -9,6 +9,7 @@ or F. A sample depends on its own seed, text and first frame and not on what els
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -32,6 +33,13 @@ class Denoiser(Protocol):
         """The velocity of the same noisy latents under each of several texts, float32, on the device of the latents."""
         ...
 
+    def keeping(self, texts_BLD: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """For the body these tensors are texts of many calls, and the weights stay as they are.
+
+        What depends on nothing else may be computed once; behind the body nothing is kept.
+        """
+        ...
+
 
 class ModuleDenoiser:
     """A `WanTransformer`, or whatever is called like one, as a denoiser."""
@@ -44,6 +52,10 @@ class ModuleDenoiser:
     ) -> list[Tensor]:
         """One pass for each text."""
         return [self._module(latents_BCFHW, timesteps_BT, text).float() for text in texts_BLD]
+
+    def keeping(self, texts_BLD: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """A call knows nothing of the one before."""
+        return nullcontext()
 
 
 def draw_noise(seeds: Sequence[int], settings: SamplingSettings) -> Tensor:
@@ -108,25 +120,35 @@ class Trajectory:
     def advance(
         self, denoiser: Denoiser, on_step: OnStep | None = None, expert: Expert | None = None
     ) -> None:
-        """Make all the steps that are left, or those of one expert, as far as they come next."""
-        while self.steps_left and (expert is None or self._settings.expert_at(self.next_timestep) == expert):
-            timestep = self.next_timestep
-            guidance = self._settings.guidance_at(timestep)
-            texts = [self._text_BLD]
-            if guidance > 1.0 and self._negative_BLD is not None:
-                texts.append(self._negative_BLD)
-            velocity, *without = denoiser.velocities(self._model_input(), self._timesteps(timestep), texts)
-            if without:
-                velocity = without[0] + guidance * (velocity - without[0])
-            self.latents_BCFHW = self._solver.step(velocity, self.latents_BCFHW)
-            if on_step is not None:
-                on_step()
+        """Make all the steps that are left, or those of one expert, as far as they come next.
+
+        Meanwhile the denoiser's weights stay as they are, so that it may keep what it makes of the texts.
+        """
+        texts = [text for text in (self._text_BLD, self._negative_BLD) if text is not None]
+        with denoiser.keeping(texts if self._settings.reuse_text_keys else ()):
+            while self.steps_left and (
+                expert is None or self._settings.expert_at(self.next_timestep) == expert
+            ):
+                self._step(denoiser)
+                if on_step is not None:
+                    on_step()
 
     def result(self) -> Tensor:
         """The clean latents, float32; all steps have been made."""
         if self.steps_left:
             raise ValueError(f"{self.steps_left} steps are left")
         return self._with_first_frame()
+
+    def _step(self, denoiser: Denoiser) -> None:
+        timestep = self.next_timestep
+        guidance = self._settings.guidance_at(timestep)
+        texts = [self._text_BLD]
+        if guidance > 1.0 and self._negative_BLD is not None:
+            texts.append(self._negative_BLD)
+        velocity, *without = denoiser.velocities(self._model_input(), self._timesteps(timestep), texts)
+        if without:
+            velocity = without[0] + guidance * (velocity - without[0])
+        self.latents_BCFHW = self._solver.step(velocity, self.latents_BCFHW)
 
     def _model_input(self) -> Tensor:
         if self._condition is not None and self._settings.variant.model_type == "i2v":

@@ -29,6 +29,8 @@ class SamplingSettings:
         guidance: scale of classifier-free guidance; of the high-noise expert where there are two. 1 is off.
         guidance_low_noise: that of the low-noise expert; None is the same.
         solver: of diffusers.
+        reuse_text_keys: compute what the DiT makes of a text alone (its embedding, keys and values) once for all steps and
+            keep it, and not in each step. No number depends on it.
     """
 
     variant: VariantInfo
@@ -40,6 +42,7 @@ class SamplingSettings:
     guidance: float
     guidance_low_noise: float | None = None
     solver: SolverName = "unipc"
+    reuse_text_keys: bool = True
 
     @property
     def latent_shape(self) -> Shape4:

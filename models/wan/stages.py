@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.wan.compiled import compiled_block
 from models.wan.text_encoder import padding_mask
+from models.wan.text_reuse import TextReuse
 from models.wan.transformer import WanBlock, WanEmbedding, WanHead
 from utils.config.schema import ActivationCheckpointing
 from utils.layers import PipelineLayer
@@ -26,7 +27,7 @@ class TextWire(NamedTuple):
     lens_B: true number of tokens, int64.
     latents_BCFHW: the DiT's input, float32: noisy latents and, for I2V, the conditioning channels.
     timesteps_BT: 0..1000, float32.
-    seed: int64 [1], names this micro-batch's dropout masks.
+    seed: int64 [1], names this micro-batch's dropout masks; in sampling, which has none, the text (`TextReuse.number_of`).
     """
 
     text: Tensor
@@ -118,12 +119,16 @@ class DitInputLayer(PipelineLayer):
     """Patches, timestep and text into the DiT."""
 
     inner: WanEmbedding
+    reuse: TextReuse | None = None
 
     def run(self, *wire: Tensor) -> DitWire:
         """TextWire -> DitWire."""
-        text = TextWire(*wire)
-        hidden, time, modulation, embedded = self.inner.embed(
-            text.latents_BCFHW, text.timesteps_BT, text.text
+        text, embedding, ready = TextWire(*wire), self.inner, None
+        if self.reuse is not None:
+            makers = tuple(embedding.text_embedding)
+            ready = self.reuse.made(text.seed, makers, lambda: embedding.embed_text(text.text))
+        hidden, time, modulation, embedded = embedding.embed(
+            text.latents_BCFHW, text.timesteps_BT, text.text, ready
         )
         return DitWire(hidden, time, modulation, embedded, text.seed)
 
@@ -132,6 +137,7 @@ class DitBlockLayer(PipelineLayer):
     """One DiT block; `is_compiled`: by `torch.compile`, and recomputation with it."""
 
     inner: WanBlock
+    reuse: TextReuse | None = None
 
     def __init__(
         self,
@@ -147,10 +153,14 @@ class DitBlockLayer(PipelineLayer):
 
     def run(self, *wire: Tensor) -> DitWire:
         """hidden_BFHWD -> hidden_BFHWD."""
-        dit = DitWire(*wire)
-        hidden = self._dropout.call(
-            self._run_block, dit.seed, dit.hidden_BFHWD, dit.modulation_BT6D, dit.text_BLD
-        )
+        dit, ready = DitWire(*wire), None
+        if self.reuse is not None:
+            attention = self.inner.cross_attn
+            ready = self.reuse.made(
+                dit.seed, attention.source_makers, lambda: attention.keys_and_values(dit.text_BLD, None)
+            )
+        given = (dit.hidden_BFHWD, dit.modulation_BT6D, dit.text_BLD)
+        hidden = self._dropout.call(self._run_block, dit.seed, *given, *(() if ready is None else (ready,)))
         return dit._replace(hidden_BFHWD=hidden)
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.wan.arch import PATCH_SIZE, WanArch
-from models.wan.attention import WanAttention
+from models.wan.attention import KeysAndValues, WanAttention
 from models.wan.rope import rope_table
 
 _MAX_PERIOD = 10000.0
@@ -53,7 +53,11 @@ class WanEmbedding(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
 
     def embed(
-        self, latents_BCFHW: Tensor, timesteps_BT: Tensor, text_BLD: Tensor
+        self,
+        latents_BCFHW: Tensor,
+        timesteps_BT: Tensor,
+        text_BLD: Tensor,
+        ready_BLD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Embed one batch.
 
@@ -62,6 +66,7 @@ class WanEmbedding(nn.Module):
             timesteps_BT: 0..1000; one column, or one per latent frame.
             text_BLD: text states, zero behind each caption's end. Padded here with zeros to `text_len` rows: the
                 official model attends to all of them, and without them its output differs by 30 %.
+            ready_BLD: `embed_text(text_BLD)`, where it has been made before.
 
         Returns:
             hidden_BFHWD (residual dtype), time_BTD (float32), modulation_BT6D (float32), text_BLD (compute dtype).
@@ -70,9 +75,13 @@ class WanEmbedding(nn.Module):
         hidden = hidden_BDFHW.permute(0, 2, 3, 4, 1).to(self.residual_dtype).contiguous()
         time_BTD = self.time_embedding(timestep_sinusoid(timesteps_BT, self.arch.freq_dim))
         modulation = self.time_projection(time_BTD).unflatten(-1, (6, self.arch.dim))
+        text = self.embed_text(text_BLD) if ready_BLD is None else ready_BLD
+        return hidden, time_BTD, modulation, text
+
+    def embed_text(self, text_BLD: Tensor) -> Tensor:
+        """The text's part of `embed`."""
         padding = self.arch.text_len - text_BLD.shape[1]
-        text = F.pad(text_BLD.to(self.compute_dtype), (0, 0, 0, padding))
-        return hidden, time_BTD, modulation, self.text_embedding(text)
+        return self.text_embedding(F.pad(text_BLD.to(self.compute_dtype), (0, 0, 0, padding)))
 
 
 class WanBlock(nn.Module):
@@ -95,17 +104,28 @@ class WanBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
-    def forward(self, hidden_BFHWD: Tensor, modulation_BT6D: Tensor, text_BLD: Tensor) -> Tensor:
-        """One block; returns the new hidden state in the shape and dtype of the old."""
-        return self.body(hidden_BFHWD, modulation_BT6D, text_BLD, self.rope(hidden_BFHWD))
+    def forward(
+        self,
+        hidden_BFHWD: Tensor,
+        modulation_BT6D: Tensor,
+        text_BLD: Tensor,
+        ready: KeysAndValues | None = None,
+    ) -> Tensor:
+        """One block; returns the new hidden state in the shape and dtype of the old. `ready` as of `attend_text`."""
+        return self.body(hidden_BFHWD, modulation_BT6D, text_BLD, self.rope(hidden_BFHWD), ready)
 
     def body(
-        self, hidden_BFHWD: Tensor, modulation_BT6D: Tensor, text_BLD: Tensor, table: tuple[Tensor, Tensor]
+        self,
+        hidden_BFHWD: Tensor,
+        modulation_BT6D: Tensor,
+        text_BLD: Tensor,
+        table: tuple[Tensor, Tensor],
+        ready: KeysAndValues | None = None,
     ) -> Tensor:
         """The block for any arrangement of its tokens over F, H and W that the modulation fits: `table` has their places."""
         rows = self.modulation_rows(modulation_BT6D)
         hidden = self.attend_self(hidden_BFHWD, rows, table)
-        return self.feed_forward(self.attend_text(hidden, text_BLD), rows)
+        return self.feed_forward(self.attend_text(hidden, text_BLD, ready), rows)
 
     def attend_self(self, hidden_BFHWD: Tensor, rows: list[Tensor], table: tuple[Tensor, Tensor]) -> Tensor:
         """The first third: video tokens look at each other. `rows` as of `modulation_rows`, `table` as of `rope`."""
@@ -113,10 +133,12 @@ class WanBlock(nn.Module):
         mixed = self.self_attn(states, states, table).view_as(hidden_BFHWD)
         return (hidden_BFHWD + mixed * rows[2]).to(hidden_BFHWD.dtype)
 
-    def attend_text(self, hidden_BFHWD: Tensor, text_BLD: Tensor) -> Tensor:
-        """The second third: video tokens look at the text."""
-        mixed = self.cross_attn(self.cross_attn_input(hidden_BFHWD), text_BLD, None).view_as(hidden_BFHWD)
-        return (hidden_BFHWD + mixed).to(hidden_BFHWD.dtype)
+    def attend_text(
+        self, hidden_BFHWD: Tensor, text_BLD: Tensor, ready: KeysAndValues | None = None
+    ) -> Tensor:
+        """The second third: video tokens look at the text, of which keys and values may be `ready`."""
+        mixed = self.cross_attn(self.cross_attn_input(hidden_BFHWD), text_BLD, None, ready)
+        return (hidden_BFHWD + mixed.view_as(hidden_BFHWD)).to(hidden_BFHWD.dtype)
 
     def feed_forward(self, hidden_BFHWD: Tensor, rows: list[Tensor]) -> Tensor:
         """The last third: each token by itself."""

@@ -84,6 +84,11 @@ class SamplesConfig:
         "A14B: make all steps with this expert alone, as where a checkpoint holds no other. Not set: both.",
         None,
     )
+    reuse_text_keys: bool = option(
+        "Compute the text's keys and values of each block once for all steps of a picture, and keep them. The picture is the "
+        "same; false saves their memory.",
+        True,
+    )
     # There is no published limit: it is a convention that keeps pictures recognisable as the same one, and wants to be set by
     # looking at the sheet.
     max_neutral_change: float = option(

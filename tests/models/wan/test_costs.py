@@ -89,6 +89,17 @@ def test_the_embedding(arch):
         assert count(embedding, latents, timesteps, text) == expected
 
 
+def test_what_depends_on_the_text_alone(arch):
+    with torch.device("meta"):
+        embedding, block = WanEmbedding(arch, torch.float32, torch.float32), WanBlock(arch, torch.float32)
+        states, text = torch.empty(1, 20, arch.text_dim), torch.empty(1, arch.text_len, arch.dim)
+    embedding.forward = embedding.embed_text
+    attention = block.cross_attn
+    attention.forward = attention.keys_and_values
+    counted = count(embedding, states) + arch.num_layers * count(attention, text, None)
+    assert counted == costs.dit_text_flops(arch)
+
+
 def test_the_head(arch):
     with torch.device("meta"):
         head = WanHead(arch)
