@@ -79,7 +79,9 @@ def check_closed_form_device(config: TrainConfig) -> list[Problem]:
 def check_closed_form_reports_place(config: TrainConfig) -> list[Problem]:
     """adapter.closed_form.reports_dir and output_dir are not inside each other."""
     # That of [probes] has a rule of its own.
-    if not is_solved_for(config) or (closed_form_of(config).reports_dir is None and config.probes is not None):
+    if not is_solved_for(config) or (
+        closed_form_of(config).reports_dir is None and config.probes is not None
+    ):
         return []
     named, output_dir = closed_form_reports_dir(config), config.output_dir
     reports, output = Path(os.path.realpath(named)), Path(os.path.realpath(output_dir))
