@@ -10,9 +10,10 @@ TOOL = "closed_form_translator"
 QUESTION = "How much of what the frozen DiT heard through the base encoder does the solved adapter give back, and at what cost?"
 # Flags of the command that are keys elsewhere than in the section.
 _OTHER_KEYS = {"rank": "adapter.rank", "blocks": "adapter.train_blocks_range"}
-_FLAG = re.compile(r"--(\w+)")
 # Where the report of a training goes is no matter of the command, which has a flag for its own.
 _NOT_A_FLAG = ("reports_dir",)
+_FLAGS = [field.name for field in fields(ClosedFormConfig) if field.name not in _NOT_A_FLAG]
+_FLAG = re.compile(rf"(?<![\w-])--({'|'.join((*_FLAGS, *_OTHER_KEYS))})(?!\w)")
 
 
 def settings_of(adapter: AdapterConfig | None, flags: argparse.Namespace) -> ClosedFormConfig:
@@ -21,8 +22,7 @@ def settings_of(adapter: AdapterConfig | None, flags: argparse.Namespace) -> Clo
     A flag that says what is to stay puts the section's other way of saying it out of force.
     """
     section = adapter.closed_form if adapter is not None and adapter.closed_form is not None else None
-    names = [field.name for field in fields(ClosedFormConfig) if field.name not in _NOT_A_FLAG]
-    given = {name: value for name in names if (value := getattr(flags, name)) is not None}
+    given = {name: value for name in _FLAGS if (value := getattr(flags, name)) is not None}
     if "domain_prompts" in given or "keywords_file" in given:
         given = {"domain_prompts": None, "keywords_file": None} | given
     for name in ("prompts", "domain_prompts", "keywords_file"):
