@@ -122,6 +122,8 @@ def train(arguments: argparse.Namespace) -> int:
         drift = distributed.on_every_rank(model.neutral_drift)
         ready = runs.build(config.train, data.plan, model, processes, say)
         if arguments.dry_run:
+            if is_solved_for(config.train):
+                say("dry run: the adapter is solved for when training begins")
             say("dry run: everything is in place; no step was taken and nothing was written to output_dir")
             return 0
         run_dir = run_dir or runs.begin_run(config, partial(write_inputs, model, data), say)

@@ -84,6 +84,8 @@ def train_pair(
             if not half.is_finished:
                 _say_head(half, say)
                 _build(half, processes, say).pipeline.close()
+        if is_solved_for(config.train):
+            say("dry run: the adapters are solved for when training begins")
         say("dry run: everything is in place; no step was taken and nothing was written to output_dir")
         return
     pair = found or _begin(config, halves, processes, say)
