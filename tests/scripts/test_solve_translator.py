@@ -231,7 +231,12 @@ def test_diffusers_loads_it_to_the_same_outputs_as_our_dit(place, monkeypatch):
     assert count == len(adapted) == 8
     # Measured: AAA of the output and BBB of what the adapter adds, which is CCC of the output.
     assert (ours - base).norm() / base.norm() > 0.01
-    print("MEASURED", float((found - ours).norm() / ours.norm()), float(((found - their_base) - (ours - base)).norm() / (ours - base).norm()), float((ours - base).norm() / base.norm()))
+    print(
+        "MEASURED",
+        float((found - ours).norm() / ours.norm()),
+        float(((found - their_base) - (ours - base)).norm() / (ours - base).norm()),
+        float((ours - base).norm() / base.norm()),
+    )
     assert (found - ours).norm() / ours.norm() < 1e-5
     assert ((found - their_base) - (ours - base)).norm() / (ours - base).norm() < 1e-4
 
