@@ -82,7 +82,7 @@ def train(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.set, check_files=True, preflight=preflight)
 
-    from models.wan.closed_form.fit_start import begin_solved, start_from_solved
+    from models.wan.closed_form.fit_start import begin_solved
     from models.wan.datasets import CacheUse
     from models.wan.pair import PairOptions, train_pair
     from models.wan.setup import prepare, run_metadata, write_inputs
@@ -116,14 +116,11 @@ def train(arguments: argparse.Namespace) -> int:
             if found.is_finished:
                 return 0
         run_dir = found.run_dir if found else None
-        if is_solved_for(config.train) and not arguments.dry_run:
-            run_dir = run_dir or begin_solved(config, prepared, processes, say)
-            start_from_solved(model, run_dir, processes)
+        if is_solved_for(config.train):
+            run_dir = begin_solved(config, prepared, run_dir, processes, say, dry_run=arguments.dry_run)
         drift = distributed.on_every_rank(model.neutral_drift)
         ready = runs.build(config.train, data.plan, model, processes, say)
         if arguments.dry_run:
-            if is_solved_for(config.train):
-                say("dry run: the adapter is solved for when training begins")
             say("dry run: everything is in place; no step was taken and nothing was written to output_dir")
             return 0
         run_dir = run_dir or runs.begin_run(config, partial(write_inputs, model, data), say)

@@ -229,14 +229,8 @@ def test_diffusers_loads_it_to_the_same_outputs_as_our_dit(place, monkeypatch):
         found = theirs()
     adapted = [module for module in pipeline.transformer.modules() if hasattr(module, "base_layer")]
     assert count == len(adapted) == 8
-    # Measured: AAA of the output and BBB of what the adapter adds, which is CCC of the output.
+    # Measured: 0 (bit-equal), where the adapter adds 10 % of the output.
     assert (ours - base).norm() / base.norm() > 0.01
-    print(
-        "MEASURED",
-        float((found - ours).norm() / ours.norm()),
-        float(((found - their_base) - (ours - base)).norm() / (ours - base).norm()),
-        float((ours - base).norm() / base.norm()),
-    )
     assert (found - ours).norm() / ours.norm() < 1e-5
     assert ((found - their_base) - (ours - base)).norm() / (ours - base).norm() < 1e-4
 
@@ -247,10 +241,10 @@ def test_the_probes_of_trained_adapters_take_it(place):
     where = ["--adapter", place.root / "out", "--base", place.checkpoint, "--reports_dir", place.reports]
     where += ["--run_tag", "t"]
     logits = load_script(ROOT / "scripts" / "diagnostics" / "attn_logit_probe.py")
-    assert logits.main([*map(str, where), "--synthetic", "--min_ratio", "0.01", "--max_ratio", "100"]) == 0
+    assert logits.main([*map(str, where), "--synthetic"]) == 0
     metrics = read_summary(place.reports / "attn_logit_probe" / "t").metrics
-    # Keys are moved in every block, and by no more than the delta says.
-    assert 0.5 < metrics["min_std_ratio"] <= metrics["max_std_ratio"] < 2 and metrics["min_std_ratio"] != 1
+    assert 0.99 < metrics["min_std_ratio"] <= metrics["max_std_ratio"] < 1.01
+    assert (metrics["min_std_ratio"], metrics["max_std_ratio"]) != (1, 1)
     budget = load_script(ROOT / "scripts" / "diagnostics" / "lora_delta_budget.py")
     largest = place.summary().metrics["max_delta_ratio"]
     assert budget.main([*map(str, where), "--max_delta_ratio", str(largest * 1.001)]) == 0

@@ -152,14 +152,32 @@ class SolvedStart:
         return report.write(verdict, explanation, in_config_words(HOW_TO_READ), next_steps)
 
 
-def begin_solved(config: LoadedConfig, prepared: Prepared, processes: Processes, say: runs.Say) -> RunDir:
-    """Solve, and make the directory of a new run with the adapter in it. Every rank must call it.
+def begin_solved(
+    config: LoadedConfig,
+    prepared: Prepared,
+    found: RunDir | None,
+    processes: Processes,
+    say: runs.Say,
+    *,
+    dry_run: bool,
+) -> RunDir | None:
+    """Let the model begin with a solved adapter: that of the run to go on with, else one that is solved for now.
 
-    The directory comes before the stages are built: what was solved is not lost where that fails.
+    Every rank must call it, before the stages are built. Returns the run's directory, for a new run one that was made with
+    the adapter in it, so that what was solved is not lost where building fails; a dry run only says what would happen.
 
     Raises:
-        UserError: on every rank: as `SolvedStart.solve`, or the directory cannot be written.
+        UserError: on every rank: as `SolvedStart.solve` and `start_from_solved`, or the directory cannot be written.
     """
+    if dry_run:
+        say("dry run: the adapter is solved for when training begins")
+        return found
+    run_dir = found or _new_run(config, prepared, processes, say)
+    start_from_solved(prepared.model, run_dir, processes)
+    return run_dir
+
+
+def _new_run(config: LoadedConfig, prepared: Prepared, processes: Processes, say: runs.Say) -> RunDir:
     model, data = prepared.model, prepared.data
     runs.plan_stages(config.train, model, processes)  # what headers can refuse is not found out after minutes
     start = SolvedStart(config, data.hashes.text_encoder, processes, say)
