@@ -82,11 +82,13 @@ def train(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.set, check_files=True, preflight=preflight)
 
+    from models.wan.closed_form.fit_start import begin_solved
     from models.wan.datasets import CacheUse
     from models.wan.pair import PairOptions, train_pair
     from models.wan.setup import prepare, run_metadata, write_inputs
     from utils import distributed
     from utils import run as runs
+    from utils.config.closed_form_rules import is_solved_for
     from utils.config.experts import is_pair
     from utils.resume import Inputs, find_run
 
@@ -113,12 +115,15 @@ def train(arguments: argparse.Namespace) -> int:
             config = found.config
             if found.is_finished:
                 return 0
+        run_dir = found.run_dir if found else None
+        if is_solved_for(config.train):
+            run_dir = begin_solved(config, prepared, run_dir, processes, say, dry_run=arguments.dry_run)
         drift = distributed.on_every_rank(model.neutral_drift)
         ready = runs.build(config.train, data.plan, model, processes, say)
         if arguments.dry_run:
             say("dry run: everything is in place; no step was taken and nothing was written to output_dir")
             return 0
-        run_dir = found.run_dir if found else runs.begin_run(config, partial(write_inputs, model, data), say)
+        run_dir = run_dir or runs.begin_run(config, partial(write_inputs, model, data), say)
         runs.run(ready, run_dir, inputs, run_metadata(config, model, data), say, prepared.evals, drift)
         return 0
 

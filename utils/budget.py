@@ -126,7 +126,7 @@ class Budget:
         row["max_delta_ratio"] = _plain(overall.max_ratio)
         row["mean_delta_ratio"] = _plain(overall.mean_ratio)
         if self._config.action != "project" or may_project:
-            self._problem = self._find_problem(deltas)  # of `project`: what no factor mends
+            self._problem = cap_problem(deltas, self._config)  # of `project`: what no factor mends
 
     def _all_deltas(self) -> list[ModuleDelta]:
         """Of all stages, in the order of the modules' names, so that sums over them are the same in every layout."""
@@ -134,29 +134,31 @@ class Budget:
         found = {delta.module: delta for share in shares for delta in share}
         return [found[module] for module in sorted(found)]
 
-    def _find_problem(self, deltas: Sequence[ModuleDelta]) -> tuple[float, str] | None:
-        cap, mean_cap = self._config.max_delta_ratio, self._config.max_mean_delta_ratio
-        over = over_cap(deltas, cap)
-        if over:
-            reason = (
-                f"{len(over)} adapted module(s) move their weights by more than budget.max_delta_ratio = {cap:g}; the most "
-                f"is {over[0].module} with {over[0].ratio:.4f}"
-            )
-            return over[0].ratio / cap if math.isfinite(over[0].ratio) else math.inf, reason
-        mean = summarise(deltas).overall.mean_ratio
-        if mean_cap is not None and not mean <= mean_cap * (1 + CAP_TOLERANCE):
-            reason = (
-                f"the adapted modules move their weights by {mean:.4f} on average, more than "
-                f"budget.max_mean_delta_ratio = {mean_cap:g}"
-            )
-            return mean / mean_cap, reason
-        return None
-
     def _project(self, parameters: Mapping[str, Tensor], deltas: Sequence[ModuleDelta]) -> dict[str, float]:
         factors = projection_factors(deltas, self._config.max_delta_ratio, self._config.max_mean_delta_ratio)
         if factors:
             self._model.scale_adapters(parameters, factors)
         return factors
+
+
+def cap_problem(deltas: Sequence[ModuleDelta], budget: BudgetConfig) -> tuple[float, str] | None:
+    """How many times its cap the worst of an adapter is, and in words; None within all caps."""
+    cap, mean_cap = budget.max_delta_ratio, budget.max_mean_delta_ratio
+    over = over_cap(deltas, cap)
+    if over:
+        reason = (
+            f"{len(over)} adapted module(s) move their weights by more than budget.max_delta_ratio = {cap:g}; the most "
+            f"is {over[0].module} with {over[0].ratio:.4f}"
+        )
+        return over[0].ratio / cap if math.isfinite(over[0].ratio) else math.inf, reason
+    mean = summarise(deltas).overall.mean_ratio
+    if mean_cap is not None and not mean <= mean_cap * (1 + CAP_TOLERANCE):
+        reason = (
+            f"the adapted modules move their weights by {mean:.4f} on average, more than "
+            f"budget.max_mean_delta_ratio = {mean_cap:g}"
+        )
+        return mean / mean_cap, reason
+    return None
 
 
 def projection_factors(

@@ -79,8 +79,12 @@ def parameter_names(module: str) -> tuple[str, str]:
     return f"{module}.lora_A.{_ADAPTER_NAME}.weight", f"{module}.lora_B.{_ADAPTER_NAME}.weight"
 
 
-def load_initial_adapter(path: Path, targets: Sequence[str], adapter: AdapterConfig) -> dict[str, Tensor]:
+def load_initial_adapter(
+    path: Path, targets: Sequence[str], adapter: AdapterConfig, named_by: str = "adapter.init_from_existing ="
+) -> dict[str, Tensor]:
     """Read an adapter to start from: {parameter name: tensor}, its scale folded into B for this run's scale.
+
+    Messages say `named_by` before the path.
 
     Raises:
         UserError: other targets or another rank than this run's.
@@ -90,7 +94,7 @@ def load_initial_adapter(path: Path, targets: Sequence[str], adapter: AdapterCon
     extra = [name for name in existing.modules if name not in set(targets)]
     if missing or extra:
         raise UserError(
-            f"adapter.init_from_existing = {str(path)!r}: its targets are not this run's "
+            f"{named_by} {str(path)!r}: its targets are not this run's "
             f"(missing there: {missing[:3]}, only there: {extra[:3]}); use the same include and train_blocks_range"
         )
     parameters = {}
@@ -98,7 +102,7 @@ def load_initial_adapter(path: Path, targets: Sequence[str], adapter: AdapterCon
         pair = existing.modules[name]
         if pair.down.shape[0] != adapter.rank:
             raise UserError(
-                f"adapter.init_from_existing = {str(path)!r}: {name} has rank {pair.down.shape[0]}, adapter.rank is "
+                f"{named_by} {str(path)!r}: {name} has rank {pair.down.shape[0]}, adapter.rank is "
                 f"{adapter.rank}"
             )
         down_name, up_name = parameter_names(name)

@@ -15,7 +15,7 @@ from utils.data.sampler import BatchPlan
 from utils.distributed import Processes, gather_objects, limit_waits, on_every_rank, on_main
 from utils.errors import UserError
 from utils.evaluate import EvalSet, Evaluator
-from utils.layers import TrainableModel
+from utils.layers import LayerSpec, TrainableModel
 from utils.loss_recorder import LossRecorder
 from utils.metrics import read_metrics
 from utils.nodes import check_seen
@@ -28,7 +28,7 @@ from utils.progress import announce
 from utils.resume import Inputs
 from utils.run_dir import CONFIG_FILE, RunDir, create_run_dir, record_config, remove_leftovers
 from utils.run_probes import TrainingProbes
-from utils.stage_plan import describe_plan, make_plan, plan_warnings
+from utils.stage_plan import StagePlan, describe_plan, make_plan, plan_warnings
 from utils.trainer import Trainer, initial_state, total_steps
 
 Say = Callable[[str], None]
@@ -95,6 +95,21 @@ def begin_run(config: LoadedConfig, describe: Callable[[Path], None], say: Say) 
     return run
 
 
+def plan_stages(
+    config: TrainConfig, model: TrainableModel, processes: Processes
+) -> tuple[Sequence[LayerSpec], StagePlan]:
+    """The model's layers, and which stage gets which, from headers alone. Every rank must call it.
+
+    Raises:
+        UserError: more stages than layers, or a probe that is to run is not there.
+    """
+    on_every_rank(lambda: check_scripts(plan_probes(config)))
+    specs = on_every_rank(model.layer_specs)
+    memory = device_memory(processes.device)
+    copies = processes.world_size // config.pipeline_stages
+    return specs, on_every_rank(lambda: make_plan(specs, config, memory, copies))
+
+
 def build(
     config: TrainConfig, plan: BatchPlan, model: TrainableModel, processes: Processes, say: Say
 ) -> Ready:
@@ -103,11 +118,8 @@ def build(
     Raises:
         UserError: more stages than layers, or weights that cannot be read.
     """
-    on_every_rank(lambda: check_scripts(plan_probes(config)))
-    specs = on_every_rank(model.layer_specs)
+    specs, stages = plan_stages(config, model, processes)
     memory = device_memory(processes.device)
-    copies = processes.world_size // config.pipeline_stages
-    stages = on_every_rank(lambda: make_plan(specs, config, memory, copies))
     # Before anything is built: where it does not fit, this is the last that is said.
     for line in describe_plan(stages) + plan_warnings(stages, memory):
         say(line)

@@ -68,6 +68,17 @@ class WanModel:
             if adapter.init_from_existing is not None:
                 self._initial = load_initial_adapter(Path(adapter.init_from_existing), self.targets, adapter)
 
+    def start_from(self, directory: Path) -> None:
+        """Begin with the solved adapter in `directory`. Comes before `layer_specs`.
+
+        Raises:
+            UserError: it is damaged, or not one for these targets.
+        """
+        assert self._config.adapter is not None, "an adapter is trained"
+        self._initial = load_initial_adapter(
+            directory, self.targets, self._config.adapter, 'adapter.init = "closed_form":'
+        )
+
     @property
     def base_files(self) -> list[Path]:
         """All files of DiTs that take part."""

@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from models.wan.closed_form.fit_start import SolvedStart, start_from_solved
 from models.wan.datasets import CacheUse
 from models.wan.pair_report import HalfFacts, half_facts, pair_document, pair_text
 from models.wan.setup import Prepared, prepare, run_metadata, write_inputs
 from utils import run as runs
+from utils.config.closed_form_rules import is_solved_for
 from utils.config.experts import EXPERTS, loaded_side
 from utils.config.schema import Expert, LoadedConfig
 from utils.distributed import Processes, lift_waits, on_main
@@ -82,9 +84,11 @@ def train_pair(
             if not half.is_finished:
                 _say_head(half, say)
                 _build(half, processes, say).pipeline.close()
+        if is_solved_for(config.train):
+            say("dry run: the adapters are solved for when training begins")
         say("dry run: everything is in place; no step was taken and nothing was written to output_dir")
         return
-    pair = found or _begin(config, halves, say)
+    pair = found or _begin(config, halves, processes, say)
     if found is not None:
         on_main(partial(remove_leftovers, found.path))
     else:
@@ -130,18 +134,36 @@ def _in_pair(half: Half, run_dir: RunDir, pair: PairDir) -> Half:
     return replace(half, run_dir=replace(run_dir, pair=pair.path))
 
 
-def _begin(config: LoadedConfig, halves: Sequence[Half], say: Say) -> PairDir:
+def _begin(config: LoadedConfig, halves: Sequence[Half], processes: Processes, say: Say) -> PairDir:
+    solved = _solve(config, halves, processes, say) if is_solved_for(config.train) else None
+
     def create() -> PairDir:
-        starts = []
-        for half in halves:
-            describe = partial(write_inputs, half.prepared.model, half.prepared.data)
-            starts.append(HalfStart(half.expert, half.prepared.config, describe))
+        starts = [
+            HalfStart(half.expert, half.prepared.config, partial(_describe, half, solved)) for half in halves
+        ]
         document = pair_document([_facts(half, None) for half in halves])
         return create_pair_dir(Path(config.train.output_dir), starts, document)
 
     pair = on_main(create)
     say(f"directory of the pair: {pair.path}")
+    if solved is not None:
+        on_main(lambda: solved.report(pair.path.name, [pair.run(half.expert) for half in halves]))
     return pair
+
+
+def _solve(config: LoadedConfig, halves: Sequence[Half], processes: Processes, say: Say) -> SolvedStart:
+    """What both experts start from, from one pass over the prompts."""
+    for half in halves:
+        runs.plan_stages(half.prepared.config.train, half.prepared.model, processes)
+    solved = SolvedStart(config, halves[0].prepared.data.hashes.text_encoder, processes, say)
+    on_main(solved.solve)
+    return solved
+
+
+def _describe(half: Half, solved: SolvedStart | None, directory: Path) -> None:
+    write_inputs(half.prepared.model, half.prepared.data, directory)
+    if solved is not None:
+        solved.write(directory, half.expert)
 
 
 def _build(half: Half, processes: Processes, say: Say) -> runs.Ready:
@@ -155,6 +177,8 @@ def _train_half(half: Half, halves: Sequence[Half], pair: PairDir, processes: Pr
     assert run_dir is not None, "it has begun"
     _say_head(half, say)
     lift_waits()
+    if is_solved_for(prepared.config.train):
+        start_from_solved(prepared.model, run_dir, processes)
     ready = _build(half, processes, say)
     metadata = run_metadata(prepared.config, prepared.model, prepared.data)
     left = [other.expert for other in halves[halves.index(half) + 1 :] if not other.is_finished]

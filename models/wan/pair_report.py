@@ -133,6 +133,7 @@ def _settings(config: TrainConfig, model: WanModel) -> dict[str, Any]:
         "alpha": adapter.alpha,
         "num_targets": len(model.targets),
         "targets": describe_targets(model.targets),
+        "init": adapter.init,
         "init_from_existing": adapter.init_from_existing,
     }
 

@@ -1,7 +1,7 @@
 """Everything about a configuration that only the checkpoint's headers can tell, in one list of problems."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from models.wan.arch import WanArch, load_arch
@@ -12,9 +12,11 @@ from models.wan.checkpoint import (
     open_transformer,
     text_encoder_sizes,
 )
+from models.wan.closed_form.fit_subject import check_solvable, find_base
 from models.wan.expert_files import check_initial_adapter, check_transformer_files
 from models.wan.sample_defaults import check_samples
 from models.wan.tokenizer_place import read_spiece
+from utils.config.closed_form_rules import closed_form_of, is_solved_for
 from utils.config.experts import BOTH, EXPERTS, name_origin, side_config, sides_of
 from utils.config.schema import Problem, TrainConfig
 from utils.errors import UserError
@@ -85,6 +87,8 @@ def _check_one(config: TrainConfig) -> list[Problem]:
     source = open_transformer(paths.transformer_dir)
     arch = load_arch(paths.config_json, source.shapes)
     problems += check_dit(config, source, arch)
+    if is_solved_for(config) and not problems:
+        problems += _check_solve(config, paths.text_encoder)
     if config.model.train_text_encoder and not any(problem.key == "model.llm_path" for problem in problems):
         problems += _check_trained_blocks(config, open_text_encoder(paths.text_encoder))
         problems += _check_spiece(config, paths.tokenizer_dir)
@@ -96,7 +100,7 @@ def check_dit(config: TrainConfig, source: TensorSource, arch: WanArch) -> list[
     problems = check_transformer_files(config.model, source)
     problems += _check_noise_range(config, arch) + _check_first_frame(config, arch)
     problems += _check_swapped_blocks(config, arch)
-    return problems if config.adapter is None else problems + _check_adapter(config, source)
+    return problems if config.adapter is None else problems + _check_adapter(config, source, arch)
 
 
 def _check_noise_range(config: TrainConfig, arch: WanArch) -> list[Problem]:
@@ -128,12 +132,25 @@ def _check_swapped_blocks(config: TrainConfig, arch: WanArch) -> list[Problem]:
     return [Problem("blocks_to_swap", reason, f"write at most {limit}, or 0 for none")]
 
 
-def _check_adapter(config: TrainConfig, source: TensorSource) -> list[Problem]:
+def _check_solve(config: TrainConfig, tuned: Path) -> list[Problem]:
+    """Both encoders that an adapter is solved for with, and the prompts."""
+    problems = _problem("model.llm_path", lambda: find_base(config.model, tuned))
+    # Their modules need torch, which a config without this key should not wait for.
+    from models.wan.closed_form.fit_job import plan_of
+    from models.wan.closed_form.fit_settings import in_config_words
+
+    prompts = _problem("adapter.closed_form", lambda: plan_of(closed_form_of(config)))
+    return problems + [replace(problem, reason=in_config_words(problem.reason)) for problem in prompts]
+
+
+def _check_adapter(config: TrainConfig, source: TensorSource, arch: WanArch) -> list[Problem]:
     adapter = config.adapter
     assert adapter is not None
     targets: list[str] = []
     linears = linear_modules(source.shapes)
     problems = _problem("adapter", lambda: targets.extend(resolve_targets(linears, adapter, config.budget)))
+    if is_solved_for(config):
+        problems += check_solvable(targets, adapter.rank, arch.dim)
     existing = adapter.init_from_existing
     if targets and existing is not None:
         # Its module needs torch, which a config without this key should not wait for.

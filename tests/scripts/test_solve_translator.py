@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch.nn import functional as F
 
+from models.wan.arch import load_arch
 from models.wan.checkpoint import (
     EXPERT_DIRS,
     TEXT_ENCODER_FILE,
@@ -19,24 +21,19 @@ from models.wan.checkpoint import (
     open_text_encoder,
     open_transformer,
 )
-from models.wan.names import umt5_to_hf
 from models.wan.probes.encoder_drift import load_text_embedding
 from models.wan.text_encoder import WanTokenizer, load_umt5
+from models.wan.transformer import WanTransformer
+from tests.helpers.closed_form import DOMAIN, NEUTRAL, write_prompts, write_tuned
+from tests.helpers.diffusers_wan import build_transformer, exact_timesteps
 from tests.helpers.workspace import check_refused, make_workspace
+from utils.added_lora import WeightedAdapter, adapters_added
 from utils.lora_names import read_adapter
 from utils.report import read_summary
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "solve_translator.py"
 CONFIG = ROOT / "configs" / "smoke_dit_lora.toml"
-NEUTRAL = [
-    f"a {colour} {shape} {does} on a {ground} background"
-    for colour in ("red", "blue", "green", "yellow")
-    for shape in ("circle", "square", "triangle")
-    for does in ("moves", "stands still")
-    for ground in ("dark", "light")
-]
-DOMAIN = [f"the zorp {does}" for does in ("moves", "stands", "rests", "is here", "is there")]
 CPU = torch.device("cpu")
 
 
@@ -51,20 +48,6 @@ def load_script(path):
 solver = load_script(SCRIPT)
 
 
-def write_tuned(path, checkpoint, strength=0.1, change=None):
-    source, random = open_text_encoder(checkpoint / TEXT_ENCODER_FILE), torch.Generator().manual_seed(0)
-    tensors = {}
-    for name in source.shapes:
-        tensor = source.get(name).float()
-        if tensor.ndim == 2 and strength:
-            tensor = tensor + strength * tensor.std() * torch.randn(tensor.shape, generator=random)
-        tensors[umt5_to_hf(name)] = tensor.contiguous().clone()
-    if change is not None:
-        change(tensors)
-    save_file(tensors, path)
-    return path
-
-
 class Place:
     """A directory with prompts and a tuned encoder, and commands in it."""
 
@@ -72,8 +55,7 @@ class Place:
         self.root, self.checkpoint = root, checkpoint
         self.reports = root / "reports"
         self.tuned = write_tuned(root / "tuned.safetensors", checkpoint)
-        for name, lines in (("neutral", NEUTRAL), ("domain", DOMAIN), ("keywords", ["zorp"])):
-            (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
+        write_prompts(root)
 
     def run(self, *flags, out="out", tag="t", domain=True, cap="0.9", **given):
         values = {"model.ckpt_path": self.checkpoint, "model.llm_path": self.tuned} | given
@@ -212,6 +194,74 @@ def test_what_is_written_can_be_probed_and_trained_on(place, tiny_dataset, tmp_p
     with safe_open(saved, "pt") as file:
         assert file.metadata()["encoder_hash"] == metadata["encoder_hash"]
         assert file.metadata()["base_hash"] == metadata["base_hash"]
+
+
+def test_diffusers_loads_it_to_the_same_outputs_as_our_dit(place, monkeypatch):
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    # Timesteps in float64 on diffusers' side too: what is compared is not the rounding of the timestep.
+    monkeypatch.setattr("diffusers.models.embeddings.Timesteps.forward", exact_timesteps)
+    assert place.run("--ridge", "0.01") == 0
+    source = open_transformer(place.checkpoint)
+    arch = load_arch(place.checkpoint / "config.json", source.shapes)
+    state = {name: source.get(name).float().clone() for name in source.shapes}
+    with torch.device("meta"):
+        model = WanTransformer(arch)
+    model.load_state_dict(state, assign=True)
+    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": build_transformer(arch, state)}
+    pipeline = WanPipeline(tokenizer=None, text_encoder=None, vae=None, **parts)
+    random = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, arch.in_dim, 2, 4, 6, generator=random)
+    timesteps_B = torch.rand(2, generator=random) * 1000
+    texts = torch.randn(2, 9, arch.text_dim, generator=random)
+    padded = F.pad(texts, (0, 0, 0, arch.text_len - 9))
+
+    def theirs():
+        return pipeline.transformer(latents, timesteps_B, padded, return_dict=False)[0]
+
+    file = place.root / "out" / "adapter_model.safetensors"
+    adapter = WeightedAdapter(read_adapter(file).modules)
+    with torch.no_grad():
+        base, their_base = model(latents, timesteps_B[:, None], texts), theirs()
+        with adapters_added({"": model}, [adapter], CPU) as count:
+            ours = model(latents, timesteps_B[:, None], texts)
+        pipeline.load_lora_weights(str(file))
+        found = theirs()
+    adapted = [module for module in pipeline.transformer.modules() if hasattr(module, "base_layer")]
+    assert count == len(adapted) == 8
+    # Measured: 0 (bit-equal), where the adapter adds 10 % of the output.
+    assert (ours - base).norm() / base.norm() > 0.01
+    assert (found - ours).norm() / ours.norm() < 1e-5
+    assert ((found - their_base) - (ours - base)).norm() / (ours - base).norm() < 1e-4
+
+
+@pytest.mark.long
+def test_the_probes_of_trained_adapters_take_it(place):
+    assert place.run() == 0
+    where = ["--adapter", place.root / "out", "--base", place.checkpoint, "--reports_dir", place.reports]
+    where += ["--run_tag", "t"]
+    logits = load_script(ROOT / "scripts" / "diagnostics" / "attn_logit_probe.py")
+    assert logits.main([*map(str, where), "--synthetic"]) == 0
+    metrics = read_summary(place.reports / "attn_logit_probe" / "t").metrics
+    assert 0.99 < metrics["min_std_ratio"] <= metrics["max_std_ratio"] < 1.01
+    assert (metrics["min_std_ratio"], metrics["max_std_ratio"]) != (1, 1)
+    budget = load_script(ROOT / "scripts" / "diagnostics" / "lora_delta_budget.py")
+    largest = place.summary().metrics["max_delta_ratio"]
+    assert budget.main([*map(str, where), "--max_delta_ratio", str(largest * 1.001)]) == 0
+    where[-1] = "above"
+    assert budget.main([*map(str, where), "--max_delta_ratio", str(largest * 0.999)]) == 1
+
+
+def test_the_config_fills_in_the_flags_that_are_not_given(place):
+    section = {
+        "adapter.init": '"closed_form"',
+        "adapter.closed_form.ridge": 0.1,
+        "adapter.closed_form.keywords_file": f'"{place.root / "keywords.txt"}"',
+    }
+    assert place.run(tag="a", out="a", **section) == 0  # --domain_prompts is given, so no keyword counts
+    assert place.summary("a").metrics["ridge"] == 0.1
+    assert place.run("--ridge", "0.01", tag="b", out="b", **section) == 0
+    assert place.summary("b").metrics["ridge"] == 0.01
 
 
 def test_the_same_command_gives_the_same_numbers(place):

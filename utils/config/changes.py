@@ -35,6 +35,8 @@ FREE_KEYS = frozenset(
         "decode_workers",
         "activation_checkpointing",
         "blocks_to_swap",
+        "adapter.closed_form.device",
+        "adapter.closed_form.reports_dir",
         "eval_datasets",
         "eval_before_first_step",
         "eval_every_n_epochs",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin
 
-from utils.config.introspect import describe_bounds, describe_kind, element_kind
+from utils.config.introspect import describe_bounds, describe_kind, element_kind, is_either
 
 _MAX_SHOWN = 60
 _INT64 = range(-(2**63), 2**63)
@@ -34,7 +34,8 @@ def convert(kind: Any, raw: Any, bounds: Mapping[str, float], *, may_be_blank: b
     """Check `raw` against a type and bounds and return it in that type (lists become tuples, integers floats).
 
     Args:
-        kind: bool, int, float, str, a Literal of strings and truth values, or a tuple of one of these (also nested).
+        kind: bool, int, float, str, a Literal of strings and truth values, a tuple of one of these (also nested), or a
+            number or else one of some words.
         raw: what the TOML holds.
         bounds: limits by name (ge, gt, le, lt), applied to each element of a list.
         may_be_blank: whether an empty or all-space string is a value.
@@ -46,6 +47,8 @@ def convert(kind: Any, raw: Any, bounds: Mapping[str, float], *, may_be_blank: b
         return _convert_choice(kind, raw)
     if get_origin(kind) is tuple:
         return _convert_list(kind, raw, bounds)
+    if is_either(kind):
+        return _convert_either(kind, raw, bounds)
     if kind in (int, float):
         return _convert_number(kind, raw, bounds)
     if not isinstance(raw, kind):
@@ -100,6 +103,15 @@ def _convert_list(kind: Any, raw: Any, bounds: Mapping[str, float]) -> tuple[Any
         except RefusedError as error:
             raise RefusedError(f"element {index + 1} {error.reason}", error.fix) from None
     return tuple(items)
+
+
+def _convert_either(kind: Any, raw: Any, bounds: Mapping[str, float]) -> Any:
+    number, words = get_args(kind)
+    if isinstance(raw, str) and raw in get_args(words):
+        return raw
+    if isinstance(raw, bool) or not isinstance(raw, int | float):
+        raise RefusedError(f"must be {describe_kind(kind)}, not {show(raw)}", _hint(number, raw))
+    return _convert_number(number, raw, bounds)
 
 
 def _convert_number(kind: Any, raw: Any, bounds: Mapping[str, float]) -> int | float:

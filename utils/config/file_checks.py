@@ -9,6 +9,7 @@ from utils.config.keywords import read_keywords
 from utils.config.schema import (
     AdapterConfig,
     BudgetConfig,
+    ClosedFormConfig,
     DatasetConfig,
     ModelConfig,
     ProbesConfig,
@@ -46,6 +47,18 @@ def check_adapter_paths(adapter: AdapterConfig) -> list[Problem]:
         problems += _check_exists("adapter.include_file", adapter.include_file, only_file=True)
     if adapter.init_from_existing is not None:
         problems += _check_exists("adapter.init_from_existing", adapter.init_from_existing)
+    return problems
+
+
+def check_closed_form_paths(closed_form: ClosedFormConfig) -> list[Problem]:
+    """The files of prompts and keywords can be read, and the reports' directory can be made; nothing is made."""
+    section = "adapter.closed_form"
+    problems = _check_prompts(f"{section}.prompts", closed_form.prompts)
+    problems += _check_prompts(f"{section}.domain_prompts", closed_form.domain_prompts)
+    if closed_form.keywords_file is not None:
+        problems += _check_keywords_file(f"{section}.keywords_file", closed_form.keywords_file)
+    if closed_form.reports_dir is not None:
+        problems += _check_can_be_made(f"{section}.reports_dir", closed_form.reports_dir)
     return problems
 
 

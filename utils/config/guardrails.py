@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils.config.caption_rules import CAPTION_RULES
+from utils.config.closed_form_rules import CLOSED_FORM_RULES
 from utils.config.eval_rules import EVAL_RULES
 from utils.config.experts import EXPERT_RULES, on_each_side
 from utils.config.introspect import keys_of
@@ -258,6 +259,7 @@ RULES = (
     *EXPERT_RULES,
     *TARGET_RULES,
     Rule(check_blocks_range, ("adapter.train_blocks_range",)),
+    *CLOSED_FORM_RULES,
     Rule(check_budget_fits_mode, (*_MODE_KEYS, "adapter", "budget")),
     Rule(check_projectable, ("budget.action", "optimizer.type")),
     Rule(check_noise_levels, ("model.min_t", "model.max_t")),

@@ -87,9 +87,17 @@ def describe_kind(kind: Any) -> str:
         return _SCALAR_NAMES[kind]
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(_choice, get_args(kind)))
+    if is_either(kind):
+        number, words = get_args(kind)
+        return f"{_SCALAR_NAMES[number]}, or {', '.join(map(_choice, get_args(words)))}"
     if get_origin(kind) is tuple:
         return f"a list {_plural(get_args(kind)[0])}"
     return "a table"
+
+
+def is_either(kind: Any) -> bool:
+    """Whether a type is a number or else one of some words: `float | Literal["auto"]`."""
+    return get_origin(kind) in (Union, types.UnionType)
 
 
 def _choice(choice: str | bool) -> str:
@@ -132,10 +140,10 @@ def _read_key(field: "dataclasses.Field[Any]", hint: Any) -> Key:
 
 
 def _without_none(hint: Any) -> Any:
-    if get_origin(hint) not in (Union, types.UnionType):
+    if not is_either(hint):
         return hint
-    (kind,) = (part for part in get_args(hint) if part is not type(None))
-    return kind
+    kinds = tuple(part for part in get_args(hint) if part is not type(None))
+    return kinds[0] if len(kinds) == 1 else hint
 
 
 def _plural(kind: Any) -> str:

@@ -19,6 +19,7 @@ from utils.config.file_checks import (
     can_be_seen,
     check_adapter_paths,
     check_budget_paths,
+    check_closed_form_paths,
     check_dataset_paths,
     check_model_paths,
     check_output_path,
@@ -189,6 +190,8 @@ def _check_files(parsed: Parsed[TrainConfig], faulty: set[str], preflight: Prefl
     config = parsed.draft
     problems = [] if "output_dir" in parsed.invalid else check_output_path(config.output_dir)
     problems += _check_adapter_files(config)
+    if config.adapter is not None and config.adapter.closed_form is not None:
+        problems += check_closed_form_paths(config.adapter.closed_form)
     if config.budget is not None:
         problems += check_budget_paths(config.budget)
     if config.probes is not None:

@@ -9,7 +9,7 @@ from utils.config.rules import Rule
 from utils.config.schema import Problem, TrainConfig
 
 _SIZE = re.compile(r"(\d{1,6})[xX*](\d{1,6})")
-_DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
+DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 
 
 def parse_size(text: str) -> tuple[int, int] | None:
@@ -51,7 +51,7 @@ def check_sample_size(config: TrainConfig) -> list[Problem]:
 
 def check_sample_device(config: TrainConfig) -> list[Problem]:
     """samples.device is cpu, cuda or cuda:N."""
-    if config.samples is None or _DEVICE.fullmatch(config.samples.device):
+    if config.samples is None or DEVICE.fullmatch(config.samples.device):
         return []
     reason = f'is "{config.samples.device}", which is no device'
     return [Problem("samples.device", reason, 'write "cpu", "cuda" or "cuda:N"')]

@@ -1,7 +1,8 @@
 """The configuration as typed, frozen dataclasses: the one list of keys, defaults, legal values and help texts.
 
 `option` attaches to each field what the loader checks and what the reference documentation prints. Key names are
-those that users of DeepSpeed diffusion trainers already write. What looks at saves has its classes in `schema_of_saves`.
+those that users of DeepSpeed diffusion trainers already write. Adapters have their classes in `schema_of_adapters`, what looks at saves
+in `schema_of_saves`.
 """
 
 # ruff: noqa: RUF009 (`option` is a `dataclasses.field`)
@@ -11,6 +12,13 @@ from pathlib import PurePath
 from typing import Literal
 
 from utils.config.option import option
+from utils.config.schema_of_adapters import (
+    AdapterConfig,
+    ClosedFormConfig,
+    DType,
+    ExpertAdapterConfig,
+    SelfAttnApproval,
+)
 from utils.config.schema_of_saves import Expert, ProbesConfig, SamplesConfig, SolverName
 
 __all__ = [
@@ -19,6 +27,7 @@ __all__ = [
     "BudgetConfig",
     "CaptionAugConfig",
     "CaptionMix",
+    "ClosedFormConfig",
     "DType",
     "DatasetConfig",
     "DirectoryConfig",
@@ -39,7 +48,6 @@ __all__ = [
     "Variant",
 ]
 
-DType = Literal["float32", "bfloat16"]
 ExpertChoice = Literal["high_noise", "low_noise", "both"]
 Variant = Literal["ti2v-5b", "t2v-a14b", "i2v-a14b"]
 TextEncoderFormat = Literal["hf", "official", "official_pth", "comfyui"]
@@ -178,60 +186,6 @@ class ModelConfig:
         le=1.0,
     )
     caption_aug: CaptionAugConfig | None = option("Caption augmentation; encoder_ft only.", None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelfAttnApproval:
-    """`[adapter.self_attn_approval]`: the written approval without which no adapter touches `self_attn.*`."""
-
-    reason: str = option("Why self-attention has to be adapted, in a sentence.")
-    blocks: tuple[int, ...] = option(
-        "The blocks it is approved for; at most 4. self_attn adapters go nowhere else.", ge=0
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertAdapterConfig:
-    """`[adapter.<expert>]`: what is different in the adapter of one expert. Keys left out are those of `[adapter]`."""
-
-    rank: int | None = option("Overrides [adapter].", None, ge=1, le=1024)
-    alpha: float | None = option("Overrides [adapter].", None, gt=0.0)
-    dropout: float | None = option("Overrides [adapter].", None, ge=0.0, lt=1.0)
-    include: tuple[str, ...] | None = option("Overrides [adapter], its include_file too.", None)
-    exclude: tuple[str, ...] | None = option("Overrides [adapter], its include_file too.", None)
-    include_file: str | None = option(
-        "Overrides [adapter], its include, exclude and train_blocks_range too.", None
-    )
-    train_blocks_range: tuple[int, ...] | None = option(
-        "Overrides [adapter], its include_file too.", None, ge=0
-    )
-    init_from_existing: str | None = option("Overrides [adapter].", None)
-    self_attn_approval: SelfAttnApproval | None = option("Overrides [adapter].", None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """`[adapter]`: the LoRA translator (dit_lora only)."""
-
-    type: Literal["lora"] = option("Kind of adapter.", "lora")
-    rank: int = option("Rank of each adapter.", 16, ge=1, le=1024)
-    alpha: float | None = option("Scale is alpha / rank. Default: rank, i.e. scale 1.", None, gt=0.0)
-    dropout: float = option("Dropout on the adapter's input. 0 is off.", 0.0, ge=0.0, lt=1.0)
-    include: tuple[str, ...] = option(
-        "Globs over module paths within a block; {a,b} expands. Each must match something.",
-        ("cross_attn.{k,v}",),
-    )
-    exclude: tuple[str, ...] = option("Globs to leave out; wins over include.", ())
-    include_file: str | None = option(
-        "File with one module path of the whole model per line, instead of the other filters.", None
-    )
-    train_blocks_range: tuple[int, ...] | None = option(
-        "First and last block to adapt, inclusive.", None, ge=0
-    )
-    init_from_existing: str | None = option("Adapter file or directory to start from.", None)
-    self_attn_approval: SelfAttnApproval | None = option("Written approval for self_attn targets.", None)
-    high_noise: ExpertAdapterConfig | None = option("What is different for the high-noise expert.", None)
-    low_noise: ExpertAdapterConfig | None = option("What is different for the low-noise expert.", None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ class Outer:
     factor: float = option("Factor.", 1.0)
     is_on: bool = option("Switch.", True)
     kind: Literal["red", "green"] = option("Colour.", "red")
+    weight: float | Literal["auto"] = option("Weight.", "auto", ge=0.0)
     note: str = option("Note.", "")
     folder: str | None = option("Folder.", None)
     grid: tuple[tuple[int, ...], ...] | None = option("Grid.", None)
@@ -87,6 +88,9 @@ def test_an_explicit_zero_false_or_empty_list_stays() -> None:
         ("factor", [1.0], "must be a number, not [1.0]"),
         ("is_on", 1, "must be true or false, not 1"),
         ("kind", "gren", 'must be one of "red", "green", not "gren"'),
+        ("weight", "some", 'must be a number, or "auto", not "some"'),
+        ("weight", True, 'must be a number, or "auto", not true'),
+        ("weight", -1, "must be at least 0, not -1"),
         ("kind", {}, 'must be one of "red", "green", not a table'),
         ("name", 5, "must be a string, not 5"),
         ("name", "  ", "must not be blank"),
@@ -112,6 +116,7 @@ def test_a_wrong_value_is_refused_with_its_key_and_type(key, raw, reason) -> Non
         ("is_on", "True", "write true, in lower case and without quotes"),
         ("count", "8", "write 8, without quotes"),
         ("count", 4.0, "write 4"),
+        ("weight", "8", "write 8, without quotes"),
         ("kind", "gren", 'did you mean "green"?'),
         ("item", {"path": "a"}, "head each with [[item]]"),
         ("inner", [{"size": 1}], "head it with [inner]"),
@@ -119,6 +124,12 @@ def test_a_wrong_value_is_refused_with_its_key_and_type(key, raw, reason) -> Non
 )
 def test_slips_that_people_make_come_with_the_way_out(key, raw, fix) -> None:
     assert problems_of(outer(**{key: raw}))[key].fix == fix
+
+
+def test_a_number_or_a_word_is_either() -> None:
+    for raw, expected in (("auto", "auto"), (1, 1.0), (0.5, 0.5)):
+        value = parse_table(Outer, outer(weight=raw)).value
+        assert value is not None and (value.weight, type(value.weight)) == (expected, type(expected))
 
 
 def test_bounds_hold_for_each_element() -> None:
