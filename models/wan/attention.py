@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.wan.lean import norm_rotate
 from models.wan.rope import apply_rope
 
 
@@ -24,11 +25,14 @@ class WanAttention(nn.Module):
     """Multi-head attention with RMS-normed queries and keys (over the full width, before the split into heads).
 
     Projections live in `compute_dtype`, norms in float32. Queries and keys stay in float32 through norm and rotary
-    embedding and are rounded once, just before the product.
+    embedding and are rounded once, just before the product. `lean`: norm and rotation in few passes (`lean.py`).
     """
 
-    def __init__(self, dim: int, num_heads: int, eps: float, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, eps: float, compute_dtype: torch.dtype, lean: bool = True
+    ) -> None:
         super().__init__()
+        self.lean = lean
         self.num_heads = num_heads
         self.compute_dtype = compute_dtype
         self.q = nn.Linear(dim, dim, dtype=compute_dtype)
@@ -49,26 +53,32 @@ class WanAttention(nn.Module):
         Returns:
             [B, S, D] in compute_dtype.
         """
-        query, key = self.queries_and_keys(states_BSD, source_BLD, table)
+        query, key = self.queries_and_keys(states_BSD, source_BLD, table, self.compute_dtype)
         value = self.v(source_BLD).unflatten(-1, (self.num_heads, -1))
         mixed_BNSK = F.scaled_dot_product_attention(
-            query.to(self.compute_dtype).transpose(1, 2),
-            key.to(self.compute_dtype).transpose(1, 2),
-            value.transpose(1, 2),
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         )
         return self.o(mixed_BNSK.transpose(1, 2).flatten(2))
 
     def queries_and_keys(
-        self, states_BSD: Tensor, source_BLD: Tensor, table: tuple[Tensor, Tensor] | None
+        self,
+        states_BSD: Tensor,
+        source_BLD: Tensor,
+        table: tuple[Tensor, Tensor] | None,
+        dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
-        """Queries [B, S, N, K] and keys [B, L, N, K] in float32, normed and rotated; arguments as of `forward`.
+        """Queries [B, S, N, K] and keys [B, L, N, K], normed and rotated, in `dtype`; arguments as of `forward`.
 
         The attention logits are their products over K, divided by sqrt(K).
         """
-        heads = (self.num_heads, -1)
-        query = self.norm_q(self.q(states_BSD)).unflatten(-1, heads)
-        key = self.norm_k(self.k(source_BLD)).unflatten(-1, heads)
-        if table is not None:
-            query = apply_rope(query, table)
-            key = apply_rope(key, table)
-        return query, key
+        query = self._normed(self.norm_q, self.q(states_BSD), table, dtype)
+        return query, self._normed(self.norm_k, self.k(source_BLD), table, dtype)
+
+    def _normed(
+        self, norm: RMSNorm, projected_BSD: Tensor, table: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    ) -> Tensor:
+        """One side of the attention, [B, S, N, K], of its projection's output."""
+        if self.lean:
+            return norm_rotate(projected_BSD, norm.weight, norm.eps, self.num_heads, table, dtype)
+        heads = norm(projected_BSD).unflatten(-1, (self.num_heads, -1))
+        return (heads if table is None else apply_rope(heads, table)).to(dtype)
