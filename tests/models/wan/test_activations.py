@@ -146,7 +146,9 @@ def test_a_timestep_per_frame_keeps_its_rows(mode, dtype, planned):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model", [{}, {"text_train_blocks": 1}, {"train_token_embedding": True}, {"lean_kernels": False}])
+@pytest.mark.parametrize(
+    "model", [{}, {"text_train_blocks": 1}, {"train_token_embedding": True}, {"lean_kernels": False}]
+)
 def test_the_encoder_and_the_dit(model, dtype, planned):
     specs, wire = planned("encoder_ft", False, dtype=dtype, **model)
     dit = next(index for index, spec in enumerate(specs) if spec.name == "")
