@@ -1,8 +1,9 @@
 """Bytes that autograd keeps of each layer between forward and backward, for one micro-batch, by arithmetic.
 
-Counted are the tensors that the layer's own operations save: inputs of norms, queries, keys, values and output of
-attention, inputs of activation functions, and, where weights or adapters train, inputs of linear layers. A frozen
-linear layer saves nothing but its weight. tests/models/wan/test_activations.py compares with what autograd saves.
+Counted are the tensors that the layer's own operations save: inputs of norms (of a DiT block in float32, or with
+`model.lean_kernels` in the dtype that they have), queries, keys, values and output of attention, inputs of activation
+functions, and, where weights or adapters train, inputs of linear layers. A frozen linear layer saves nothing but its
+weight. tests/models/wan/test_activations.py compares with what autograd saves.
 
 Shapes: S video tokens, L text tokens, both of the whole micro-batch; D width, F width of the feed-forward, N heads.
 """
@@ -37,10 +38,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class DitPrecision:
-    """Bytes of one number: in matrix products, and in the residual stream."""
+    """Bytes of one number: in matrix products, and in the residual stream; and `model.lean_kernels`."""
 
     compute: int
     residual: int
+    lean: bool = True
+
+    @property
+    def kept_stream(self) -> int:
+        """Bytes of a number of the residual stream as a norm keeps it."""
+        return self.residual if self.lean else _FLOAT32
+
+    @property
+    def kept_projection(self) -> int:
+        """The same of the output of a projection to queries or keys."""
+        return self.compute if self.lean else _FLOAT32
 
 
 def dit_block_saved(
@@ -63,30 +75,31 @@ def dit_block_saved(
         text_wants_gradient: whether the text does (encoder_ft).
     """
     video, text = batch.video_tokens, batch.samples * arch.text_len
-    wide, narrow, paths = arch.dim * _FLOAT32, arch.dim * precision.compute, set(adapters.paths)
+    stream, projected = arch.dim * precision.kept_stream, arch.dim * precision.kept_projection
+    narrow, paths = arch.dim * precision.compute, set(adapters.paths)
     scores = video * arch.num_heads * _FLOAT32
     hidden = hidden_wants_gradient
-    saved = video * wide if hidden else 0.0  # input of norm1
+    saved = video * stream if hidden else 0.0  # input of norm1
 
     wants = {name: hidden or f"self_attn.{name}" in paths for name in "qkv"}
-    saved += video * wide * (wants["q"] + wants["k"])  # inputs of the norms of query and key
+    saved += video * projected * (wants["q"] + wants["k"])  # inputs of the norms of query and key
     if any(wants.values()):
         saved += 4 * video * narrow + scores
     hidden = hidden or any(wants.values()) or "self_attn.o" in paths
 
-    saved += video * wide if hidden else 0.0  # input of norm3
+    saved += video * stream if hidden else 0.0  # input of norm3
     wants = {name: text_wants_gradient or f"cross_attn.{name}" in paths for name in "kv"}
     wants["q"] = hidden or "cross_attn.q" in paths
-    saved += (video * wants["q"] + text * wants["k"]) * wide
+    saved += (video * wants["q"] + text * wants["k"]) * projected
     if any(wants.values()):
         saved += 2 * (video + text) * narrow + scores
     hidden = hidden or any(wants.values()) or "cross_attn.o" in paths
 
-    saved += video * wide if hidden else 0.0  # input of norm2
+    saved += video * stream if hidden else 0.0  # input of norm2
     if hidden or "ffn.0" in paths:
         saved += video * arch.ffn_dim * precision.compute
     if hidden or paths:
-        saved += 8 * batch.time_rows * wide  # rows of the modulation
+        saved += 8 * batch.time_rows * arch.dim * _FLOAT32  # rows of the modulation
     return saved + _adapters_saved(arch, batch, precision, adapters)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.wan.lean import norm_rotate
 from models.wan.rope import apply_rope
 
 # query [B, S, N, K], key and value [B, L, N, K] -> [B, S, N, K], all in one dtype.
@@ -41,12 +42,16 @@ class WanAttention(nn.Module):
 
     Attributes:
         attend: softmax(query key / sqrt(K)) value, by torch or by another package's kernel (`models.wan.kernels`).
+        lean: whether norm and rotation take few passes (`lean.py`).
     """
 
     attend: Attend
 
-    def __init__(self, dim: int, num_heads: int, eps: float, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, eps: float, compute_dtype: torch.dtype, lean: bool = True
+    ) -> None:
         super().__init__()
+        self.lean = lean
         self.num_heads = num_heads
         self.compute_dtype = compute_dtype
         self.attend = attend_by_torch
@@ -75,14 +80,13 @@ class WanAttention(nn.Module):
         Returns:
             [B, S, D] in compute_dtype.
         """
-        query = self._queries(states_BSD, table)
+        query = self._normed(self.norm_q, self.q(states_BSD), table, self.compute_dtype)
         key, value = self.keys_and_values(source_BLD, table) if ready is None else ready
-        mixed_BSNK = self.attend(query.to(self.compute_dtype), key, value)
-        return self.o(mixed_BSNK.flatten(2))
+        return self.o(self.attend(query, key, value).flatten(2))
 
     def keys_and_values(self, source_BLD: Tensor, table: tuple[Tensor, Tensor] | None) -> KeysAndValues:
         """Keys, normed, rotated and rounded, and values of a source: all that attention makes of it."""
-        key = self._keys(source_BLD, table).to(self.compute_dtype)
+        key = self._normed(self.norm_k, self.k(source_BLD), table, self.compute_dtype)
         return key, self.v(source_BLD).unflatten(-1, (self.num_heads, -1))
 
     @property
@@ -97,12 +101,14 @@ class WanAttention(nn.Module):
 
         The attention logits are their products over K, divided by sqrt(K).
         """
-        return self._queries(states_BSD, table), self._keys(source_BLD, table)
+        query = self._normed(self.norm_q, self.q(states_BSD), table, torch.float32)
+        return query, self._normed(self.norm_k, self.k(source_BLD), table, torch.float32)
 
-    def _queries(self, states_BSD: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
-        query = self.norm_q(self.q(states_BSD)).unflatten(-1, (self.num_heads, -1))
-        return query if table is None else apply_rope(query, table)
-
-    def _keys(self, source_BLD: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
-        key = self.norm_k(self.k(source_BLD)).unflatten(-1, (self.num_heads, -1))
-        return key if table is None else apply_rope(key, table)
+    def _normed(
+        self, norm: RMSNorm, projected_BSD: Tensor, table: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    ) -> Tensor:
+        """One side of the attention, [B, S, N, K], of its projection's output."""
+        if self.lean:
+            return norm_rotate(projected_BSD, norm.weight, norm.eps, self.num_heads, table, dtype)
+        heads = norm(projected_BSD).unflatten(-1, (self.num_heads, -1))
+        return (heads if table is None else apply_rope(heads, table)).to(dtype)

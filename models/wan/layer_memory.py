@@ -79,8 +79,10 @@ class DitMemory:
         self._paths: dict[int, list[str]] = {}
         for index, path in targets:
             self._paths.setdefault(index, []).append(path)
-        compute = bytes_of(config.model.dtype)
-        self._precision = DitPrecision(compute, bytes_of(config.model.residual_dtype))
+        model = config.model
+        self._precision = DitPrecision(
+            bytes_of(model.dtype), bytes_of(model.residual_dtype), model.lean_kernels
+        )
         samples = config.micro_batch_size_per_gpu
         self._batch = batch_of(workload, samples)
         self._text_trains = config.model.train_text_encoder
@@ -167,7 +169,7 @@ class DitMemory:
             own_input=own_input,
             shared=activations.dit_text_bytes(arch, batch, precision),
         )
-        if config.activation_checkpointing is True and hidden and precision.residual == _FLOAT32:
+        if config.activation_checkpointing is True and hidden and precision.kept_stream == precision.residual:
             # The recomputed block's first norm keeps the very input that is stored already.
             kept = replace(kept, rebuilt=kept.rebuilt - own_input)
         return replace(kept, working=working)

@@ -185,7 +185,7 @@ class _DitBuilder:
     def block(self, index: int, device: torch.device) -> PipelineLayer:
         """One block, with its adapters."""
         with torch.device("meta"):
-            block = WanBlock(self.arch, self._compute_dtype)
+            block = WanBlock(self.arch, self._compute_dtype, self._config.model.lean_kernels)
         self._load(block, f"blocks.{index}.", device)
         block.self_attn.attend = block.cross_attn.attend = attend_of(self._config, device)
         adapter = self._config.adapter

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.wan.arch import PATCH_SIZE, WanArch
 from models.wan.attention import KeysAndValues, WanAttention
+from models.wan.lean import gated_add, norm_scale_shift
 from models.wan.rope import rope_table
 
 _MAX_PERIOD = 10000.0
@@ -85,17 +86,21 @@ class WanEmbedding(nn.Module):
 
 
 class WanBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; the first and last modulated by the timestep."""
+    """Self-attention, cross-attention to the text, feed-forward; the first and last modulated by the timestep.
 
-    def __init__(self, arch: WanArch, compute_dtype: torch.dtype) -> None:
+    `lean`: what lies between the matrix products in few passes over memory (`lean.py`), or else by the plain formulas.
+    """
+
+    def __init__(self, arch: WanArch, compute_dtype: torch.dtype, lean: bool = True) -> None:
         super().__init__()
         dim, eps = arch.dim, arch.eps
+        self.lean = lean
         self.compute_dtype = compute_dtype
         self.head_dim = arch.head_dim
         self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
-        self.self_attn = WanAttention(dim, arch.num_heads, eps, compute_dtype)
+        self.self_attn = WanAttention(dim, arch.num_heads, eps, compute_dtype, lean)
         self.norm3 = nn.LayerNorm(dim, eps)
-        self.cross_attn = WanAttention(dim, arch.num_heads, eps, compute_dtype)
+        self.cross_attn = WanAttention(dim, arch.num_heads, eps, compute_dtype, lean)
         self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = nn.Sequential(
             nn.Linear(dim, arch.ffn_dim, dtype=compute_dtype),
@@ -131,7 +136,7 @@ class WanBlock(nn.Module):
         """The first third: video tokens look at each other. `rows` as of `modulation_rows`, `table` as of `rope`."""
         states = self.self_attn_input(hidden_BFHWD, rows)
         mixed = self.self_attn(states, states, table).view_as(hidden_BFHWD)
-        return (hidden_BFHWD + mixed * rows[2]).to(hidden_BFHWD.dtype)
+        return self._gated_add(hidden_BFHWD, mixed, rows[2])
 
     def attend_text(
         self, hidden_BFHWD: Tensor, text_BLD: Tensor, ready: KeysAndValues | None = None
@@ -142,15 +147,20 @@ class WanBlock(nn.Module):
 
     def feed_forward(self, hidden_BFHWD: Tensor, rows: list[Tensor]) -> Tensor:
         """The last third: each token by itself."""
-        states = self._flat(self.norm2(hidden_BFHWD.float()) * (1 + rows[4]) + rows[3])
-        return (hidden_BFHWD + self.ffn(states).view_as(hidden_BFHWD) * rows[5]).to(hidden_BFHWD.dtype)
+        states = self._modulated(self.norm2, hidden_BFHWD, rows[4], rows[3])
+        return self._gated_add(hidden_BFHWD, self.ffn(states).view_as(hidden_BFHWD), rows[5])
 
     def self_attn_input(self, hidden_BFHWD: Tensor, rows: list[Tensor]) -> Tensor:
         """What self-attention sees of the hidden state, [B, S, D] in compute_dtype."""
-        return self._flat(self.norm1(hidden_BFHWD.float()) * (1 + rows[1]) + rows[0])
+        return self._modulated(self.norm1, hidden_BFHWD, rows[1], rows[0])
 
     def cross_attn_input(self, hidden_BFHWD: Tensor) -> Tensor:
         """What cross-attention's queries are made of, [B, S, D] in compute_dtype."""
+        if self.lean:
+            norm = self.norm3
+            return norm_scale_shift(
+                hidden_BFHWD, norm.weight, norm.bias, norm.eps, self.compute_dtype
+            ).flatten(1, 3)
         return self._flat(self.norm3(hidden_BFHWD.float()))
 
     def rope(self, hidden_BFHWD: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,6 +171,17 @@ class WanBlock(nn.Module):
     def modulation_rows(self, modulation_BT6D: Tensor) -> list[Tensor]:
         """Shift, scale and gate of self-attention, then those of the feed-forward: float32 [B, T, 1, 1, D] each."""
         return [row.unsqueeze(2).unsqueeze(2) for row in (self.modulation + modulation_BT6D).unbind(2)]
+
+    def _modulated(self, norm: nn.LayerNorm, hidden_BFHWD: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        if self.lean:
+            states = norm_scale_shift(hidden_BFHWD, 1 + scale, shift, norm.eps, self.compute_dtype)
+            return states.flatten(1, 3)
+        return self._flat(norm(hidden_BFHWD.float()) * (1 + scale) + shift)
+
+    def _gated_add(self, hidden_BFHWD: Tensor, mixed_BFHWD: Tensor, gate: Tensor) -> Tensor:
+        if self.lean:
+            return gated_add(hidden_BFHWD, mixed_BFHWD, gate)
+        return (hidden_BFHWD + mixed_BFHWD * gate).to(hidden_BFHWD.dtype)
 
     def _flat(self, states_BFHWD: Tensor) -> Tensor:
         return states_BFHWD.to(self.compute_dtype).flatten(1, 3)
@@ -198,9 +219,10 @@ class WanTransformer(WanEmbedding):
         arch: WanArch,
         compute_dtype: torch.dtype = torch.float32,
         residual_dtype: torch.dtype = torch.float32,
+        lean: bool = True,
     ) -> None:
         super().__init__(arch, compute_dtype, residual_dtype)
-        self.blocks = nn.ModuleList(WanBlock(arch, compute_dtype) for _ in range(arch.num_layers))
+        self.blocks = nn.ModuleList(WanBlock(arch, compute_dtype, lean) for _ in range(arch.num_layers))
         self.head = WanHead(arch)
 
     def forward(self, latents_BCFHW: Tensor, timesteps_BT: Tensor, text_BLD: Tensor) -> Tensor:

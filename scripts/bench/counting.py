@@ -2,7 +2,7 @@
 
 The rule of the count. A kernel is an operation that reaches torch's dispatcher, without views and without allocations. It reads
 every distinct tensor that it is given and writes every tensor that it returns; an operand that is repeated by broadcasting is
-read once, as it lies in memory; what `copy_` and filling overwrite is not read. Weights (and their biases) count nothing:
+read once, as it lies in memory; what `copy_`, filling and `out=` overwrite is not read. Weights (and their biases) count nothing:
 activations only. What a kernel keeps on chip, as fused attention does with its scores, is not seen and not counted.
 
 On fake tensors: shapes are real, there is no memory behind them, and nothing is computed, so that the real size can be counted
@@ -73,12 +73,15 @@ class KernelCount(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
         if func.namespace in ("aten", _OWN) and not func.is_view and name not in _NO_KERNEL:
-            given = _tensors((args, kwargs))
+            named = kwargs or {}
+            outs = {one.name for one in func._schema.arguments if one.is_out}
+            given = _tensors((args, {key: value for key, value in named.items() if key not in outs}))
             read = given[1:] if name == "copy_" else [] if name in _OVERWRITES else given
             written = _tensors(result)
             shared = {_storage(tensor) for tensor in given}
             # An operation that gives back what it was given (such as `contiguous` of what is) does nothing.
-            if name.endswith("_") or any(_storage(tensor) not in shared for tensor in written):
+            in_place = name.endswith("_") or bool(outs)
+            if in_place or any(_storage(tensor) not in shared for tensor in written):
                 self.kernels.append(Kernel(name, self._moved(read), self._moved(written)))
         return result
 

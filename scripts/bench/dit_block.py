@@ -6,7 +6,8 @@
 
 Timed in turns: forward, and forward + backward as a translator is trained (frozen weights, LoRA on cross_attn.{k,v}), in float32
 and in bfloat16, at several numbers of tokens; outputs and gradients are compared first. Counted without timing, one frozen
-block of TI2V-5B in bfloat16 at 4,096 tokens: kernels, bytes that they move, bytes that autograd keeps.
+block of TI2V-5B in bfloat16 at 4,096 tokens: kernels, bytes that they move, bytes that autograd keeps, with
+`model.lean_kernels` (ours) and without (ours_plain).
 
 Writes reports/bench_dit_block/<run_tag>/.
 """
@@ -20,7 +21,7 @@ import torch
 
 from models.wan.arch import PUBLISHED, WanArch
 from scripts.bench import peers
-from scripts.bench.dit_count import CPU, RMS, TOKENS, count_block
+from scripts.bench.dit_count import CPU, OURS, PEER, PLAIN, RMS, TOKENS, count_block
 from scripts.bench.dit_sides import Case, Precision, build_pair
 from utils.argument_types import positive_int
 from utils.bench import Comparison, compare, finish, note_machine, print_rows
@@ -106,9 +107,14 @@ def probe(args: argparse.Namespace) -> Verdict:
 
 def bench_counts(report: Report, with_peer: bool) -> list[str]:
     """The counted part: what it finds over its target, by the count as on a CPU, which is how the targets were made."""
-    rows = [count_block("ours", _SIZES, precision, rms) for precision in (BFLOAT16, MIXED) for rms in RMS]
+    rows = [
+        count_block(side, _SIZES, precision, rms)
+        for side in (OURS, PLAIN)
+        for precision in (BFLOAT16, MIXED)
+        for rms in RMS
+    ]
     if with_peer:
-        rows += [count_block("diffusers", _SIZES, BFLOAT16, rms) for rms in RMS]
+        rows += [count_block(PEER, _SIZES, BFLOAT16, rms) for rms in RMS]
     table = [row.shown() for row in rows]
     report.table("counted", table, f"One block of TI2V-5B, bfloat16, {TOKENS:,} tokens, frozen, counted")
     print_rows(table)
@@ -119,7 +125,7 @@ def bench_counts(report: Report, with_peer: bool) -> list[str]:
         )
         report.metric(f"traffic_{name}", row.traffic, "units of one [L, D] bfloat16 tensor, both passes")
         report.metric(f"saved_kib_{name}", row.saved_kib, "KiB that autograd keeps of a token")
-        if row.side == "ours" and row.rms == CPU:
+        if row.side == OURS and row.rms == CPU:
             for what, value, limits in (
                 ("traffic", row.traffic, MAX_TRAFFIC),
                 ("saved_kib", row.saved_kib, MAX_SAVED_KIB),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from scripts.bench.dit_sides import Precision
 GRID = (4, 32, 32)
 TOKENS = GRID[0] * GRID[1] * GRID[2]
 GPU, CPU = RMS = ("as on a GPU", "as on a CPU")
+# `model.lean_kernels` on, and off; and the peer.
+OURS, PLAIN, PEER = "ours", "ours_plain", "diffusers"
 
 
 @dataclass(frozen=True)
@@ -58,19 +61,23 @@ def count_block(
     """Count one frozen block whose input wants a gradient.
 
     Args:
-        side: `ours`, or `diffusers`, whose residual stream has the dtype of its products.
+        side: `OURS`, `PLAIN`, or `PEER`, whose residual stream has the dtype of its products.
         arch: sizes; one sample with `text_len` rows of text and one timestep.
         precision: of the block.
         rms: one of `RMS`: `rms_norm` as one kernel, or as the several that a CPU runs.
         grid: tokens.
     """
-    build = {"ours": _ours, "diffusers": _diffusers}[side]
+    builds: dict[str, Callable[[WanArch, Precision, tuple[int, int, int]], Built]] = {
+        OURS: partial(_ours, lean=True),
+        PLAIN: partial(_ours, lean=False),
+        PEER: _diffusers,
+    }
     tokens = grid[0] * grid[1] * grid[2]
     # The table of the grid is kept between calls: a fake one must not outlive this, nor a real one come in.
     rope_table.cache_clear()
     try:
         with FakeTensorMode(), fused_rms_norm() if rms == GPU else nullcontext():
-            block, run = build(arch, precision, grid)
+            block, run = builds[side](arch, precision, grid)
             weights = weights_of(block)
             saved = saved_bytes(run, weights)
             with KernelCount(weights) as forward:
@@ -94,8 +101,8 @@ def count_block(
 Built = tuple[nn.Module, Callable[[], Tensor]]
 
 
-def _ours(arch: WanArch, precision: Precision, grid: tuple[int, int, int]) -> Built:
-    block = WanBlock(arch, precision.compute).requires_grad_(False)
+def _ours(arch: WanArch, precision: Precision, grid: tuple[int, int, int], *, lean: bool) -> Built:
+    block = WanBlock(arch, precision.compute, lean).requires_grad_(False)
     hidden = torch.empty(1, *grid, arch.dim, dtype=precision.residual, requires_grad=True)
     modulation = torch.empty(1, 1, 6, arch.dim)
     text = torch.empty(1, arch.text_len, arch.dim, dtype=precision.compute)

@@ -132,6 +132,12 @@ class ModelConfig:
         "flash-attn 3, where installed; auto: the fastest of these that is there and can be used; with compile, torch.",
         "auto",
     )
+    lean_kernels: bool = option(
+        "Compute what lies between the matrix products of the DiT's blocks (norms, modulation, rotation, gates) in few "
+        "passes over memory, and keep less of it for the backward pass. false: by the plain formulas. The numbers differ "
+        "by the order of float32 roundings.",
+        True,
+    )
     vae_dtype: DType = option(
         "Precision of the VAE while caching. The official code uses float32.", "float32"
     )

@@ -117,11 +117,12 @@ def check(specs: list[LayerSpec], found: list[float], *, host: bool = False) -> 
     return worst
 
 
+@pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("residual", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("band", BANDS)
-def test_the_dit_with_adapters(band, dtype, residual, planned):
-    specs, wire = planned("dit_lora", False, band, dtype, residual)
+def test_the_dit_with_adapters(band, dtype, residual, lean, planned):
+    specs, wire = planned("dit_lora", False, band, dtype, residual, lean_kernels=lean)
     found = measure(specs, wire)
     assert found[0] == found[1] == 0.0  # below the band: no graph, nothing stored
     assert check(specs, found) < TOLERANCE
@@ -145,7 +146,9 @@ def test_a_timestep_per_frame_keeps_its_rows(mode, dtype, planned):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model", [{}, {"text_train_blocks": 1}, {"train_token_embedding": True}])
+@pytest.mark.parametrize(
+    "model", [{}, {"text_train_blocks": 1}, {"train_token_embedding": True}, {"lean_kernels": False}]
+)
 def test_the_encoder_and_the_dit(model, dtype, planned):
     specs, wire = planned("encoder_ft", False, dtype=dtype, **model)
     dit = next(index for index, spec in enumerate(specs) if spec.name == "")

@@ -108,13 +108,13 @@ def a_wire(arch: WanArch, text: Tensor, grid) -> TextWire:
 def adapted(make_config):
     """Specs of a DiT of some size with adapters on all blocks but the first, and a wire for it."""
 
-    def make(size, mode, dtype):
+    def make(size, mode, dtype, **model):
         dim, ffn, heads, blocks, grid = SIZES[size]
         arch = WanArch("ti2v", dim, ffn, 256, 48, 48, heads, blocks, 512, 1e-6, 256)
         source = RandomSource(expected_shapes(arch))
         config = make_config(
             "dit_lora",
-            model={"dtype": dtype},
+            model={"dtype": dtype, **model},
             adapter={"rank": 16, "train_blocks_range": (1, blocks - 1)},
             activation_checkpointing=mode,
         )
@@ -176,11 +176,12 @@ def test_the_tiny_dit_with_adapters(dtype, mode, make_config, open_tiny, tiny_ti
     assert abs(kept) < KEPT_TOLERANCE and abs(peak) < PEAK_TOLERANCE
 
 
+@pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_frozen_block_holds_what_is_planned_while_it_computes(size, dtype, adapted):
+def test_a_frozen_block_holds_what_is_planned_while_it_computes(size, dtype, lean, adapted):
     """But for the buffers that attention on a CPU has of its own: in bfloat16 it packs keys and values once more."""
-    specs, wire = adapted(size, True, dtype)
+    specs, wire = adapted(size, True, dtype, lean_kernels=lean)
     value = specs[0].build(torch.device("cpu"))(wire)
     block = specs[1].build(torch.device("cpu"))
     assert specs[1].memory.stored == 0.0 and specs[1].memory.working > 0

@@ -5,8 +5,10 @@ import torch
 from torch.nn import functional as F
 from transformers import UMT5EncoderModel
 
+from models.wan.attention import WanAttention
 from models.wan.names import umt5_to_hf
 from models.wan.text_encoder import load_umt5, pad_token_ids
+from models.wan.transformer import WanBlock
 from utils.layers import global_names
 from utils.lora import parameter_names
 
@@ -31,6 +33,14 @@ def named_parameters(specs, layers):
         for spec, layer in zip(specs, layers, strict=True)
         for name, parameter in global_names(spec.name, layer).items()
     }
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_lean_kernels_are_those_of_every_block(lean, ti2v, make_config, build_layers):
+    config = make_config("dit_lora", model={"lean_kernels": lean})
+    _, layers = build_layers(config, ti2v, TARGETS)
+    found = [module.lean for module in layers.modules() if isinstance(module, WanBlock | WanAttention)]
+    assert found == [lean] * 3 * ti2v.arch.num_layers
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.wan.arch import WanArch, expected_shapes
+from models.wan.attention import WanAttention
 from models.wan.names import dit_to_diffusers
-from models.wan.transformer import WanTransformer, timestep_sinusoid
+from models.wan.transformer import WanBlock, WanTransformer, timestep_sinusoid
 from tests.helpers.diffusers_wan import build_transformer
 
 GRID = (3, 2, 3)  # frames, rows, columns of tokens
@@ -115,17 +116,23 @@ def test_gradients_of_latents_and_text_are_those_of_diffusers(case, kind, relati
         assert relative_error(mine, reference) <= PARITY, name
 
 
+@pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("kind", ["scalar", "per_frame"])
-def test_all_of_the_difference_is_diffusers_float32_sinusoid(case, kind, relative_error, monkeypatch):
+def test_all_of_the_difference_is_diffusers_float32_sinusoid(case, kind, lean, relative_error, monkeypatch):
     def float64_sinusoid(timesteps: Tensor) -> Tensor:
         angles = timesteps.double()[:, None] / 10000 ** (torch.arange(128, dtype=torch.float64) / 128)
         return torch.cat((torch.cos(angles), torch.sin(angles)), dim=1).float()
 
     monkeypatch.setattr(case.theirs.condition_embedder.timesteps_proj, "forward", float64_sinusoid)
+    for module in case.ours.blocks.modules():
+        if isinstance(module, WanBlock | WanAttention):
+            monkeypatch.setattr(module, "lean", lean)
     timesteps = timesteps_for(kind)
     ours = case.ours(case.latents_BCFHW, timesteps, case.text_BLD)
     theirs = run_theirs(case, case.latents_BCFHW, timesteps, case.text_BLD)
-    assert relative_error(ours, theirs) <= PARITY_SAME_SINUSOID
+    error = relative_error(ours, theirs)
+    print(f"error {error:.1e}")
+    assert error <= PARITY_SAME_SINUSOID
 
 
 def test_our_names_and_the_converter_of_diffusers_prepare_the_same_weights(case):
@@ -188,6 +195,7 @@ def test_bfloat16_is_as_exact_as_the_official_code(make_arch, random_state, rela
     errors = [bfloat16_errors(arch, random_state(arch, seed), seed, relative_error) for seed in (0, 1)]
     float32_residual = sum(error[0] for error in errors) / 2
     bfloat16_residual = sum(error[1] for error in errors) / 2
+    print(f"errors {errors}")
     assert float32_residual <= BFLOAT16
     assert bfloat16_residual <= BFLOAT16_RESIDUAL
     assert bfloat16_residual > 1.7 * float32_residual

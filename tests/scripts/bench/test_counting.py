@@ -33,6 +33,11 @@ def test_what_is_repeated_is_read_once_and_what_is_overwritten_is_not_read():
     assert kernels(lambda: row.expand(4, 8) + a) == [("add", 32 + 128, 128)]
     assert kernels(lambda: a.copy_(row)) == [("copy_", 32, 128)]
     assert kernels(lambda: a[:2].add_(1)) == [("add_", 64, 64)], "a slice, not all behind it"
+    half = torch.empty(4, 8, dtype=torch.bfloat16)
+    assert kernels(lambda: torch.mul(a, row, out=half)) == [("mul", 128 + 32, 64)]
+    assert kernels(lambda: torch.mul(a, row, out=a)) == [
+        ("mul", 128 + 32, 128)
+    ], "read, and written in its place"
     assert kernels(lambda: torch.zeros_like(a)) == [("zeros_like", 0, 128)]
 
 

@@ -10,7 +10,7 @@ from models.wan.arch import PUBLISHED
 from models.wan.rope import rope_table
 from scripts.bench import dit_block, peers
 from scripts.bench.dit_block import BFLOAT16, FLOAT32, MIXED, main
-from scripts.bench.dit_count import CPU, GPU, count_block
+from scripts.bench.dit_count import CPU, GPU, OURS, PEER, PLAIN, count_block
 from scripts.bench.dit_sides import Case, build_pair
 from utils.compiled import graphs_compiled
 from utils.errors import UserError
@@ -135,12 +135,16 @@ def test_a_missing_gpu_is_a_mistake_of_the_command(tmp_path, monkeypatch, capsys
     assert "--device" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def saved_by_hand(arch, tokens, scores):
-    """Bytes that one frozen block keeps, bfloat16 products, float32 norms; `scores` per row and head."""
+def saved_by_hand(arch, tokens, stream, projected):
+    """Bytes that one frozen block keeps, bfloat16 products; `stream`, `projected`: bytes of a number as the norms keep it."""
     wide, narrow, text = arch.dim * 4, arch.dim * 2, arch.text_len
-    norms = 3 * tokens * wide + 3 * tokens * 2 * 4  # inputs, means and deviations of the layer norms
-    rms = 3 * tokens * (wide + 4)  # inputs and scales: query and key, and the query of the text
-    attention = 4 * tokens * narrow + 2 * (tokens + text) * narrow + 2 * scores * tokens * arch.num_heads
+    norms = (
+        3 * tokens * arch.dim * stream + 3 * tokens * 2 * 4
+    )  # inputs, means and deviations of the layer norms
+    rms = (
+        3 * tokens * (arch.dim * projected + 4)
+    )  # inputs and scales: query and key, and the query of the text
+    attention = 4 * tokens * narrow + 2 * (tokens + text) * narrow + 2 * 4 * tokens * arch.num_heads
     rope = 2 * tokens * arch.head_dim // 2 * 4
     rows = 6 * wide + 2 * wide  # modulation as one tensor, and 1 + scale twice
     return norms + rms + attention + rope + rows + tokens * arch.ffn_dim * 2
@@ -149,12 +153,23 @@ def saved_by_hand(arch, tokens, scores):
 def test_what_a_block_keeps_is_what_its_shapes_say():
     tokens = GRID[0] * GRID[1] * GRID[2]
     for precision in (BFLOAT16, MIXED):
-        found = count_block("ours", TINY, precision, GPU, GRID)
-        assert found.saved_kib * 1024 * tokens == saved_by_hand(TINY, tokens, 4)
+        for rms in (GPU, CPU):
+            stream = precision.residual.itemsize
+            found = count_block(OURS, TINY, precision, rms, GRID)
+            assert found.saved_kib * 1024 * tokens == saved_by_hand(TINY, tokens, stream, 2)
+        found = count_block(PLAIN, TINY, precision, GPU, GRID)
+        assert found.saved_kib * 1024 * tokens == saved_by_hand(TINY, tokens, 4, 4)
+
+
+@pytest.mark.parametrize(("precision", "traffic", "saved"), [(BFLOAT16, 323, 131), (MIXED, 400, 149)])
+def test_the_targets_are_met_at_the_real_size(precision, traffic, saved):
+    for rms in (GPU, CPU):
+        found = count_block(OURS, PUBLISHED["ti2v-5b"], precision, rms)
+        assert found.traffic <= traffic and found.saved_kib <= saved
 
 
 def test_the_count_does_not_leave_a_fake_table_behind():
-    count_block("ours", TINY, BFLOAT16, CPU, GRID)
+    count_block(OURS, TINY, BFLOAT16, CPU, GRID)
     cosine, _ = rope_table(GRID, TINY.head_dim, torch.device("cpu"))
     assert type(cosine) is torch.Tensor and cosine[0, 0, 0] == 1
 
@@ -162,9 +177,13 @@ def test_the_count_does_not_leave_a_fake_table_behind():
 def test_a_gpu_runs_fewer_kernels_and_diffusers_is_counted_by_the_same_rule():
     found = {
         (side, rms): count_block(side, TINY, BFLOAT16, rms, GRID)
-        for side in ("ours", "diffusers")
+        for side in (PLAIN, PEER)
         for rms in (GPU, CPU)
     }
-    for side in ("ours", "diffusers"):
+    for side in (PLAIN, PEER):
         assert sum(found[side, GPU].kernels) < sum(found[side, CPU].kernels)
         assert found[side, GPU].traffic < found[side, CPU].traffic
+    # No kernel of the lean path is another one on a GPU, and it runs fewer than the plain one.
+    lean = count_block(OURS, TINY, BFLOAT16, CPU, GRID)
+    assert lean.kernels == count_block(OURS, TINY, BFLOAT16, GPU, GRID).kernels
+    assert lean.traffic < found[PLAIN, GPU].traffic
