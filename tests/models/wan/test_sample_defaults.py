@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from models.wan.arch import VARIANTS
 from models.wan.preflight import preflight
 from models.wan.prompts import NEGATIVE_PROMPT
 from models.wan.sample_defaults import fill_flags, flags_of
+from models.wan.sample_flags import unchecked_settings
 from scripts.diagnostics.prompt_grid import build_parser
 from tests.helpers.workspace import linked_copy
 from utils.config.load import ConfigError, load_config
@@ -82,6 +84,23 @@ def test_a_guidance_that_is_said_is_that_of_both_experts() -> None:
     args = flags("--guidance_low", "6")
     fill_flags(args, samples)
     assert (args.guidance, args.guidance_low) == (4.0, 6.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "section", "expected"),
+    [
+        ((), True, True),
+        ((), False, False),
+        (("--reuse_text_keys",), False, True),
+        (("--no-reuse_text_keys",), True, False),
+    ],
+)
+def test_whether_text_keys_are_kept(words, section, expected) -> None:
+    args = flags(*words)
+    fill_flags(args, SamplesConfig(reuse_text_keys=section))
+    assert unchecked_settings(args, VARIANTS["ti2v-5b"]).reuse_text_keys is expected
+    alone = unchecked_settings(flags(*words), VARIANTS["ti2v-5b"])
+    assert alone.reuse_text_keys is (words != ("--no-reuse_text_keys",))
 
 
 def test_every_key_is_a_flag_or_about_when_and_where() -> None:
