@@ -67,13 +67,17 @@ def count_block(
         rms: one of `RMS`: `rms_norm` as one kernel, or as the several that a CPU runs.
         grid: tokens.
     """
-    build = {OURS: partial(_ours, lean=True), PLAIN: partial(_ours, lean=False), PEER: _diffusers}[side]
+    builders: dict[str, Callable[..., Built]] = {
+        OURS: partial(_ours, lean=True),
+        PLAIN: partial(_ours, lean=False),
+        PEER: _diffusers,
+    }
     tokens = grid[0] * grid[1] * grid[2]
     # The table of the grid is kept between calls: a fake one must not outlive this, nor a real one come in.
     rope_table.cache_clear()
     try:
         with FakeTensorMode(), fused_rms_norm() if rms == GPU else nullcontext():
-            block, run = build(arch, precision, grid)
+            block, run = builders[side](arch, precision, grid)
             weights = weights_of(block)
             saved = saved_bytes(run, weights)
             with KernelCount(weights) as forward:
