@@ -120,7 +120,8 @@ def dit_block_working(arch: WanArch, batch: Batch, precision: DitPrecision, *, h
     Which tensors these are follows from the order of operations in `WanBlock`: forward, query and key in float32 while
     the key is rotated (two products and their sum), or both sides of the feed-forward's activation function. With a
     backward pass, the gradient of the residual stream, and with it the gradients of both those sides, or at the end of
-    a forward that runs again the feed-forward's output, gated and added. tests/models/wan/test_allocation.py measures.
+    a forward that runs again the feed-forward's output, gated and added. A lean block has fewer of these on a GPU; on a CPU
+    the casts that its kernels make of their operands stand in their place, so one arithmetic serves both. tests/models/wan/test_allocation.py measures.
     """
     compute, residual, dim = precision.compute, precision.residual, arch.dim
     both_sides = 2 * arch.ffn_dim * compute

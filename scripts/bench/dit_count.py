@@ -67,7 +67,7 @@ def count_block(
         rms: one of `RMS`: `rms_norm` as one kernel, or as the several that a CPU runs.
         grid: tokens.
     """
-    builds: dict[str, Callable[[WanArch, Precision, tuple[int, int, int]], Built]] = {
+    builders: dict[str, Callable[..., Built]] = {
         OURS: partial(_ours, lean=True),
         PLAIN: partial(_ours, lean=False),
         PEER: _diffusers,
@@ -77,7 +77,7 @@ def count_block(
     rope_table.cache_clear()
     try:
         with FakeTensorMode(), fused_rms_norm() if rms == GPU else nullcontext():
-            block, run = builds[side](arch, precision, grid)
+            block, run = builders[side](arch, precision, grid)
             weights = weights_of(block)
             saved = saved_bytes(run, weights)
             with KernelCount(weights) as forward:
