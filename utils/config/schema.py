@@ -124,7 +124,7 @@ class ModelConfig:
     )
     transformer_compute: Literal["float8"] | None = option(
         "float8: multiply in 8 bits too, with one scale per token; needs transformer_dtype = float8, dtype = bfloat16, and on a GPU "
-        "one that has it (Ada, Hopper or newer). Faster and less exact (docs/numerics.md). Not set: in dtype.",
+        "one that has it (Ada, Hopper or newer). Faster and less exact (docs/engine.md). Not set: in dtype.",
         None,
     )
     attention: Literal["auto", "torch", "flash_attn_2", "flash_attn_3"] = option(
