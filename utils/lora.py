@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from utils.config.schema import AdapterConfig
 from utils.errors import UserError
 from utils.files import atomic_write_text
+from utils.lean_lora import add_low_rank
 from utils.lora_names import AdapterFile, adapter_key, kohya_aliases, read_adapter
 from utils.rng import generator
 
@@ -27,11 +29,21 @@ def add_lora(
     adapter: AdapterConfig,
     dtype: torch.dtype,
     seed: int,
+    lean: bool = False,
 ) -> None:
     """Put adapters on the linear layers `paths` of one block, in place, and freeze everything else in it.
 
     B starts at zero, so the block computes what it did before. A is drawn by the module's name, so it does not depend
     on which stage builds the block.
+
+    Args:
+        block: holds the layers.
+        block_index: its number in the model.
+        paths: of the layers in the block.
+        adapter: rank, scale and dropout.
+        dtype: of A and B.
+        seed: of the run.
+        lean: compute in the dtype of the layer's input by `lean_lora.py`, or else as PEFT does, in that of A and B.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -44,6 +56,8 @@ def add_lora(
     inject_adapter_in_model(config, block, adapter_name=_ADAPTER_NAME)
     for path in paths:
         module = block.get_submodule(path)
+        if lean:
+            module.__class__ = _lean_linear()
         down = module.get_submodule(f"lora_A.{_ADAPTER_NAME}")
         up = module.get_submodule(f"lora_B.{_ADAPTER_NAME}")
         random = generator(seed, "lora_A", f"blocks.{block_index}.{path}")
@@ -52,6 +66,29 @@ def add_lora(
             nn.init.kaiming_uniform_(initial, a=math.sqrt(5), generator=random)
             down.weight = nn.Parameter(initial.to(dtype))
             up.weight = nn.Parameter(torch.zeros(up.get_parameter("weight").shape, dtype=dtype))
+
+
+@cache
+def _lean_linear() -> type[nn.Module]:
+    """PEFT's adapted linear layer with another forward: everything that it keeps, names and switches stays PEFT's.
+
+    One class for all layers, because a compiler shares code between modules of one class alone.
+    """
+    from peft.tuners.lora import Linear
+
+    class LeanLinear(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.disable_adapters or self.merged:
+                return super().forward(x)
+            return add_low_rank(
+                self.base_layer(x),
+                self.lora_dropout[_ADAPTER_NAME](x),
+                self.lora_A[_ADAPTER_NAME].weight,
+                self.lora_B[_ADAPTER_NAME].weight,
+                self.scaling[_ADAPTER_NAME],
+            )
+
+    return LeanLinear
 
 
 @contextmanager

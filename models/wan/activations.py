@@ -15,6 +15,8 @@ from models.wan.arch import PATCH_SIZE, WanArch
 from models.wan.checkpoint import Umt5Sizes
 
 _FLOAT32 = 4
+# One tensor is the input of all of them.
+_READ_BY_THREE = frozenset(f"self_attn.{name}" for name in "qkv")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class DitPrecision:
         """The same of the output of a projection to queries or keys."""
         return self.compute if self.lean else _FLOAT32
 
+    @property
+    def kept_by_adapter(self) -> int:
+        """The same of the inputs of A and B, and of what they give."""
+        return self.compute if self.lean else _FLOAT32
+
 
 def dit_block_saved(
     arch: WanArch,
@@ -80,6 +87,7 @@ def dit_block_saved(
     scores = video * arch.num_heads * _FLOAT32
     hidden = hidden_wants_gradient
     saved = video * stream if hidden else 0.0  # input of norm1
+    time_rows = 6 + hidden  # the modulation, and what each modulated norm is multiplied by
 
     wants = {name: hidden or f"self_attn.{name}" in paths for name in "qkv"}
     saved += video * projected * (wants["q"] + wants["k"])  # inputs of the norms of query and key
@@ -96,10 +104,11 @@ def dit_block_saved(
     hidden = hidden or any(wants.values()) or "cross_attn.o" in paths
 
     saved += video * stream if hidden else 0.0  # input of norm2
+    time_rows += hidden
     if hidden or "ffn.0" in paths:
         saved += video * arch.ffn_dim * precision.compute
     if hidden or paths:
-        saved += 8 * batch.time_rows * arch.dim * _FLOAT32  # rows of the modulation
+        saved += time_rows * batch.time_rows * arch.dim * _FLOAT32
     return saved + _adapters_saved(arch, batch, precision, adapters)
 
 
@@ -110,7 +119,7 @@ def dit_block_selected(arch: WanArch, batch: Batch, precision: DitPrecision, ada
     saved = outputs * precision.compute + 2 * video * arch.num_heads * _FLOAT32
     for path in adapters.paths:
         rows, _, width = _linear_sizes(arch, batch, path)
-        saved += rows * (adapters.rank + width) * _FLOAT32
+        saved += rows * (adapters.rank + width) * precision.kept_by_adapter
     return saved + dit_hidden_bytes(arch, batch, precision)
 
 
@@ -193,15 +202,23 @@ def umt5_block_selected(sizes: Umt5Sizes, batch: Batch, compute: int, stored: in
 
 
 def _adapters_saved(arch: WanArch, batch: Batch, precision: DitPrecision, adapters: Adapters) -> float:
-    """Inputs of A (in float32) and of B. Some inputs exist anyhow where all is float32: the text, what attention gives."""
-    saved = 0.0
+    """Inputs of A (cast to float32, or lean as they are) and of B.
+
+    Where nothing is cast, some inputs exist anyhow, the text and what attention gives, and some are one for several layers.
+    What is dropped out is each layer's own.
+    """
+    saved, seen = 0.0, set()
+    kept = precision.kept_by_adapter
+    is_cast = precision.compute != kept
     for path in adapters.paths:
         rows, width, _ = _linear_sizes(arch, batch, path)
-        saved += rows * adapters.rank * _FLOAT32
+        saved += rows * adapters.rank * kept
         reads_text = path in ("cross_attn.k", "cross_attn.v")
-        exists_anyhow = precision.compute == _FLOAT32 and (reads_text or path.endswith("attn.o"))
-        if adapters.dropout or not exists_anyhow:
-            saved += rows * width * _FLOAT32
+        exists_anyhow = not is_cast and (reads_text or path.endswith("attn.o"))
+        source = "self_attn.qkv" if path in _READ_BY_THREE and not is_cast else path
+        if adapters.dropout or not (exists_anyhow or source in seen):
+            saved += rows * width * kept
+        seen.add(source)
         if adapters.dropout and not reads_text:
             saved += rows * width  # the mask, for the gradient of the input, which the text does not want
     return saved

@@ -193,7 +193,7 @@ class _DitBuilder:
         dropout = 0.0
         if adapter is not None and paths:
             dtype = trainable_dtype(self._config.optimizer)
-            add_lora(block, index, paths, adapter, dtype, self._config.seed)
+            add_lora(block, index, paths, adapter, dtype, self._config.seed, self._config.model.lean_kernels)
             block.to(device)
             self._start_from_initial(block, index, paths)
             dropout = adapter.dropout

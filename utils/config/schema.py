@@ -134,8 +134,9 @@ class ModelConfig:
     )
     lean_kernels: bool = option(
         "Compute what lies between the matrix products of the DiT's blocks (norms, modulation, rotation, gates) in few "
-        "passes over memory, and keep less of it for the backward pass. false: by the plain formulas. The numbers differ "
-        "by the order of float32 roundings.",
+        "passes over memory, and keep less of it for the backward pass; and adapters in dtype, without casts of their inputs. "
+        "false: by the plain formulas, adapters in float32. The numbers differ by the order of float32 roundings, and with adapters in "
+        "bfloat16 by roundings to it (docs/numerics.md).",
         True,
     )
     vae_dtype: DType = option(

@@ -21,9 +21,9 @@ from utils.lora_targets import linear_modules, resolve_targets
 from utils.memory import stage_memory
 from utils.tensor_source import TensorSource
 
-# Measured over all cases of this file: kept 1.6 %; peak 4.2 % mid-size and 10.7 % on the tiny model, whose attention's own
-# buffers on a CPU are no longer small beside the rest.
-KEPT_TOLERANCE, PEAK_TOLERANCE, TINY_PEAK_TOLERANCE = 0.03, 0.10, 0.12
+# Measured over all cases of this file: kept 1.6 %; peak 4.1 % mid-size and 13.0 % on the tiny model, whose attention's own
+# buffers on a CPU, and the gradients of its text's keys and values, are no longer small beside the rest.
+KEPT_TOLERANCE, PEAK_TOLERANCE, TINY_PEAK_TOLERANCE = 0.03, 0.10, 0.15
 LENGTH = 256
 # Width, feed-forward, heads, blocks, grid: the proportions of A14B, and those of TI2V-5B, at heads of the published width.
 SIZES = {
@@ -49,6 +49,9 @@ class RandomSource(TensorSource):
 def allocated(run: Callable[[], None], *, warm: Callable[[], None]) -> tuple[float, float]:
     """Bytes alive at the mark "KEPT", and the most that were alive, both above what was there at the start."""
     warm()
+    # The first session of a process has been seen to miss events.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True):
+        warm()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()
