@@ -46,17 +46,17 @@ class Recipe(NamedTuple):
 
 
 RECIPES = (
-    Recipe("wan22_te_ft", "ti2v_5b", "ti2v-5b", 2, 48, ("38.4",)),
-    Recipe("wan22_dit_lora_translator", "ti2v_5b", "ti2v-5b", 1, 24, ("11.3",)),
-    Recipe("wan22_a14b_translator_high", "a14b_translators", "t2v-a14b", 2, 48, ("33.3",)),
+    Recipe("wan22_te_ft", "ti2v_5b", "ti2v-5b", 2, 48, ("38.3",)),
+    Recipe("wan22_dit_lora_translator", "ti2v_5b", "ti2v-5b", 1, 24, ("11.2",)),
+    Recipe("wan22_a14b_translator_high", "a14b_translators", "t2v-a14b", 2, 48, ("32.2",)),
     Recipe("wan22_a14b_translator_low", "a14b_translators", "t2v-a14b", 2, 48, ("31.3",)),
-    Recipe("wan22_a14b_translator_both", "a14b_translators", "t2v-a14b", 2, 48, ("33.3", "30.6")),
-    Recipe("wan22_i2v_translator_both", "a14b_translators", "i2v-a14b", 2, 48, ("33.3", "30.6")),
-    Recipe("wan22_dit_lora_24gb", "small_gpus", "ti2v-5b", 1, 24, ("16.3",)),
-    Recipe("wan22_a14b_translator_24gb", "small_gpus", "t2v-a14b", 1, 24, ("17.3",)),
+    Recipe("wan22_a14b_translator_both", "a14b_translators", "t2v-a14b", 2, 48, ("32.2", "30.6")),
+    Recipe("wan22_i2v_translator_both", "a14b_translators", "i2v-a14b", 2, 48, ("32.2", "30.6")),
+    Recipe("wan22_dit_lora_24gb", "small_gpus", "ti2v-5b", 1, 24, ("15.7",)),
+    Recipe("wan22_a14b_translator_24gb", "small_gpus", "t2v-a14b", 1, 24, ("16.2",)),
     Recipe("wan22_te_ft_2x24gb", "small_gpus", "ti2v-5b", 2, 24, ("18.2",)),
-    Recipe("wan22_te_ft_8gpu", "eight_gpus", "ti2v-5b", 8, 80, ("56.1",)),
-    Recipe("wan22_a14b_translator_8gpu", "eight_gpus", "t2v-a14b", 8, 80, ("53.7", "53.6")),
+    Recipe("wan22_te_ft_8gpu", "eight_gpus", "ti2v-5b", 8, 80, ("56.0",)),
+    Recipe("wan22_a14b_translator_8gpu", "eight_gpus", "t2v-a14b", 8, 80, ("51.3", "51.3")),
 )
 BLOCKS = {"ti2v-5b": 30, "t2v-a14b": 40, "i2v-a14b": 40}
 

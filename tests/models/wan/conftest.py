@@ -165,11 +165,11 @@ def build_layers() -> Callable[..., tuple[list[LayerSpec], nn.Sequential]]:
 
 @pytest.fixture(scope="session")
 def build_reference() -> Callable[..., WanTransformer]:
-    """`build_reference(checkpoint, compute_dtype, residual_dtype)`: the whole DiT as one module."""
+    """`build_reference(checkpoint, compute_dtype, residual_dtype, lean)`: the whole DiT as one module."""
 
-    def build(checkpoint: Checkpoint, *dtypes: torch.dtype) -> WanTransformer:
+    def build(checkpoint: Checkpoint, *settings: Any) -> WanTransformer:
         with torch.device("meta"):
-            model = WanTransformer(checkpoint.arch, *dtypes)
+            model = WanTransformer(checkpoint.arch, *settings)
         state = {
             name: checkpoint.source.get(name).to(parameter.dtype, copy=True)
             for name, parameter in model.named_parameters()

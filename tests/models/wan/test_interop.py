@@ -102,7 +102,8 @@ def test_diffusers_loads_the_adapter_to_the_same_difference_of_outputs(
     tmp_path,
 ):
     checkpoint = open_tiny(request.getfixturevalue(variant))
-    config = make_config("dit_lora", adapter=values)
+    # By the plain formulas, which are diffusers' to the bit. Lean ones are 2e-7 off, which is 2.3e-5 of so small a difference.
+    config = make_config("dit_lora", adapter=values, model={"lean_kernels": False})
     targets = resolve_targets(linear_modules(checkpoint.source.shapes), config.adapter, BudgetConfig())
     specs, layers = build_layers(config, checkpoint, targets)
     train_for_a_while(layers)
@@ -119,7 +120,8 @@ def test_diffusers_loads_the_adapter_to_the_same_difference_of_outputs(
         return pipeline.transformer(*inputs, return_dict=False)[0]
 
     with torch.no_grad():
-        base = build_reference(checkpoint)(wire.latents_BCFHW, wire.timesteps_BT, states_BLD)
+        reference = build_reference(checkpoint, torch.float32, torch.float32, False)
+        base = reference(wire.latents_BCFHW, wire.timesteps_BT, states_BLD)
         ours = layers(wire) - base
         without = theirs()
         pipeline.load_lora_weights(str(tmp_path / ADAPTER_WEIGHTS))

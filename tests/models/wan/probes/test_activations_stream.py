@@ -70,7 +70,7 @@ def test_what_attentions_see_is_what_they_see_in_the_whole_model(checkpoint, tim
     assert done == [0, 1, 2, 3]
     assert set(seen) == {(block, kind) for block in wanted for kind in ("self_attn", "cross_attn")}
     for place, inputs in seen.items():
-        states, text, table = expected[place]
+        states, text, table, *_ = expected[place]
         assert torch.equal(inputs.states_SD, states[0]) and torch.equal(inputs.source_LD, text[0])
         assert (inputs.table is None) == (table is None)
         assert inputs.num_tokens == (7 if place[1] == "cross_attn" else len(inputs.states_SD))
