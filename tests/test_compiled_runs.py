@@ -20,7 +20,7 @@ def losses(workspace: Workspace) -> list[float]:
     return [row["loss"] for row in read_metrics(workspace.runs()[-1])]
 
 
-@pytest.mark.parametrize("mode", ["dit_lora", "encoder_ft"])
+@pytest.mark.parametrize("mode", ["dit_lora", pytest.param("encoder_ft", marks=pytest.mark.long)])
 def test_a_compiled_run_has_the_losses_of_a_plain_one(without_inductor, mode, workspace, capsys):
     assert workspace.train(mode, *RUN) == 0
     expected = losses(workspace)
@@ -38,6 +38,7 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(without_inductor, mode, wo
     assert said.count("graph(s) compiled") == 1 + sum(a < b for a, b in pairwise(counts))
 
 
+@pytest.mark.long
 def test_it_goes_on_compiled_and_not_unasked_plain(without_inductor, workspace, capsys):
     assert workspace.train("dit_lora", *RUN, "compile=true", "max_steps=2") == 0
     resume = ["--resume_from_checkpoint"]

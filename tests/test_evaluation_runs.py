@@ -122,6 +122,7 @@ def test_the_encoder_is_evaluated_live_on_whole_captions(workspace) -> None:
     assert augmented[1]["loss"] != augmented[0]["loss"] and "loss_adapter_off" not in augmented[1]
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_has_each_evaluation_once(evaluated, workspace, capsys) -> None:
     extra = evaluation(workspace, "eval_every_n_steps=2", "eval_every_n_epochs=0")
     assert workspace.train("dit_lora", *LORA, *extra) == 0

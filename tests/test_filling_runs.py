@@ -60,6 +60,7 @@ def make_others_time(workspace: Workspace) -> None:
         os.utime(path, ns=(10**18, 10**18))
 
 
+@pytest.mark.long
 def test_a_copied_set_is_trusted_and_said_to_be(workspace, capsys, monkeypatch) -> None:
     make_others_time(workspace)
     assert workspace.train("dit_lora", "max_steps=1") == 0

@@ -44,6 +44,7 @@ def test_nothing_changes_by_default_and_a_share_changes_what_it_should(workspace
     assert all((trained(zero, mode)[name] == value).all() for name, value in trained(plain, mode).items())
 
 
+@pytest.mark.long
 def test_a_run_goes_on_as_if_it_had_not_stopped_and_not_with_another_share(workspace, capsys) -> None:
     assert workspace.train("dit_lora", *RUN, SOME) == 0
     assert workspace.train("dit_lora", *RUN, SOME, "max_steps=2") == 0
@@ -73,6 +74,7 @@ def test_two_stages_and_every_way_to_recompute_give_the_same_losses(workspace, m
     assert all((trained(staged, mode)[name] == value).all() for name, value in trained(alone, mode).items())
 
 
+@pytest.mark.long
 def test_a_dataset_is_evaluated_as_text_and_its_videos_again_with_their_first_frame(
     workspace, capsys
 ) -> None:

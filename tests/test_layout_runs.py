@@ -95,7 +95,10 @@ def test_a_mix_trains_the_numbers_of_the_official_one(runs, tiny_ti2v, tmp_path)
     assert losses == runs.reference("dit_lora")
 
 
-@pytest.mark.parametrize(("expert", "other"), [("low_noise", "high_noise"), ("high_noise", "low_noise")])
+@pytest.mark.parametrize(
+    ("expert", "other"),
+    [("low_noise", "high_noise"), pytest.param("high_noise", "low_noise", marks=pytest.mark.long)],
+)
 def test_experts_are_found_in_every_layout(tiny_t2v, tiny_dataset, tmp_path, expert, other):
     runs = Runs(tmp_path, tiny_dataset, tiny_t2v)
     choose = f"model.expert={expert}"

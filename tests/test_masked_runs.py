@@ -61,6 +61,7 @@ def test_white_masks_change_no_bit_and_others_do(workspace, capsys, mode) -> Non
     assert not all((other[name] == weights[name]).all() for name in weights)
 
 
+@pytest.mark.long
 def test_a_changed_mask_is_another_dataset(workspace, capsys) -> None:
     give_masks(workspace, 0)
     assert workspace.train("dit_lora", *RUN) == 0

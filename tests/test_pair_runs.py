@@ -216,6 +216,7 @@ def test_a_pair_that_was_stopped_goes_on_as_if_it_had_not(
     assert_same(pair, done.run())
 
 
+@pytest.mark.long
 def test_a_finished_pair_has_nothing_left_to_do_and_more_steps_go_on_in_both(workspace, capsys) -> None:
     assert workspace.train("dit_lora", *BOTH, "max_steps=2") == 0
     pair = workspace.run()

@@ -179,6 +179,7 @@ def workspace(tmp_path, tiny_ti2v, tiny_dataset) -> Workspace:
     return make_workspace(tmp_path, tiny_ti2v, tiny_dataset)
 
 
+@pytest.mark.long
 def test_some_layouts_go_on_from_each_other(workspace) -> None:
     one, two, shared = Layout(1), Layout(2), Layout(1, 2, zero=1)
     matrix = Matrix(workspace, "encoder_ft", [one, two, shared])

@@ -152,7 +152,7 @@ def test_nothing_of_it_reaches_the_training(drawn, tmp_path, tiny_ti2v, tiny_dat
     check_same_training(drawn.run, workspace.run())
 
 
-@pytest.mark.parametrize("verdict", ["fail", "inconclusive"])
+@pytest.mark.parametrize("verdict", ["fail", pytest.param("inconclusive", marks=pytest.mark.long)])
 def test_whatever_it_finds_training_goes_on(
     verdict, tmp_path, tiny_ti2v, tiny_dataset, monkeypatch, capsys
 ) -> None:

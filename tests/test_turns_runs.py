@@ -79,7 +79,7 @@ def test_metadata_and_evaluations_are_of_both(done) -> None:
 @pytest.mark.parametrize(
     ("processes", "values"),
     [
-        (2, ("pipeline_stages=2",)),
+        pytest.param(2, ("pipeline_stages=2",), marks=pytest.mark.long),
         pytest.param(2, ("gradient_accumulation_steps=1",), marks=pytest.mark.long),
         (1, ("blocks_to_swap=2",)),
     ],

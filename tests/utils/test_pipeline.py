@@ -105,7 +105,9 @@ def plain(tiny_ti2v: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch(tiny_ti2v, tmp_path_factory.mktemp("plain") / "out", QUICK, processes=1, stages=0)
 
 
-@pytest.mark.parametrize("stages", [1, 2, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "stages", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)]
+)
 def test_pipeline_equals_sequential(tiny_ti2v: Path, plain: Path, tmp_path: Path, stages: int) -> None:
     piped = launch(tiny_ti2v, tmp_path / "out", QUICK, processes=stages, stages=stages)
     for case in QUICK:

@@ -58,7 +58,10 @@ def compare(ti2v, draw_wire, relative_error):
     return errors
 
 
-@pytest.mark.parametrize("recompute", [False, True, "selective", "offload"])
+@pytest.mark.parametrize(
+    "recompute",
+    [True, *(pytest.param(mode, marks=pytest.mark.long) for mode in (False, "selective", "offload"))],
+)
 def test_the_compiled_step_is_the_plain_one(without_inductor, build, compare, recompute):
     """Measured: 2.3e-6, since composite operations are taken apart."""
     compiled = build(activation_checkpointing=recompute, compile=True)
@@ -82,7 +85,9 @@ def test_what_offload_parks_is_the_input_of_each_block(without_inductor, build, 
     assert shapes == [(2, 1, 1, 12, 128)] * 3
 
 
-@pytest.mark.parametrize("recompute", [True, "selective", "offload"])
+@pytest.mark.parametrize(
+    "recompute", [True, *(pytest.param(mode, marks=pytest.mark.long) for mode in ("selective", "offload"))]
+)
 def test_dropout_is_the_same_again_in_the_backward_pass(without_inductor, build, compare, recompute):
     adapter = {"dropout": 0.4}
     layers = [
@@ -106,6 +111,7 @@ def test_blocks_that_visit_are_not_compiled(without_inductor, build, compare):
     assert graphs_compiled() - before == 2
 
 
+@pytest.mark.long
 def test_with_two_shapes_there_have_been_all(without_inductor, build, ti2v, draw_wire):
     layers = build(activation_checkpointing=True, compile=True)
     states = torch.randn(2, 9, ti2v.arch.text_dim)

@@ -187,6 +187,7 @@ def test_samples_of_two_experts_and_several_adapters_have_the_same_bits(job, mad
     assert len(made) == STEPS * 3 * 2 * 2 * blocks
 
 
+@pytest.mark.long
 def test_two_stages_keep_each_its_own(job, tmp_path):
     plain = sample(with_reuse(job, False), Where(CPU))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -141,6 +141,7 @@ def test_the_short_cut_draws_the_same_as_the_whole_transformer(model, relative_e
     assert relative_error(other[:1], latents[:1]) > 0.1
 
 
+@pytest.mark.long
 def test_a_user_can_sample_it(config, tmp_path):
     drawing = best()
     out = tmp_path / "picture.png"
