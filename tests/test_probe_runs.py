@@ -188,10 +188,11 @@ def test_a_failure_after_the_last_step_makes_the_exit_status(workspace, scripts,
 
 
 @pytest.mark.long
-def test_who_stops_the_run_does_not_wait_for_its_probes(workspace, scripts, tmp_path) -> None:
+def test_who_stops_the_run_does_not_wait_for_its_probes(workspace, scripts, tmp_path, request) -> None:
     """SIGTERM to a training whose probe hangs, as its own process."""
     write_probe(scripts, HANGING, pids=str(tmp_path / "pids"))
     job = start(workspace, scripts, "epochs=100000")
+    request.addfinalizer(job.kill)  # whatever happens, it does not go on for ever
     processes = read_pids(tmp_path / "pids")
     job.send_signal(signal.SIGTERM)
     said, _ = job.communicate(timeout=60)
@@ -201,9 +202,10 @@ def test_who_stops_the_run_does_not_wait_for_its_probes(workspace, scripts, tmp_
 
 
 @pytest.mark.long
-def test_a_killed_training_takes_its_probe_along(workspace, scripts, tmp_path) -> None:
+def test_a_killed_training_takes_its_probe_along(workspace, scripts, tmp_path, request) -> None:
     write_probe(scripts, HANGING, pids=str(tmp_path / "pids"))
     job = start(workspace, scripts, "epochs=100000")
+    request.addfinalizer(job.kill)
     processes = read_pids(tmp_path / "pids")
     job.kill()
     job.wait()

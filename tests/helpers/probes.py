@@ -68,7 +68,7 @@ def write_probe(scripts: Path, source: str, tool: str = "lora_delta_budget", **v
 
 def read_pids(path: Path) -> list[int]:
     """The processes of a HANGING probe; waits for them to be there."""
-    until(path.exists)
+    until(path.exists, 180)  # a training that begins them has to start first, beside other tests
     return [int(word) for word in path.read_text().split()]
 
 
