@@ -18,6 +18,8 @@ FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(FP8).max
 # Keeps the scale of an all-zero channel or token from being 0; a gradient may be very small and is none.
 _SMALLEST_SCALE = 1e-36
+# Compute dtype, and whether products are in 8 bits too.
+_How = tuple[torch.dtype, bool]
 
 
 def quantise(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,8 +81,7 @@ class FrozenLinear(nn.Module):
         in_8_bits: bool = False,
     ) -> None:
         super().__init__()
-        self._dtype = dtype
-        self._in_8_bits = in_8_bits
+        self.how: _How = (dtype, in_8_bits)
         self._visiting: SwappedTensor | None = None
         # Buffers, not parameters: nothing trains them, and they have no name of their own in a checkpoint.
         self.register_buffer("values", values, persistent=False)
@@ -99,27 +100,21 @@ class FrozenLinear(nn.Module):
 
     def weight_now(self) -> Tensor:
         """The weight [out, in] in the compute dtype, to be used at once."""
-        return _weight(self.values_now(), self.scale, self._dtype)
+        return _weight(self.values_now(), self.scale, self.how[0])
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         if self._visiting is not None:
             return _VisitorLinear.apply(states, self)
-        return _FrozenLinear.apply(states, self.values, self.scale, self.bias, self._dtype, self._in_8_bits)
+        return _FrozenLinear.apply(states, self.values, self.scale, self.bias, self.how)
 
 
 def _weight(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return values if scale is None else dequantise(values, scale, dtype)
 
 
-def _forward(
-    states: Tensor,
-    values: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    in_8_bits: bool,
-) -> Tensor:
+def _product(states: Tensor, values: Tensor, scale: Tensor | None, bias: Tensor | None, how: _How) -> Tensor:
+    dtype, in_8_bits = how
     if not in_8_bits or scale is None:
         return F.linear(states, _weight(values, scale, dtype), bias)
     product = multiply_in_8_bits(states.reshape(-1, states.shape[-1]), values, scale)
@@ -127,9 +122,8 @@ def _forward(
     return product if bias is None else product + bias
 
 
-def _backward(
-    gradient: Tensor, values: Tensor, scale: Tensor | None, dtype: torch.dtype, in_8_bits: bool
-) -> Tensor:
+def _product_back(gradient: Tensor, values: Tensor, scale: Tensor | None, how: _How) -> Tensor:
+    dtype, in_8_bits = how
     # As rows, as torch's own linear does it, so that the numbers are the same.
     rows = gradient.reshape(-1, gradient.shape[-1])
     if in_8_bits and scale is not None:
@@ -143,23 +137,15 @@ class _FrozenLinear(torch.autograd.Function):
     """With a weight that is there in both passes; of tensors alone, so that `torch.compile` sees through it."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        states: Tensor,
-        values: Tensor,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        in_8_bits: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, states: Tensor, values: Tensor, scale: Tensor | None, *more: Any) -> Tensor:
+        bias, ctx.how = more
         ctx.save_for_backward(values, scale)
-        ctx.how = (dtype, in_8_bits)
-        return _forward(states, values, scale, bias, dtype, in_8_bits)
+        return _product(states, values, scale, bias, ctx.how)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         values, scale = ctx.saved_tensors
-        return _backward(gradients[0], values, scale, *ctx.how), None, None, None, None, None
+        return _product_back(gradients[0], values, scale, ctx.how), None, None, None, None
 
 
 class _VisitorLinear(torch.autograd.Function):
@@ -168,12 +154,12 @@ class _VisitorLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
-        return _forward(states, layer.values_now(), layer.scale, layer.bias, layer._dtype, layer._in_8_bits)
+        return _product(states, layer.values_now(), layer.scale, layer.bias, layer.how)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         layer = ctx.layer
-        return _backward(gradients[0], layer.values_now(), layer.scale, layer._dtype, layer._in_8_bits), None
+        return _product_back(gradients[0], layer.values_now(), layer.scale, layer.how), None
 
 
 def replace_frozen_linears(module: nn.Module, make: Callable[[str, nn.Linear], FrozenLinear]) -> None:

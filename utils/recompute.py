@@ -32,6 +32,7 @@ _KEPT = frozenset(
         _aten.addmm,
         _aten.bmm,
         _aten.baddbmm,
+        _aten._scaled_mm,
         _aten._scaled_dot_product_flash_attention,
         _aten._scaled_dot_product_flash_attention_for_cpu,
         _aten._scaled_dot_product_efficient_attention,
@@ -39,6 +40,10 @@ _KEPT = frozenset(
         _aten._scaled_dot_product_fused_attention_overrideable,
     )
 )
+
+
+# Attention of the packages flash-attn 2 and 3, whose operations are there only where they are installed.
+_KEPT_NAMESPACES = ("flash_attn", "flash_attn_3")
 
 
 def is_wanted(wire: tuple[Tensor, ...], module: nn.Module) -> bool:
@@ -69,7 +74,8 @@ def parked(tensor: Tensor) -> AbstractContextManager[None]:
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    is_kept = operation in _KEPT or operation.namespace in _KEPT_NAMESPACES
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class _Parked:

@@ -5,7 +5,7 @@ nothing here needs them.
 """
 
 import importlib
-from importlib.util import find_spec
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ def _check_attention(name: str, device: torch.device) -> None:
         reason = "is for GPUs, and this run has none"
     elif not first <= torch.cuda.get_device_capability(device) < end:
         reason = f"is not made for {torch.cuda.get_device_name(device)}"
-    elif find_spec(module) is None:
-        reason = f"cannot be imported: there is no module {module}"
+    elif _imported(module) is None:
+        reason = f"cannot be used: {module} is not installed, or does not fit this torch"
     if reason is not None:
         raise UserError(
             f'model.attention: is "{name}", which {reason}. Write model.attention = "auto", which takes it where it can be used'
@@ -71,7 +71,7 @@ def attention_in_use(config: TrainConfig, device: torch.device) -> str:
         return "torch"
     capability = torch.cuda.get_device_capability(device)
     for candidate, (module, first, end) in _FLASH.items():
-        if first <= capability < end and find_spec(module) is not None:
+        if first <= capability < end and _imported(module) is not None:
             return candidate
     return "torch"
 
@@ -82,8 +82,17 @@ def attend_of(config: TrainConfig, device: torch.device) -> Attend:
     return attend_by_torch if used == "torch" else _flash(_FLASH[used][0])
 
 
+@cache
+def _imported(module: str) -> Any:
+    """`flash_attn_func` of a module; None where it is not there, or was built for another torch, which only importing it tells."""
+    try:
+        return importlib.import_module(module).flash_attn_func
+    except (ImportError, OSError, AttributeError):
+        return None
+
+
 def _flash(module: str) -> Attend:
-    function = importlib.import_module(module).flash_attn_func
+    function = _imported(module)
 
     def attend(query_BSNK: Tensor, key_BLNK: Tensor, value_BLNK: Tensor) -> Tensor:
         # Some versions give the softmax's sums too.

@@ -21,7 +21,7 @@ from models.wan.datasets import (
     scan_dataset,
 )
 from models.wan.evaluation import WanEvalBatches
-from models.wan.kernels import check_device
+from models.wan.kernels import attention_in_use, check_device
 from models.wan.layouts import weight_files
 from models.wan.media import MEMO_FILE
 from models.wan.model import WanModel
@@ -93,6 +93,9 @@ def prepare(
         UserError: on every rank: weights, targets or data are not right.
     """
     on_every_rank(lambda: check_device(config.train, processes.device))
+    attention = attention_in_use(config.train, processes.device)
+    if attention != "torch":
+        say(f"attention of the DiT: {attention}")
     paths = on_every_rank(lambda: find_checkpoint(config.train.model))
     model = on_every_rank(lambda: WanModel(config.train, paths))
     check_nodes(config, model, paths, processes)

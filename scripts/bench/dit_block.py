@@ -16,12 +16,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from models.wan.arch import PUBLISHED, WanArch
 from scripts.bench import peers
-from scripts.bench.dit_count import CPU, OURS, PEER, PLAIN, RMS, TOKENS, count_block
+from scripts.bench.dit_count import CPU, GRID, OURS, PEER, PLAIN, RMS, TOKENS, count_adapters, count_block
 from scripts.bench.dit_sides import Case, Precision, build_pair
 from utils.argument_types import positive_int
 from utils.bench import Comparison, compare, finish, note_machine, print_rows
@@ -44,6 +45,10 @@ MAX_TRAFFIC = {"bfloat16": 323.0, "bfloat16, float32 residual": 400.0}
 MAX_SAVED_KIB = {"bfloat16": 131.0, "bfloat16, float32 residual": 149.0}
 
 _SIZES = PUBLISHED["ti2v-5b"]
+# Of 4,096 tokens, and of 1280 x 704 px and 121 frames.
+ADAPTER_GRIDS = (GRID, (31, 22, 40))
+_KEYS_AND_VALUES = ("cross_attn.k", "cross_attn.v")
+ADAPTED = (_KEYS_AND_VALUES, (*_KEYS_AND_VALUES, "cross_attn.q", "cross_attn.o"))
 HEAD_WIDTH = _SIZES.head_dim  # kept at the published one
 # Mid-size: what a CPU steps in about a second.
 BLOCK = replace(_SIZES, dim=1024, ffn_dim=4096, num_heads=8, num_layers=1)
@@ -68,6 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"frames x rows x columns of tokens, e.g. {GRIDS['cpu']} (default: by device)",
     )
     parser.add_argument("--dim", type=width, help="width, a multiple of 128 (default: by device)")
+    parser.add_argument(
+        "--plain", action="store_true", help="our side by the plain formulas (model.lean_kernels = false)"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the blocks of both sides")
     parser.add_argument(
         "--float8",
@@ -118,6 +126,11 @@ def bench_counts(report: Report, with_peer: bool) -> list[str]:
     table = [row.shown() for row in rows]
     report.table("counted", table, f"One block of TI2V-5B, bfloat16, {TOKENS:,} tokens, frozen, counted")
     print_rows(table)
+    adapted = adapter_rows()
+    report.table(
+        "adapters", adapted, "The same with adapters of rank 16 on its cross-attention, and what they add", 40
+    )
+    print_rows(adapted)
     missed = []
     for row in rows:
         name = "_".join(
@@ -133,6 +146,27 @@ def bench_counts(report: Report, with_peer: bool) -> list[str]:
                 report.cap(f"max_{what}_{name}", limits[row.precision])
                 missed += [f"{what}_{name}"] if value > limits[row.precision] else []
     return missed
+
+
+def adapter_rows() -> list[dict[str, Any]]:
+    """Our block with adapters on keys and values, and on all of cross-attention, at a short and a long clip."""
+    rows = []
+    for grid in ADAPTER_GRIDS:
+        bare = count_adapters((), _SIZES, BFLOAT16, grid, lean=True)
+        found = [("nothing", bare)]
+        for paths in ADAPTED:
+            named = " ".join(path.removeprefix("cross_attn.") for path in paths)
+            found += [
+                (named, count_adapters(paths, _SIZES, BFLOAT16, grid, lean=lean)) for lean in (False, True)
+            ]
+        tokens = grid[0] * grid[1] * grid[2]
+        for named, one in found:
+            shown = one.shown()
+            shown["computed_by"] = shown.pop("side")
+            del shown["precision"], shown["rms_norm"]
+            added = round(one.traffic - bare.traffic, 1)
+            rows.append({"tokens": tokens, "adapters_on": named, "added": added} | shown)
+    return rows
 
 
 def time_all(args: argparse.Namespace, report: Report, device: torch.device) -> list[Comparison]:
@@ -151,7 +185,7 @@ def time_all(args: argparse.Namespace, report: Report, device: torch.device) -> 
             arch = replace(arch, dim=args.dim, ffn_dim=4 * args.dim, num_heads=args.dim // HEAD_WIDTH)
         for precision in precisions:
             for grid in args.grids or grids(GRIDS[device.type]):
-                case = Case(subject, arch, precision, grid, device, args.compile, args.float8)
+                case = Case(subject, arch, precision, grid, device, args.compile, args.float8, not args.plain)
                 pair = build_pair(case)
                 errors += pair.check()
                 comparisons += [

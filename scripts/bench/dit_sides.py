@@ -44,6 +44,7 @@ class Case:
     """What is compared: `block` or `model`, its sizes, precision, grid of tokens, device.
 
     `compile`: both sides by blocks. `float8`: our side stores and multiplies its frozen weights in 8 bits.
+    `lean`: as `model.lean_kernels`, our side's adapters too.
     """
 
     subject: str
@@ -53,6 +54,7 @@ class Case:
     device: torch.device
     compile: bool = False
     float8: bool = False
+    lean: bool = True
 
     @property
     def tolerance(self) -> float:
@@ -61,7 +63,11 @@ class Case:
 
     def __str__(self) -> str:
         tokens = self.grid[0] * self.grid[1] * self.grid[2]
-        how = (", 8 bits against bfloat16" if self.float8 else "") + (", compiled" if self.compile else "")
+        how = (
+            ("" if self.lean else ", plain")
+            + (", 8 bits against bfloat16" if self.float8 else "")
+            + (", compiled" if self.compile else "")
+        )
         return f"{self.subject}, {self.precision.name}, {tokens:,} tokens{how}"
 
 
@@ -120,9 +126,9 @@ def build_pair(case: Case) -> Pair:
         case = replace(case, arch=replace(case.arch, num_layers=1))
     source = RandomSource(expected_shapes(case.arch), case.device)
     state = {name: source.get(name) for name in source.shapes}
-    ours = build_ours(case.arch, case.precision, state)
+    ours = build_ours(case.arch, case.precision, state, case.lean)
     peer = build_peer_dit(case.arch, state, case.precision.compute, case.device)
-    wanted = adapt(ours.blocks, peer.blocks, case.device)
+    wanted = adapt(ours.blocks, peer.blocks, case.device, case.lean)
     if case.float8:
 
         def in_8_bits(_: str, linear: nn.Linear) -> FrozenLinear:
@@ -140,24 +146,26 @@ def build_pair(case: Case) -> Pair:
     )
 
 
-def build_ours(arch: WanArch, precision: Precision, state: Mapping[str, Tensor]) -> WanTransformer:
+def build_ours(
+    arch: WanArch, precision: Precision, state: Mapping[str, Tensor], lean: bool = True
+) -> WanTransformer:
     """Our DiT with these weights, frozen."""
     with torch.device("meta"):
-        model = WanTransformer(arch, precision.compute, precision.residual)
+        model = WanTransformer(arch, precision.compute, precision.residual, lean)
     typed = {name: state[name].to(one.dtype, copy=True) for name, one in model.named_parameters()}
     model.load_state_dict(typed, strict=True, assign=True)
     return model.requires_grad_(False)
 
 
 def adapt(
-    ours: nn.ModuleList, peer: nn.ModuleList, device: torch.device
+    ours: nn.ModuleList, peer: nn.ModuleList, device: torch.device, lean: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Put equal adapters on the blocks of both; returns A and B of each, in the same order."""
     adapter = AdapterConfig(rank=RANK)
     wanted: tuple[list[Tensor], list[Tensor]] = ([], [])
     random = torch.Generator(device).manual_seed(1)
     for index, (mine, theirs) in enumerate(zip(ours, peer, strict=True)):
-        add_lora(mine, index, _OURS, adapter, torch.float32, 0)
+        add_lora(mine, index, _OURS, adapter, torch.float32, 0, lean)
         add_lora(theirs, index, _THEIRS, adapter, torch.float32, 0)
         mine.to(device)
         theirs.to(device)

@@ -6,7 +6,7 @@
 Timed in turns within one process, random weights: whole samples with guidance (two texts) that keep what is made of the texts
 against the same samples that make it in every pass, for grids like pictures and like clips. The latents must have the same bits,
 or nothing is timed. Beside each ratio stands the one that FLOPs predict (models/wan/costs.py); a second table has it for the
-published sizes, and what is kept of one text.
+published sizes, and what is kept of one text; a third what training makes a second time where it recomputes.
 
 Writes reports/bench_sampling/<run_tag>/.
 """
@@ -32,10 +32,12 @@ from scripts.bench.dit_block import grids
 from scripts.bench.random_weights import RandomSource
 from utils.argument_types import positive_int
 from utils.bench import check_agreement, compare, finish, note_machine, print_rows
-from utils.config.schema import ModelConfig, OptimizerConfig, TrainConfig
+from utils.config.schema import AdapterConfig, ModelConfig, OptimizerConfig, TrainConfig
 from utils.devices import choose_device
+from utils.lora_targets import linear_modules, resolve_targets
 from utils.probe_cli import add_flags, probe_parser, run_probe
 from utils.report import Report, Verdict
+from utils.stage_plan import make_plan
 
 TOOL = "bench_sampling"
 QUESTION = "What does sampling gain where the text's keys and values are made once for all steps?"
@@ -61,6 +63,7 @@ REAL = (
     ("t2v-a14b", "832x480, a picture", 1_560),
     ("t2v-a14b", "832x480, 49 frames", 20_280),
 )
+TRAINED = (("ti2v-5b", 27_280), ("ti2v-5b", 5_070), ("ti2v-5b", 390), ("t2v-a14b", 20_280))
 _BFLOAT16_BYTES = 2
 
 
@@ -129,6 +132,8 @@ def probe(args: argparse.Namespace) -> Verdict:
     print_rows(rows)
     report.table("predicted", predictions(), "By FLOPs, at the published sizes and numbers of steps")
     print_rows(predictions())
+    report.table("trained", trainings(), "By FLOPs, what recomputation makes a second time in training")
+    print_rows(trainings())
     return finish(report, [], refused, NEXT_STEPS)
 
 
@@ -163,6 +168,31 @@ def predictions() -> list[dict[str, Any]]:
     return rows
 
 
+def trainings() -> list[dict[str, Any]]:
+    """Steps of one sample with adapters on all keys and values: what recomputing those of the text costs, and what it saves."""
+    rows = []
+    for name, tokens in TRAINED:
+        arch = PUBLISHED[name]
+        again = 2.0 * arch.num_layers * arch.text_len * 2 * arch.dim**2
+        config = config_of("bfloat16", AdapterConfig())
+        source = RandomSource(expected_shapes(arch), torch.device("cpu"))
+        targets = resolve_targets(linear_modules(source.shapes), AdapterConfig(), None)
+        specs = dit_layers(config, source, arch, targets, {}, Workload(float(tokens), float(arch.text_len)))
+        step = sum(make_plan(specs, config, None).partition.stage_costs)
+        kept = 2 * arch.num_layers * arch.text_len * arch.dim * _BFLOAT16_BYTES
+        rows.append(
+            {
+                "model": name,
+                "tokens": tokens,
+                "again_tflop": round(again / 1e12, 2),
+                "step_tflop": round(step / 1e12, 1),
+                "share": round(again / step, 5),
+                "kept_mb": round(kept / 1e6, 1),
+            }
+        )
+    return rows
+
+
 def settings_of(grid: tuple[int, int, int], steps: int) -> SamplingSettings:
     """A guided sample whose video tokens are this grid."""
     frames, rows, columns = grid
@@ -176,8 +206,8 @@ def settings_of(grid: tuple[int, int, int], steps: int) -> SamplingSettings:
     )
 
 
-def random_dit(arch: WanArch, dtype: str, device: torch.device) -> LayeredDit:
-    """A DiT as sampling opens one, with random weights."""
+def config_of(dtype: str, adapter: AdapterConfig | None) -> TrainConfig:
+    """A training of files that are not there."""
     model = ModelConfig(
         type="wan",
         ckpt_path="random",
@@ -186,12 +216,21 @@ def random_dit(arch: WanArch, dtype: str, device: torch.device) -> LayeredDit:
         train_text_encoder=False,
         freeze_transformer=True,
     )
-    config = TrainConfig(
-        output_dir="unused", dataset="unused", model=model, optimizer=OptimizerConfig(lr=1e-3)
+    return TrainConfig(
+        output_dir="unused",
+        dataset="unused",
+        model=model,
+        adapter=adapter,
+        optimizer=OptimizerConfig(lr=1e-3),
     )
+
+
+def random_dit(arch: WanArch, dtype: str, device: torch.device) -> LayeredDit:
+    """A DiT as sampling opens one, with random weights."""
+    config = config_of(dtype, None)
     source = RandomSource(expected_shapes(arch), device)
     specs = dit_layers(
-        sampling_config(config, model), source, arch, (), {}, Workload(1.0, float(arch.text_len))
+        sampling_config(config, config.model), source, arch, (), {}, Workload(1.0, float(arch.text_len))
     )
     return LayeredDit(specs, device)
 

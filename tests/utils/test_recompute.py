@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from utils import recompute
+from utils.frozen_linear import FrozenLinear, quantise
 from utils.recompute import is_wanted, run_again_later
 
 
@@ -45,23 +46,68 @@ def test_gradients_are_those_without(mode):
     assert once == [1, 1, 1] and twice == [2, 2, 2]
 
 
-def test_selective_runs_no_product_again(monkeypatch):
-    calls = []
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """The operations that run inside it."""
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), named=None):
-            calls.append(function)
-            return function(*arguments, **(named or {}))
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
 
-    def products(mode) -> int:
-        layer, states = Counted(), torch.randn(2, 4)
-        value = run_again_later(mode, layer, (states, torch.ones(2, 4)))
-        calls.clear()
-        with Watch():
-            value.sum().backward()
-        return sum(call is torch.ops.aten.addmm.default for call in calls)
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.names.append(function._schema.name)
+        return function(*arguments, **(named or {}))
 
-    assert products(True) == 1 and products("selective") == 0
+
+def run_in_backward(mode, run, *wire):
+    """What the backward pass runs."""
+    value = run_again_later(mode, run, wire)
+    with Calls() as calls:
+        value.sum().backward()
+    return calls.names
+
+
+def test_selective_runs_no_product_again():
+    def count(mode):
+        wire = (torch.randn(2, 4), torch.ones(2, 4))
+        return run_in_backward(mode, Counted(), *wire).count("aten::addmm")
+
+    assert count(True) == 1 and count("selective") == 0
+
+
+def test_selective_runs_no_product_in_8_bits_again():
+    def count(mode):
+        values, scale = quantise(torch.randn(32, 16))
+        layer = FrozenLinear(values, scale, None, torch.bfloat16, in_8_bits=True)
+        states = torch.randn(3, 16).bfloat16().requires_grad_()
+        return run_in_backward(mode, lambda x: layer(x).sin(), states).count("aten::_scaled_mm")
+
+    # That of the gradient runs in any case.
+    assert count(True) == 2 and count("selective") == 1
+
+
+def test_selective_runs_no_attention_of_another_package_again():
+    """By an operation with such a package's name before it; the packages need a GPU."""
+    with torch.library._scoped_library("flash_attn", "DEF") as library:
+        library.define("stand_in(Tensor x) -> Tensor")
+        library.impl("stand_in", lambda x: x * 2, "CPU")
+        operation = torch.ops.flash_attn.stand_in.default
+
+        class Doubled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, states):
+                return operation(states)
+
+            @staticmethod
+            def backward(ctx, gradient):
+                return gradient * 2
+
+        def count(mode):
+            states = torch.randn(3, requires_grad=True)
+            return run_in_backward(mode, lambda x: Doubled.apply(x).sin(), states).count(
+                "flash_attn::stand_in"
+            )
+
+        assert count(True) == 1 and count("selective") == 0
 
 
 def parked_now():

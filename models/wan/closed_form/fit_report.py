@@ -117,7 +117,9 @@ def _add_metrics(report: Report, prefix: str, found: Fitted) -> None:
     report.metric(f"{prefix}rank", chosen.rank)
     report.metric(f"{prefix}ridge", found.ridge, "in units of the tokens' mean second moment")
     report.metric(
-        f"{prefix}ridge_without_caps", found.best_ridge, "the one asked for, or of the least held-out error"
+        f"{prefix}ridge_without_caps",
+        found.best_ridge,
+        "the one asked for, or the largest within a standard error of the least held-out error",
     )
     cost = found.unbounded.recovery - found.bounded.recovery
     report.metric(f"{prefix}recovery_lost_to_caps", cost, "two blocks; 0 where no cap was in the way")
@@ -208,6 +210,8 @@ def draw_frontiers(found: Fitted) -> "Figure":
     )
     count.set_xlabel("neutral prompts")
     count.set_ylabel("residual")
+    # From 0: differences of a thousandth are to look like that.
+    count.set_ylim(0.0, 1.1 * max(one.residual for one in found.counts))
     for axes in (ratio, rank, count):
         axes.grid(True, linewidth=0.3)
     for axes in (ratio, rank):

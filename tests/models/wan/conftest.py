@@ -196,3 +196,12 @@ def draw_wire() -> Callable[..., TextWire]:
         )
 
     return draw
+
+
+@pytest.fixture
+def sampling_inputs() -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Two samples of a tiny A14B: latents, their timestep, and the states of two texts."""
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(2, 16, 2, 4, 6, generator=generator)
+    texts = [torch.randn(2, length, 64, generator=generator) for length in (5, 8)]
+    return latents, torch.full((2, 1), 700.0), texts

@@ -11,21 +11,15 @@ from models.wan.layouts import expert_model
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def inputs():
-    generator = torch.Generator().manual_seed(2)
-    latents = torch.randn(2, 16, 2, 4, 6, generator=generator)
-    texts = [torch.randn(2, length, 64, generator=generator) for length in (5, 8)]
-    return latents, torch.full((2, 1), 700.0), texts
-
-
 def open_expert(make_config, root, expert, **model):
     config = make_config("dit_lora", model={"ckpt_path": str(root), "expert": "high_noise", **model})
     return open_dit(config, expert_model(config.model, expert), 12, CPU, None)
 
 
-def test_it_computes_what_the_transformer_does(tiny_t2v, make_config, open_tiny, build_reference, inputs):
-    latents, timesteps, texts = inputs
+def test_it_computes_what_the_transformer_does(
+    tiny_t2v, make_config, open_tiny, build_reference, sampling_inputs
+):
+    latents, timesteps, texts = sampling_inputs
     reference = build_reference(open_tiny(tiny_t2v))
     with open_expert(make_config, tiny_t2v, "high_noise") as dit, torch.no_grad():
         for text, velocity in zip(texts, dit.velocities(latents, timesteps, texts), strict=True):
@@ -45,8 +39,10 @@ def test_the_memory_is_given_back_though_the_dit_is_still_named(tiny_t2v, make_c
 
 
 @pytest.mark.parametrize("values", [{"transformer_dtype": "float8"}, {"dtype": "bfloat16"}])
-def test_it_runs_in_the_precision_of_the_configuration(values, tiny_t2v, make_config, inputs, relative_error):
-    latents, timesteps, texts = inputs
+def test_it_runs_in_the_precision_of_the_configuration(
+    values, tiny_t2v, make_config, sampling_inputs, relative_error
+):
+    latents, timesteps, texts = sampling_inputs
     found = []
     for model in ({}, values):
         with open_expert(make_config, tiny_t2v, "high_noise", **model) as dit, torch.no_grad():

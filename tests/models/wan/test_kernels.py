@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from models.wan import kernels
 from models.wan.attention import WanAttention, attend_by_torch
 from models.wan.kernels import attend_of, attention_in_use, check_device
 from utils.errors import UserError
@@ -21,7 +22,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
         monkeypatch.setattr(
-            "models.wan.kernels.find_spec", lambda name: object() if name in packages else None
+            "models.wan.kernels._imported", lambda name: object() if name in packages else None
         )
 
     return make
@@ -56,7 +57,7 @@ def test_auto_is_the_fastest_that_is_there_and_made_for_the_gpu(
     [
         ((9, 0), ("flash_attn_interface",), CPU, "is for GPUs, and this run has none"),
         ((8, 0), ("flash_attn_interface",), GPU, "is not made for Some GPU"),
-        ((9, 0), ("flash_attn",), GPU, "cannot be imported: there is no module flash_attn_interface"),
+        ((9, 0), ("flash_attn",), GPU, "cannot be used: flash_attn_interface is not installed, or"),
     ],
 )
 def test_a_kernel_that_cannot_be_used_is_refused_by_name(
@@ -91,9 +92,10 @@ def test_compiling_asks_for_a_compiler(make_config, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("with_sums", [False, True])
-def test_flash_attention_gets_what_torch_gets(machine, make_config, monkeypatch, with_sums):
+def test_flash_attention_gets_what_torch_gets(make_config, monkeypatch, with_sums):
     """By a stand-in that has the arguments of `flash_attn_func` and computes by the formula."""
-    machine((9, 0), "flash_attn_interface")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    kernels._imported.cache_clear()
     calls = []
 
     def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
@@ -111,6 +113,23 @@ def test_flash_attention_gets_what_torch_gets(machine, make_config, monkeypatch,
     attention.attend = attend_of(make_config("dit_lora", model={"dtype": "bfloat16"}), GPU)
     torch.testing.assert_close(attention(states, text, None), expected, rtol=1e-5, atol=1e-6)
     assert calls == [(2, 10, 4, 16)]
+    kernels._imported.cache_clear()
+
+
+@pytest.mark.parametrize("error", [ImportError("undefined symbol"), OSError("libcudart.so: cannot open")])
+def test_a_package_that_was_built_for_another_torch_is_passed_over(make_config, monkeypatch, error):
+    def broken(name):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels.importlib, "import_module", broken)
+    kernels._imported.cache_clear()
+    config = make_config("dit_lora", model={"dtype": "bfloat16"})
+    assert attention_in_use(config, GPU) == "torch" and attend_of(config, GPU) is attend_by_torch
+    named = make_config("dit_lora", model={"dtype": "bfloat16", "attention": "flash_attn_2"})
+    with pytest.raises(UserError, match=r"flash_attn is not installed, or does not fit this torch"):
+        check_device(named, GPU)
+    kernels._imported.cache_clear()
 
 
 def test_torch_is_the_reference(make_config, build_layers, open_tiny, tiny_ti2v):

@@ -44,14 +44,6 @@ def made(monkeypatch):
     return calls
 
 
-@pytest.fixture
-def inputs():
-    generator = torch.Generator().manual_seed(2)
-    latents = torch.randn(2, 16, 2, 4, 6, generator=generator)
-    texts = [torch.randn(2, length, 64, generator=generator) for length in (5, 8)]
-    return latents, torch.full((2, 1), 700.0), texts
-
-
 def write_adapter(path: Path, expert: str) -> AdapterChoice:
     generator = torch.Generator().manual_seed(len(expert))
     tensors = {}
@@ -133,9 +125,9 @@ def test_the_number_is_read_once_for_all_layers_of_a_pass(monkeypatch):
     ],
 )
 def test_a_pass_has_the_same_bits_whether_it_is_the_first_or_not(
-    model, top, tiny_t2v, make_config, inputs, made
+    model, top, tiny_t2v, make_config, sampling_inputs, made
 ):
-    latents, timesteps, texts = inputs
+    latents, timesteps, texts = sampling_inputs
     config = make_config(
         "dit_lora", model={"ckpt_path": str(tiny_t2v), "expert": "high_noise", **model}, **top
     )
@@ -153,9 +145,9 @@ def test_a_pass_has_the_same_bits_whether_it_is_the_first_or_not(
         assert all(torch.equal(one, other) for one, other in zip(row, plain, strict=True))
 
 
-def test_an_adapter_that_comes_too_late_is_not_missed_either(tiny_t2v, make_config, inputs):
+def test_an_adapter_that_comes_too_late_is_not_missed_either(tiny_t2v, make_config, sampling_inputs):
     """Keys and values are kept under the modules that made them."""
-    latents, timesteps, texts = inputs
+    latents, timesteps, texts = sampling_inputs
     generator = torch.Generator().manual_seed(4)
     pair = AdapterPair(
         torch.randn(2, 128, generator=generator), torch.randn(128, 2, generator=generator), 1.0, "none"

@@ -10,7 +10,7 @@ from models.wan.arch import PUBLISHED
 from models.wan.rope import rope_table
 from scripts.bench import dit_block, peers
 from scripts.bench.dit_block import BFLOAT16, FLOAT32, MIXED, main
-from scripts.bench.dit_count import CPU, GPU, OURS, PEER, PLAIN, count_block
+from scripts.bench.dit_count import CPU, GPU, OURS, PEER, PLAIN, count_adapters, count_block
 from scripts.bench.dit_sides import Case, build_pair
 from utils.compiled import graphs_compiled
 from utils.errors import UserError
@@ -166,6 +166,23 @@ def test_the_targets_are_met_at_the_real_size(precision, traffic, saved):
     for rms in (GPU, CPU):
         found = count_block(OURS, PUBLISHED["ti2v-5b"], precision, rms)
         assert found.traffic <= traffic and found.saved_kib <= saved
+
+
+def test_adapters_add_less_without_a_second_pass_and_none_add_nothing():
+    paths = ("cross_attn.k", "cross_attn.q")
+    bare = count_adapters((), TINY, BFLOAT16, GRID, lean=True)
+    frozen = count_block(OURS, TINY, BFLOAT16, GPU, GRID)
+    assert (bare.kernels, bare.units, bare.saved_kib) == (frozen.kernels, frozen.units, frozen.saved_kib)
+    lean, peft = (count_adapters(paths, TINY, BFLOAT16, GRID, lean=choice) for choice in (True, False))
+    assert bare.traffic < lean.traffic < peft.traffic
+    assert bare.saved_kib < lean.saved_kib < peft.saved_kib
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_our_side_is_lean_or_plain_as_asked(lean):
+    pair = build_pair(Case("model", TINY, FLOAT32, GRID, torch.device("cpu"), lean=lean))
+    (row,) = pair.check()
+    assert ("plain" in row["what"]) is not lean and row["output"] < 1e-5
 
 
 def test_the_count_does_not_leave_a_fake_table_behind():

@@ -32,6 +32,11 @@ def test_it_measures_and_reports(tmp_path, capsys):
     assert all(0 < float(row["predicted"]) < 1 for row in timed)
     predicted = list(csv.DictReader((directory / "predicted.csv").open()))
     assert [row["tokens"] for row in predicted][:2] == ["390", "880"]
+    trained = list(csv.DictReader((directory / "trained.csv").open()))
+    assert [row["tokens"] for row in trained] == ["27280", "5070", "390", "20280"]
+    # Counted by hand: 1,970 TFLOP with a backward pass through the first block too.
+    assert float(trained[0]["step_tflop"]) == pytest.approx(1970, rel=0.02)
+    assert float(trained[0]["share"]) == pytest.approx(2 * 30 * 512 * 2 * 3072**2 / 1944.1e12, rel=1e-2)
 
 
 def test_samples_with_other_bits_are_not_timed(tmp_path, capsys, monkeypatch):

@@ -53,7 +53,7 @@ def processes():
 
 
 def test_flops_at_the_real_size_are_those_of_the_published_arithmetic(processes, monkeypatch):
-    """wan_facts F8: 1,970 TFLOP with full checkpointing, 1,453 without, by a backward pass through every block."""
+    """Counted by hand: 1,970 TFLOP with full checkpointing, 1,453 without, by a backward pass through every block."""
     monkeypatch.setattr(train_step_worker.RandomSource, "get", None)  # nothing is drawn: shapes are enough
 
     def setup(checkpointing):
